@@ -1,0 +1,57 @@
+# `make` prints the targets. Everything happens inside .venv, which setup and demo create.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test bench docs demo clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.dev ## create .venv with everything that the other targets need
+
+check: $(VENV)/.dev ## lint, formatting and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: $(VENV)/.dev ## run the test suite
+	$(PYTHON) -m pytest -n $(WORKERS) -q
+
+bench: $(VENV)/.dev ## run the benchmarks and print their tables
+	$(PYTHON) benchmarks/run.py
+
+docs: $(VENV)/.dev ## run the code blocks of the documentation
+	$(PYTHON) -m pytest -q tests/test_docs.py
+
+demo: $(VENV)/.demo ## train a small network on handwritten digits and compress it
+	$(PYTHON) examples/digits.py
+	$(VENV)/bin/compress digits.pt2 --passes merge,prune,int8 --calib digits.npz --eval digits-test.npz
+
+clean: ## delete .venv, caches and what the demo wrote
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache *-compressed
+	rm -f digits.pt2 digits.npz digits-test.npz
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PYTHON)
+	@echo "installing the project and its tools into $(VENV) (a few minutes the first time)"
+	$(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(PYTHON)
+	@echo "installing the project into $(VENV) (a few minutes the first time)"
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+# The first Python 3.10 or newer on the path. (Order-only above: an updated system Python reinstalls nothing.)
+$(PYTHON):
+	@for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	        $$python -m venv $(VENV) && exit 0; \
+	        rm -rf $(VENV); \
+	        echo "error: $$python cannot create .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	    fi; \
+	done; \
+	echo "error: no Python 3.10 or newer on the path" >&2; exit 1

@@ -1,0 +1,548 @@
+"""nn.Module or ExportedProgram -> Graph, and back. The only file that calls torch.export.
+
+Capturing flattens inputs and outputs to ordered tensors with path names, makes the batch dynamic, renames in-place
+operators where that is exact and functionalises the graph where it is not, and proves the result against the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from .errors import CompressorError, FileError, UnsupportedError, UsageError
+from .ir import Graph, Input, operator_name, unsupported
+from .ops import kind
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any] | Tensor | Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    inputs: Sequence[Input] = (),
+    dynamic: bool = True,
+) -> Graph:
+    """A Graph that computes what `model` computes.
+
+    args: example inputs (a tensor, a tuple, or a mapping of keyword inputs). inputs: names, dtypes and shapes that
+    override the example's, or stand in for it. dynamic: axis 0 of every input whose size equals the first tensor's
+    becomes the batch; an axis that the model cannot keep dynamic falls back to static with a notice.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedError("a TorchScript model cannot be captured: export the original module with torch.export")
+    notices: list[str] = []
+    if isinstance(model, ExportedProgram):
+        program, names = model, _names_of_program(model)
+        notices += _static_notice(program, dynamic)
+        specs = _program_specs(program, names, inputs)
+    else:
+        positional, keywords = _bind(args, kwargs, inputs, model)
+        program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
+    example = _example(program)
+    graph = _flatten(program, specs, example)
+    graph.notices += notices
+    _normalise(graph, program)
+    graph.notices += [
+        f"{operator_name(n)} at {n.name}: an operator that no pass knows; it is left as it is"
+        for n in {operator_name(n): n for n in graph.nodes if kind(n) == "opaque"}.values()
+    ]
+    graph.check()
+    _prove(graph, program, example)
+    return graph
+
+
+def load_program(data: bytes) -> ExportedProgram:
+    """An exported program from the bytes of a `.pt2` file that has passed the gate in `load.py`."""
+    try:
+        with quiet():
+            return torch.export.load(io.BytesIO(data))
+    except CompressorError:
+        raise
+    except Exception as error:
+        raise FileError(f"not a readable exported program: {_first_line(error)}") from error
+
+
+def reexport(graph: Graph) -> ExportedProgram:
+    """The graph as an exported program again, with the dynamic axes that it came in with."""
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in graph.inputs
+    )
+    with torch.no_grad(), quiet():
+        return torch.export.export(
+            graph.module.eval(), tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters log their progress and warn about their own deprecations; neither is the user's business."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# -------------------------------------------------------------------- export
+
+
+def _bind(
+    args: Sequence[Any] | Tensor | Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    inputs: Sequence[Input],
+    model: nn.Module,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args is None and not kwargs:
+        if not inputs:
+            raise UsageError("no example input: pass one, or describe it, for example --input 'x:f32[?,3,224,224]'")
+        return _bind_specs(inputs, model)
+    if isinstance(args, Mapping):
+        return (), {**args, **(kwargs or {})}
+    if isinstance(args, Tensor):
+        args = (args,)
+    return tuple(args or ()), dict(kwargs or {})
+
+
+def _bind_specs(inputs: Sequence[Input], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors for `--input`: by keyword where every name is a parameter of forward, by position otherwise."""
+    formals = inspect.signature(model.forward).parameters
+    made = {spec.name: _blank(spec) for spec in inputs}
+    return ((), made) if all(name in formals for name in made) else (tuple(made.values()), {})
+
+
+def _blank(spec: Input) -> Tensor:
+    """A valid tensor of a described input: noise, zeros for integers (0 is in every table), ones for masks."""
+    size = [s if isinstance(s, int) else (2 if i == 0 else 16) for i, s in enumerate(spec.shape)]
+    if spec.dtype.is_floating_point:
+        return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
+    masks = spec.dtype == torch.bool or "mask" in spec.name
+    return torch.ones(size, dtype=spec.dtype) if masks else torch.zeros(size, dtype=spec.dtype)
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    overrides: Sequence[Input],
+    dynamic: bool,
+    notices: list[str],
+) -> tuple[ExportedProgram, tuple[Input, ...]]:
+    model.eval()
+    formals = list(inspect.signature(model.forward).parameters)
+    paths = [_path(k, formals) for k, v in _leaves((args, kwargs)) if isinstance(v, Tensor)]
+    tensors = [v for _, v in _leaves((args, kwargs)) if isinstance(v, Tensor)]
+    if not tensors:
+        raise UsageError("the example holds no tensor input")
+    named = {spec.name: spec for spec in overrides}
+    shapes = [_axes(path, t, named, tensors[0], dynamic) for path, t in zip(paths, tensors, strict=True)]
+    args, kwargs = _widen(args, kwargs, shapes)
+    try:
+        program = _run_export(model, args, kwargs, shapes)
+    except (CompressorError, KeyboardInterrupt):
+        raise
+    except Exception as first:
+        if not any(isinstance(s, str) for shape in shapes for s in shape):
+            raise _explain(first) from first
+        static = [tuple(t.shape) for _, t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+        try:
+            program = _run_export(model, args, kwargs, static)
+        except Exception as second:
+            raise _explain(second) from second
+        shapes = static
+        notices.append(f"the batch axis is fixed to {static[0][0]}: the model cannot keep it dynamic ({_first_line(first)})")
+    fresh = [t for _, t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, fresh, shapes, strict=True))
+
+
+def _axes(
+    path: str, tensor: Tensor, named: Mapping[str, Input], first: Tensor, dynamic: bool
+) -> tuple[int | str, ...]:
+    """Sizes of one input with the names of its dynamic axes."""
+    if path in named and len(named[path].shape) == tensor.dim():
+        return named[path].shape
+    if dynamic and tensor.dim() and first.dim() and tensor.shape[0] == first.shape[0]:
+        return ("batch", *tensor.shape[1:])
+    return tuple(tensor.shape)
+
+
+def _widen(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[tuple[int | str, ...]]) -> tuple[tuple, dict]:
+    """Examples whose dynamic axes have size 1 are repeated to 2: sizes 0 and 1 are specialised by the exporter."""
+    feed = iter(shapes)
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for axis, size in enumerate(next(feed)):
+            if isinstance(size, str) and leaf.shape[axis] == 1:
+                leaf = leaf.repeat_interleave(2, axis)
+        return leaf
+
+    return pytree.tree_map(widen, (args, kwargs))
+
+
+def _run_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Sequence[tuple[int | str, ...]]
+) -> ExportedProgram:
+    feed = iter(shapes)
+
+    def dims(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {i: torch.export.Dim.DYNAMIC for i, size in enumerate(next(feed)) if isinstance(size, str)}
+
+    spec = pytree.tree_map(dims, (args, kwargs))
+    by_name = _signature_shapes(model, spec)
+    with torch.no_grad(), quiet(), _data_as_detach():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
+
+
+def _signature_shapes(model: nn.Module, spec: tuple[tuple, dict]) -> Any:
+    args, kwargs = spec
+    return tuple(args) if not kwargs else {**_positional_names(model, args), **kwargs}
+
+
+def _positional_names(model: nn.Module, args: tuple) -> dict[str, Any]:
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+
+
+@contextmanager
+def _data_as_detach() -> Iterator[None]:
+    """Layers that read `weight.data` would make the exporter store a fake tensor; `.detach()` is traced."""
+    original = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"])
+    inherited = "data" not in Tensor.__dict__
+
+    def set_data(tensor: Tensor, value: Tensor) -> None:
+        original.__set__(tensor, value)
+
+    Tensor.data = property(lambda t: t.detach(), set_data)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        if inherited:
+            del Tensor.data  # type: ignore[misc]
+        else:
+            Tensor.data = original  # type: ignore[misc]
+
+
+def _explain(error: Exception) -> UnsupportedError:
+    """One line about a model that does not export: the user's own line in the traceback, and the first reason."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "/compressor/" not in file and not file.startswith("<"):
+            place = f"{file.rsplit('/', 1)[-1]}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return UnsupportedError(
+        f"the model does not export{f' ({place})' if place else ''}: {_first_line(error)}; "
+        "torch.export needs a forward whose control flow does not depend on tensor values"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+# -------------------------------------------------------------------- names and examples
+
+
+def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return pytree.tree_flatten_with_path(tree)[0]
+
+
+def _path(path: tuple[Any, ...], formals: Sequence[str]) -> str:
+    """`batch.input_ids` from the exporter's key path ((args | kwargs), then keys)."""
+    where, *keys = [_key(k) for k in path]
+    if where == "0" and keys:
+        position = int(keys[0])
+        keys[0] = formals[position] if position < len(formals) else f"input_{position}"
+    return ".".join(keys)
+
+
+def _key(key: Any) -> str:
+    for attribute in ("idx", "key", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _names_of_program(program: ExportedProgram) -> list[str]:
+    module = program.module(check_guards=False)
+    spec = program.call_spec.in_spec
+    if spec is None:
+        return [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    leaves = _leaves(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    flat = [_path(k, []) for k, _ in leaves]
+    return [name if path.startswith("input_") and "." not in path else path for name, path in zip(names, flat, strict=True)]
+
+
+def _program_specs(program: ExportedProgram, names: list[str], overrides: Sequence[Input]) -> tuple[Input, ...]:
+    module = program.module(check_guards=False)
+    named = {spec.name: spec for spec in overrides}
+    specs, seen = [], {}
+    for name, node in zip(names, [n for n in module.graph.nodes if n.op == "placeholder"], strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        sizes: list[int | str] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            given = named[name].shape[axis] if name in named and axis < len(named[name].shape) else None
+            label = given if isinstance(given, str) else _axis_label(axis, value)
+            label = seen.setdefault(str(size), label if label not in seen.values() else f"{label}_{len(seen)}")
+            sizes.append(label)
+        specs.append(Input(name, value.dtype, tuple(sizes)))
+    return tuple(specs)
+
+
+def _axis_label(axis: int, value: Tensor) -> str:
+    if axis == 0:
+        return "batch"
+    if value.dim() in (2, 3) and axis == 1:
+        return "sequence"
+    return {2: "height", 3: "width"}.get(axis, f"axis_{axis}") if value.dim() == 4 else f"axis_{axis}"
+
+
+def _static_notice(program: ExportedProgram, dynamic: bool) -> list[str]:
+    if dynamic and not program.range_constraints:
+        return ["the exported program is static: every axis keeps the size it was exported with"]
+    return []
+
+
+def _example(program: ExportedProgram) -> list[Tensor]:
+    """Flat example inputs of a program: its own where it carries them, else made from its input shapes."""
+    if program.example_inputs is not None:
+        flat = pytree.tree_leaves(program.example_inputs)
+        tensors = [t.detach() for t in flat if isinstance(t, Tensor)]
+        if tensors:
+            return tensors
+    made = []
+    for node in program.module(check_guards=False).graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            size = tuple(s if isinstance(s, int) else max(2, int(s.node.hint or 2)) for s in value.shape)
+            made.append(_blank(Input(node.name, value.dtype, size)))
+    return made
+
+
+# -------------------------------------------------------------------- flat graph
+
+
+def _flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence[Tensor]) -> Graph:
+    """The program's module as a Graph: plain placeholders, a flat tuple of named tensors, one node a tensor."""
+    module = program.module(check_guards=False)
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    _drop_constant_inputs(graph)
+    outputs = _name_outputs(graph, program)
+    tensors, parameters = _unify_tensors(module)
+    for node in list(graph.nodes):
+        if kind(node) == "assertion":
+            if node.users:
+                raise unsupported(node, "an assertion whose value is read")
+            graph.erase_node(node)
+    return Graph(graph, tensors, specs, outputs, example, parameters)
+
+
+def _drop_constant_inputs(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            node.replace_all_uses_with(node.meta.get("val"))  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
+def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
+    """Keeps the tensors of the output, names them by their place in the model's pytree: `logits`, `boxes.0`."""
+    out = next(n for n in graph.nodes if n.op == "output")
+    flat = list(pytree.tree_leaves(out.args[0], is_leaf=lambda x: isinstance(x, Node)))
+    spec = program.call_spec.out_spec
+    names = [f"output_{i}" for i in range(len(flat))]
+    if spec is not None and spec.num_leaves == len(flat):
+        tree = pytree.tree_unflatten(list(range(len(flat))), spec)
+        if not isinstance(tree, int):
+            names = [".".join(_key(k) for k in path) for path, _ in _leaves(_plain(tree))]
+            names = [n if not n[:1].isdigit() else f"output_{n}" for n in names]
+        else:
+            names = ["output"]
+    kept = [(n, v) for n, v in zip(names, flat, strict=True) if isinstance(v, Node)]
+    if not kept:
+        raise UnsupportedError("the model returns no tensor")
+    out.args = (tuple(v for _, v in kept),)
+    return [n for n, _ in kept]
+
+
+def _plain(tree: Any) -> Any:
+    """Dataclasses as dicts: their pytree path has no field names otherwise."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if getattr(tree, f.name) is not None}
+    return tree
+
+
+def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """One `get_attr` node a tensor, at the top of the graph; tied names become the first of them."""
+    tensors: dict[str, Tensor] = {}
+    parameters = set()
+    first: dict[Any, Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            raise unsupported(node, "a submodule inside the graph (control flow) is not supported")
+        if type(value).__name__ == "FakeTensor":
+            raise unsupported(node, "the exporter stored a tensor without data here; the layer hides it in .data")
+        key = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+        key = key if value.numel() else (id(value),)
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            module.graph.erase_node(node)
+            continue
+        first[key] = node
+        tensors[str(node.target)] = value.detach()
+        if isinstance(value, nn.Parameter):
+            parameters.add(str(node.target))
+    return tensors, frozenset(parameters)
+
+
+# -------------------------------------------------------------------- in-place operators
+
+
+def _normalise(graph: Graph, program: ExportedProgram) -> None:
+    """Renames in-place operators to their pure forms, or functionalises the whole graph where that could be wrong."""
+    if _rename_in_place(graph):
+        graph.clean()
+        graph.reinfer()
+        return
+    with quiet():
+        pure = program.run_decompositions({})
+    flat = _flatten(pure, graph.inputs, graph.example)
+    _restore_batch_norm(flat.graph)
+    if not _rename_in_place(flat):
+        culprit = next(n for n in flat.nodes if _in_place(n))
+        raise unsupported(culprit, "writes into the model's own state; a compiled model keeps none")
+    graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters
+    graph.clean()
+    graph.reinfer()
+
+
+def _restore_batch_norm(graph: fx.Graph) -> None:
+    """Inference batch norm came apart when the graph was functionalised; passes know it by its usual name."""
+    pieces = torch.ops.aten._native_batch_norm_legit_no_training.default
+    for node in list(graph.nodes):
+        if node.target is not pieces or any(user.args[1] != 0 for user in node.users):
+            continue
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        for user in list(node.users):
+            user.target = torch.ops.aten.batch_norm.default
+            user.args = (x, weight, bias, mean, variance, False, momentum, eps, False)
+            user.meta = {**node.meta, **user.meta}
+        graph.erase_node(node)
+
+
+def _in_place(node: Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _rename_in_place(graph: Graph) -> bool:
+    """True when every in-place operator could be renamed exactly; the graph is untouched otherwise.
+
+    `relu_(x)` is `relu(x)` with later readers of x reading the result, as long as nothing else shares x's memory.
+    """
+    for node in graph.nodes:  # dropout in evaluation writes nothing, so it is pure even on a view
+        if node.target is torch.ops.aten.dropout_.default and node.args[2] is False:
+            node.target = torch.ops.aten.dropout.default
+    mutations = [n for n in graph.nodes if _in_place(n)]
+    plans = []
+    for node in mutations:
+        pure = _pure(node)
+        written = node.args[0] if node.args else None
+        if pure is None or not isinstance(written, Node) or written.op == "get_attr" or _shares_memory(written):
+            return False
+        plans.append((node, pure, written))
+    for node, pure, _ in plans:
+        written = node.args[0]  # an earlier plan may have re-pointed it
+        order = {n: i for i, n in enumerate(graph.graph.nodes)}
+        node.target = pure
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, n=node, o=order: o[user] > o[n])  # type: ignore[union-attr]
+    return True
+
+
+def _pure(node: Node) -> Any:
+    """aten.relu_.default -> aten.relu.default, when the schemas agree."""
+    namespace, name, overload = str(node.target).split(".")
+    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None) if name.endswith("_") else None
+    pure = getattr(packet, overload, None) if packet is not None else None
+    if pure is None or pure._schema.is_mutable:
+        return None
+    formals, own = (
+        [(str(a.type), a.default_value) for a in t._schema.arguments]
+        for t in (pure, node.target)  # type: ignore[union-attr]
+    )
+    return pure if formals == own else None
+
+
+def _shares_memory(value: Node) -> bool:
+    """True when the value is a view, or has a view: writing into it would be seen elsewhere."""
+    return _may_view(value) or any(_may_view(user) and value in user.all_input_nodes for user in value.users)
+
+
+def _may_view(node: Node) -> bool:
+    if node.op != "call_function" or _in_place(node):
+        return False
+    if kind(node) in ("identity", "cast", "getitem"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and any(r.alias_info is not None for r in schema.returns))
+
+
+# -------------------------------------------------------------------- proof
+
+
+def _prove(graph: Graph, program: ExportedProgram, example: Sequence[Tensor]) -> None:
+    """The flat graph gives what the program gives, bit by bit or nearly; its own operators were only renamed."""
+    module = program.module(check_guards=False)
+    with torch.no_grad():
+        flat = _call_flat(module, program, [t.clone() for t in example])
+    for name, ours, theirs in zip(graph.outputs, graph.run(*example), flat, strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise UnsupportedError(f"capture changed the shape of output {name}")
+        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5 * _scale(theirs), equal_nan=True):
+            raise UnsupportedError(f"capture changed the numbers of output {name}: the model is not deterministic?")
+
+
+def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: list[Tensor]) -> list[Tensor]:
+    if program.example_inputs is None:
+        spec = program.call_spec.in_spec
+        args, kwargs = pytree.tree_unflatten(tensors, spec)
+    else:
+        feed = iter(tensors)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, program.example_inputs
+        )
+    return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+
+
+def _scale(tensor: Tensor) -> float:
+    return max(1.0, float(tensor.double().abs().max())) if tensor.numel() else 1.0

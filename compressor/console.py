@@ -1,0 +1,175 @@
+"""What the commands print besides the report: consoles that behave in a pipe, and small tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import IO, Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+from .report import count, error, size, table
+
+_PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
+_FORMATS = {"params": count, "macs": count, "bytes": size}
+
+
+class _Console(Console):
+    """A rich console that leaves a reader's early goodbye (`compress inspect ... | head`) to `main`."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def output() -> Console:
+    """Standard output: colours and the terminal's width there, plain text of fixed width in a pipe."""
+    return _console(sys.stdout)
+
+
+def progress(quiet: bool = False) -> Console:
+    """Standard error, for spinners and bars, which rich shows on a terminal only."""
+    made = _console(sys.stderr)
+    made.quiet = quiet
+    return made
+
+
+def _console(file: IO[str]) -> Console:
+    fixed = not file.isatty() and "COLUMNS" not in os.environ
+    return _Console(file=file, width=_PIPE_WIDTH if fixed else None)
+
+
+def working(console: Console, words: str) -> AbstractContextManager[Any]:
+    """A transient spinner while something without steps of its own runs."""
+    return console.status(words)
+
+
+# -------------------------------------------------------------------------------- tables
+
+
+def show_passes(registry: Mapping[str, type], console: Console) -> None:
+    """One row a pass, in default order: contract, what it does, and its options with their defaults."""
+    made = table("pass", "contract", "what it does", "options")
+    for name, cls in registry.items():
+        contract = getattr(cls, "contract", None)
+        made.add_row(
+            escape(name), getattr(contract, "name", ""), escape(_first_line(cls)), escape(_options(cls))
+        )
+    console.print(made)
+
+
+def show_targets(registry: Mapping[str, Any], console: Console) -> None:
+    """One row a target: what it is for, and its settings."""
+    made = table("target", "what it is for", "settings")
+    for name, target in registry.items():
+        settings = [
+            f"{field.name}={_value(getattr(target, field.name))}"
+            for field in dataclasses.fields(target)
+            if field.name not in ("name", "summary", "quant")
+        ]
+        made.add_row(escape(name), escape(target.summary), escape(", ".join(settings)))
+    console.print(made)
+
+
+def show_latencies(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One row a model; the ratio is the first model's median over this one's (above 1 is faster)."""
+    numbers = ["median ms", "p95 ms", "iqr ms", "runs", "speed"]
+    made = table("model", *numbers, right=numbers)
+    for row in rows:
+        median = float(row["median_ms"])
+        speed = f"{float(rows[0]['median_ms']) / median:.2f}x" if median else ""
+        made.add_row(
+            escape(str(row.get("path", ""))),
+            f"{median:.3f}",
+            *(f"{float(row[key]):.3f}" if row.get(key) is not None else "" for key in ("p95_ms", "iqr_ms")),
+            str(row.get("runs", "")),
+            speed,
+        )
+    console.print(made)
+
+
+def show_verification(result: Mapping[str, Any], console: Console) -> None:
+    """One row an output slice, worst first, and in a word whether the two models agree."""
+    numbers = ["error", "SQNR", "cosine", "agreement"]
+    made = table("output", "slice", *numbers, right=numbers)
+    for check in result.get("checks") or ():
+        made.add_row(
+            escape(str(check.get("output", ""))),
+            escape(str(check.get("slice") or "")),
+            error("exact", [check]),
+            *(_number(check, key, form) for key, form in _CHECK_FORMATS),
+        )
+    console.print(made)
+    where = ", ".join(
+        str(part)
+        for part in (result.get("provider"), _samples(result.get("samples")))
+        if part not in (None, "")
+    )
+    words = "the two models agree" if result.get("ok", True) else "the two models do not agree"
+    console.print(f" {words}" + (f" ({escape(where)})" if where else ""), highlight=False)
+
+
+_CHECK_FORMATS = (("sqnr_db", "{:.1f} dB"), ("cosine", "{:.6f}"), ("agreement", "{:.1%}"))
+
+
+def show_facts(facts: Mapping[str, Any], console: Console, indent: int = 0) -> None:
+    """Plain data as lines; lists of records as tables; nested data indented below its name."""
+    width = max((len(str(key)) for key in facts), default=0) + 2
+    for key, value in facts.items():
+        label = f"{' ' * indent}[bold]{escape(str(key))}[/]"
+        if isinstance(value, Mapping) and value:
+            console.print(label)
+            show_facts(value, console, indent + 2)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Mapping) for one in value):
+            console.print(label)
+            _records(value, console)
+        else:
+            gap = " " * (width - len(str(key)))
+            console.print(f"{label}{gap}{escape(_value(value, str(key)))}", highlight=False, soft_wrap=True)
+
+
+def _records(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numbers = [c for c in columns if all(isinstance(row.get(c), (int, float)) for row in rows)]
+    made = table(*columns, right=numbers)
+    for row in rows:
+        made.add_row(*(escape(_value(row.get(column), column)) for column in columns))
+    console.print(made)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def _options(cls: type) -> str:
+    if not dataclasses.is_dataclass(cls):
+        return ""
+    return ", ".join(f"{field.name}={_value(_default(field))}" for field in dataclasses.fields(cls))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "..." if field.default is dataclasses.MISSING else field.default
+
+
+def _value(value: Any, key: str = "") -> str:
+    if value is None:
+        return "none"
+    if key in _FORMATS and isinstance(value, (int, float)):
+        return _FORMATS[key](value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return "+".join(_value(one) for one in ordered) if value else "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _number(check: Mapping[str, Any], key: str, form: str) -> str:
+    return "" if check.get(key) is None else form.format(float(check[key]))
+
+
+def _samples(number: Any) -> str:
+    return "" if number is None else f"{number} samples"

@@ -1,0 +1,204 @@
+"""Values that depend on no input: which they are, along which axes they vary, and folding them into one tensor.
+
+A value that depends on parameters alone (a DoRA norm, an OFT rotation, a causal mask) is computed once, here, in the
+dtype and by the operators of the model itself, so folding changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .ir import Graph, operator_name, site
+from .ops import arguments, is_tensor, kind
+
+_UNINITIALISED = frozenset({"aten.empty.memory_format", "aten.empty_like.default"})
+_UNIFORM = ("zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full")
+_POINTWISE = frozenset({"activation", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
+
+
+@dataclass
+class Folding:
+    """What folding did: (site, what) of each new constant, and (node, reason) of each that was left."""
+
+    made: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[Node, str]] = field(default_factory=list)
+
+
+def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Folding:
+    """Replaces every largest subgraph that depends on tensors of the graph alone by one tensor.
+
+    max_bytes: how much larger than the tensors it is made from a constant may be; a bigger one is left, with its
+    reason. limit: at most so many. Random operators, `dequantize`, uninitialised memory and whatever is not an
+    ATen operator are never folded, nor is a value that the graph returns.
+    """
+    folding = Folding()
+    constant = _foldable(graph, max_bytes, folding)
+    results = set(graph.results)
+    for node in graph.nodes:
+        if limit is not None and len(folding.made) >= limit:
+            break
+        if node.op != "call_function" or node not in constant or node in results or not is_tensor(node):
+            continue
+        if all(user in constant and user not in results for user in node.users):
+            continue
+        under = _ancestors(node)
+        source = _unchanged(node)
+        if source is None:
+            name = node.name if site(node) == node.name else f"{site(node)}.{node.name}"
+            source = graph.add_tensor(name, _compute(graph, under))
+        graph.replace_uses(node, source)
+        count = sum(1 for n in under if n.op == "call_function")
+        folding.made.append((site(node), f"{count} operator{'s' * (count > 1)} on constants into one tensor"))
+    if folding.made:
+        graph.clean()
+    return folding
+
+
+def is_random(node: Node) -> bool:
+    """True for an operator that draws numbers; dropout and attention only where their dropout is active."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    bound = arguments(node)
+    if kind(node) == "identity" and "train" in bound:
+        return bool(bound["train"]) and bound["p"] != 0
+    if kind(node) == "attention":
+        return bound["dropout_p"] != 0
+    return True
+
+
+class DataFree:
+    """The values that no input's data reaches: tensors, sizes, and what creation operators make of them.
+
+    `zeros([batch, 5, 3])` is data-free but has no fixed shape, so it cannot be folded.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._nodes: set[Node] = set()
+        self._equal: dict[tuple[Node, int], bool] = {}
+        for node in graph.graph.nodes:
+            if node.op == "get_attr" or (node.op == "call_function" and self._follows(node)):
+                self._nodes.add(node)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._nodes
+
+    def varies(self, node: Node, axis: int) -> bool:
+        """False where the value is known to be the same all along an axis (of the node's own shape)."""
+        if node.meta["val"].shape[axis] == 1:
+            return False
+        if node.op == "get_attr":
+            return self._tensor_varies(node, axis)
+        which, name = kind(node), operator_name(node).split(".")[1]
+        if which in ("create", "create_like"):
+            return not (name.endswith("_like") or name in _UNIFORM)
+        from_end = axis - node.meta["val"].dim()
+        if which == "expand":
+            return self._operand_varies(node.all_input_nodes[0], from_end)
+        if which in _POINTWISE:
+            return any(self._operand_varies(n, from_end) for n in node.all_input_nodes if is_tensor(n))
+        return True
+
+    def _follows(self, node: Node) -> bool:
+        which = kind(node)
+        if which == "size":
+            return True
+        if not _is_pure(node):
+            return False
+        name = operator_name(node).split(".")[-2]
+        if which == "create_like" and name not in ("tril", "triu"):
+            return True  # reads shape, dtype and device of its operand, not its data
+        return all(n in self._nodes for n in node.all_input_nodes)
+
+    def _operand_varies(self, operand: Node, from_end: int) -> bool:
+        dims = operand.meta["val"].dim()
+        return -from_end <= dims and self.varies(operand, dims + from_end)
+
+    def _tensor_varies(self, node: Node, axis: int) -> bool:
+        if (node, axis) not in self._equal:
+            tensor = self._graph.tensor(node)
+            self._equal[node, axis] = bool((tensor == tensor.narrow(axis, 0, 1)).all())
+        return not self._equal[node, axis]
+
+
+def _is_pure(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    name = operator_name(node)
+    if not name.startswith("aten.") or name in _UNINITIALISED or name.startswith("aten.new_empty"):
+        return False
+    return kind(node) not in ("dequantize", "assertion") and not is_random(node)
+
+
+def _foldable(graph: Graph, max_bytes: int, folding: Folding) -> set[Node]:
+    """Tensors, and operators that read nothing else and whose value is not much bigger than what it is made of."""
+    constant: dict[Node, frozenset[Node]] = {}  # with the tensors that it is made of
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant[node] = frozenset([node])
+            continue
+        if node.op != "call_function" or not all(n in constant for n in node.all_input_nodes):
+            continue
+        if not _is_pure(node) or not _is_static(node.meta.get("val")):
+            continue
+        sources = frozenset().union(*(constant[n] for n in node.all_input_nodes))
+        growth = _bytes(node) - sum(map(_bytes, sources))
+        if growth > max_bytes:
+            folding.left.append((node, f"as a constant it would add {growth:,} bytes, more than max_bytes={max_bytes:,}"))
+            continue
+        constant[node] = sources
+    return set(constant)
+
+
+def _is_static(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in values)
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    values: Iterable[Tensor] = value if isinstance(value, (list, tuple)) else (value,)
+    return sum(math.prod(v.shape) * v.dtype.itemsize for v in values)
+
+
+def _ancestors(node: Node) -> list[Node]:
+    """The node and everything below it, in an order that can be computed."""
+    seen: dict[Node, None] = {}
+    stack = [(node, False)]
+    while stack:
+        current, ready = stack.pop()
+        if ready:
+            seen[current] = None
+        elif current not in seen:
+            stack.append((current, True))
+            stack.extend((n, False) for n in current.all_input_nodes if n not in seen)
+    return list(seen)
+
+
+def _unchanged(node: Node) -> Node | None:
+    """The tensor that a chain of identities on a tensor hands through, so that it keeps its name."""
+    while node.op == "call_function":
+        source = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
+        if source is None or not is_tensor(source) or kind(node) not in ("identity", "cast"):
+            return None
+        if source.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        node = source
+    return node
+
+
+def _compute(graph: Graph, nodes: list[Node]) -> Tensor:
+    env: dict[Node, Any] = {}
+    with torch.no_grad():
+        for node in nodes:
+            env[node] = graph.execute(node, env)
+    value: Tensor = env[nodes[-1]]
+    return value.contiguous() if 0 in value.stride() else value

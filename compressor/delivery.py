@@ -1,0 +1,209 @@
+"""From a compiled graph to a verified folder: emit, load, run, compare, time, and move into place in one step."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import measure, runtime, verify
+from .data import Batch
+from .emit import Emitted, emit, feeds, is_integer
+from .errors import ContractError, OutputError, TargetError
+from .ir import Graph, Input
+from .target import Target
+from .verify import Check, Comparison, Observer
+
+CPU = "CPUExecutionProvider"
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A folder beside `output` whose files replace those of `output` at the end; nothing is touched on an error."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output} is a file; name a folder with --output")
+        if output.exists() and not os.access(output, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write into {output}: permission denied; name another folder with --output")
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    try:
+        yield folder
+        _publish(folder, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise _cannot_write(output, error) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, output: Path) -> None:
+    if not output.exists():
+        folder.chmod(0o755)
+        os.replace(folder, output)
+        return
+    for file in sorted(folder.iterdir(), key=lambda f: f.name == "report.json"):
+        os.replace(file, output / file.name)
+
+
+def _cannot_write(output: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write to {output}: {error.strerror or error}; free space, or name another --output")
+
+
+def deliver(graph: Graph, target: Target, folder: Path, metadata: Mapping[str, str], fixed: Mapping[str, int]) -> Emitted:
+    """model.onnx (and model.ort where the target wants it) in `folder`, loaded once by ONNX Runtime.
+
+    Where the exporter's optimiser produced a file that does not load, it is emitted again without it.
+    """
+    path = folder / "model.onnx"
+    options: dict[str, Any] = {
+        "opset": target.opset,
+        "ir_version": target.ir_version,
+        "fixed": fixed,
+        "metadata": metadata,
+    }
+    emitted = emit(graph, path, **options)
+    try:
+        runtime.session(path)
+    except TargetError:
+        emitted = emit(graph, path, **options, optimize=False)
+        runtime.session(path)
+    if "ort" in target.formats:
+        runtime.to_ort_format(path, folder / "model.ort")
+    return emitted
+
+
+def provider_of(target: Target) -> tuple[str, str]:
+    """The provider that verification runs on, and the words for the report."""
+    installed = runtime.providers()
+    wanted = target.providers[0]
+    if wanted in installed:
+        return wanted, f"on {wanted}"
+    return CPU, f"on {CPU}: {wanted} is not installed here, so only the structure was checked for it"
+
+
+def check_emitted(
+    graph: Graph, emitted: Emitted, batches: Sequence[Batch], *, provider: str = CPU, tolerance: float | None = None
+) -> list[Check]:
+    """Outputs of the file against those of the graph, on every batch and on other sizes of every dynamic axis.
+
+    Float models within 1e-4 (half precision: 30 dB), integer models at 30 dB; ContractError beyond.
+    """
+    session = runtime.session(emitted.path, providers=[provider])
+    observer = Observer(graph)
+    count = len(graph.outputs)
+    comparison = Comparison(observer.names[:count], observer.regions[:count])
+    for inputs in _varied(graph, batches):
+        seen = run_emitted(session, emitted.inputs, inputs)
+        reference = observer.run(inputs)[:count]
+        comparison.update(reference, tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)))
+    checks = comparison.checks(tolerance or verify.EMITTED)
+    judge_emitted(graph, checks)
+    return checks
+
+
+def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
+    """ContractError where the file's numbers are not the graph's."""
+    rounded = is_integer(graph) or any(
+        t.dtype in verify.HALF for t in graph.tensors.values()
+    )
+    for check in checks:
+        good = check.sqnr_db >= verify.SIMULATION_DB if rounded else check.error <= check.tolerance
+        if not check.finite or not good:
+            wanted = f"at least {verify.SIMULATION_DB:g} dB" if rounded else f"at most {check.tolerance:.0e}"
+            raise ContractError(
+                f"the emitted model's output {check.output}{check.slice} is not the graph's: error {check.error:.1e}, "
+                f"{check.sqnr_db:.1f} dB; {wanted} is allowed"
+            )
+
+
+def session_inputs(session: Any, specs: Sequence[Input]) -> tuple[Input, ...]:
+    """The session's inputs in the order of `specs`; TargetError where the names differ."""
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    if set(shapes) != {spec.name for spec in specs}:
+        raise TargetError(
+            f"the ONNX model takes {', '.join(shapes)}; the model takes {', '.join(s.name for s in specs)}"
+        )
+    return tuple(Input(s.name, s.dtype, tuple(shapes[s.name])) for s in specs)
+
+
+def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of a session; a fixed batch is fed piece by piece."""
+    fixed = inputs[0].shape[0] if inputs[0].shape else None
+    size = tensors[0].shape[0] if tensors[0].dim() else 1
+    if not isinstance(fixed, int) or size == fixed:
+        return _tensors(runtime.run(session, feeds(inputs, tensors)))
+    pieces = []
+    for start in range(0, size - fixed + 1, fixed):
+        part = [
+            t[start : start + fixed] if s.shape and s.shape[0] == fixed and t.shape[0] == size else t
+            for s, t in zip(inputs, tensors, strict=True)
+        ]
+        pieces.append(_tensors(runtime.run(session, feeds(inputs, part))))
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.ascontiguousarray(a)) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays)
+
+
+def _bfloat16(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.view(np.uint16).astype(np.int32)).to(torch.int32).to(torch.uint16).view(torch.bfloat16)
+
+
+def _varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    """The batches, and the first one with every dynamic axis cut to 1 and to one less."""
+    for batch in batches:
+        yield batch.inputs
+    first = batches[0].inputs
+    names = {s for spec in graph.inputs for s in spec.shape if isinstance(s, str)}
+    for name in sorted(names):
+        sizes = {t.shape[a] for t, s in zip(first, graph.inputs, strict=True) for a, n in enumerate(s.shape) if n == name}
+        for size in {1, max(sizes) - 1} - sizes - {0}:
+            yield tuple(_cut(t, spec, name, size) for t, spec in zip(first, graph.inputs, strict=True))
+
+
+def _cut(tensor: Tensor, spec: Input, name: str, size: int) -> Tensor:
+    for axis, label in enumerate(spec.shape):
+        if label == name:
+            tensor = tensor.narrow(axis, 0, min(size, tensor.shape[axis]))
+    return tensor.contiguous()
+
+
+def latencies(
+    files: Mapping[str, Emitted], example: Sequence[Tensor], *, threads: int = 1, seconds: float = 2.0
+) -> dict[str, Any]:
+    """Interleaved medians by name ({"model", "float"}), and how many times faster the first is than the second."""
+    first = next(iter(files.values()))
+    one = [t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t for s, t in zip(first.inputs, example, strict=True)]
+    arrays = list(feeds(first.inputs, one).values())
+    found = measure.bench([e.path for e in files.values()], feeds=arrays, threads=threads, seconds=seconds)
+    report: dict[str, Any] = {name: asdict(latency) for name, latency in zip(files, found, strict=True)}
+    for entry in report.values():
+        entry.pop("rounds")
+    if len(found) == 2:
+        ratio = measure.ratio(found[1], found[0])
+        report |= {"ratio": ratio.median, "spread": [ratio.low, ratio.high], "threads": threads, "batch": 1}
+    return report
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,281 @@
+"""Graph -> ONNX. The only file that calls torch.onnx.
+
+What comes out speaks the model's names: inputs and outputs by their path, dynamic axes by theirs, nodes by module
+path (`layer3.2.conv1/Conv`). The exporter's local paths and addresses are stripped, so the bytes depend on the graph,
+the versions and the metadata alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes.common import CheckerPass
+from torch import Tensor
+from torch.fx import Node
+
+from .capture import quiet, reexport
+from .errors import CompressorError, UnsupportedError
+from .ir import Graph, Input, unsupported
+from .ops import arguments, is_tensor, kind
+
+EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf cannot hold 2 GiB
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What was written: the file, its inputs (axes fixed as asked), and its size with external data in bytes."""
+
+    path: Path
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    bytes: int
+
+
+def emit(
+    graph: Graph,
+    path: Path,
+    *,
+    opset: int = 20,
+    ir_version: int = 9,
+    fixed: Mapping[str, int] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    optimize: bool = True,
+) -> Emitted:
+    """Writes `graph` to `path`. fixed: sizes for dynamic axes by name ({"batch": 1}); the others stay dynamic.
+
+    optimize=False leaves out the exporter's own optimiser, whose bugs show only when a runtime loads the file.
+    UnsupportedError where an operator has no word in ONNX, with its module and line.
+    """
+    ready = _prepare(graph, fixed or {})
+    model = _translate(ready, opset, optimize)
+    _rename(model, ready)
+    model.ir_version = ir_version
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata or {})
+    model.producer_name, model.producer_version = "compressor", None
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size < EXTERNAL_DATA_BYTES:
+        onnx_ir.save(model, path)
+        onnx.checker.check_model(str(path))
+    else:
+        CheckerPass()(model)
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    companion = path.with_name(f"{path.name}.data")
+    total = path.stat().st_size + (companion.stat().st_size if companion.exists() else 0)
+    return Emitted(path, ready.inputs, ready.outputs, total)
+
+
+def is_integer(graph: Graph) -> bool:
+    """True where the emitted model computes on integers, which round differently in every runtime."""
+    return any(kind(n) == "quantize" for n in graph.nodes)
+
+
+# -------------------------------------------------------------------- before translation
+
+
+def _prepare(graph: Graph, fixed: Mapping[str, int]) -> Graph:
+    """A copy with the axes fixed as asked and written in what the translator understands."""
+    ready = graph.copy()
+    if fixed:
+        _fix_axes(ready, fixed)
+    for node in ready.nodes:
+        if kind(node) == "attention" and is_tensor(node) and node.meta["val"].dim() != 4:
+            _four_dimensional(ready, node)
+    _separate_outputs(ready)
+    return ready
+
+
+def _fix_axes(graph: Graph, fixed: Mapping[str, int]) -> None:
+    """Examples and specs with fixed sizes; the example is cut or repeated along the axis."""
+    specs, example = [], []
+    for spec, tensor in zip(graph.inputs, graph.example, strict=True):
+        shape = tuple(fixed.get(s, s) if isinstance(s, str) else s for s in spec.shape)
+        for axis, size in enumerate(shape):
+            if isinstance(spec.shape[axis], str) and isinstance(size, int):
+                tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        specs.append(Input(spec.name, spec.dtype, shape))
+        example.append(tensor)
+    graph.inputs, graph.example = tuple(specs), tuple(example)
+
+
+def _separate_outputs(graph: Graph) -> None:
+    """Every output is a value of its own: ONNX forbids one that is an input, a constant, or named twice."""
+    seen: set[Node] = set()
+    results = []
+    for node in graph.results:
+        if node in seen or node.op != "call_function":
+            node = graph.insert(torch.ops.aten.clone.default, (node,), before=graph.output)
+        seen.add(node)
+        results.append(node)
+    graph.set_args(graph.output, (tuple(results),))
+
+
+def _four_dimensional(graph: Graph, node: Node) -> None:
+    """Attention on other than 4 dimensions, with the leading ones flattened into one and restored."""
+    bound = arguments(node)
+    rank = node.meta["val"].dim()
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Node):
+            return value
+        if rank == 3:
+            return graph.insert(torch.ops.aten.unsqueeze.default, (value, 1), before=node) if _rank(value) == 3 else value
+        if _rank(value) != rank:
+            raise unsupported(node, "attention with a mask of another rank than its query has no translation")
+        return graph.insert(torch.ops.aten.flatten.using_ints, (value, 0, rank - 4), before=node)
+
+    operands = [fit(bound[n]) for n in ("query", "key", "value", "attn_mask")]
+    rest = (bound.get("dropout_p", 0.0), bound.get("is_causal", False))
+    keywords = {k: bound[k] for k in ("scale", "enable_gqa") if bound.get(k)}
+    flat = graph.insert(node.target, (*operands, *rest), keywords, before=node)  # type: ignore[arg-type]
+    if rank == 3:
+        back = graph.insert(torch.ops.aten.squeeze.dim, (flat, 1), before=node)
+    else:
+        sizes = [graph.insert(torch.ops.aten.sym_size.int, (node.args[0], i), before=node) for i in range(rank - 1)]
+        width = node.meta["val"].shape[-1]
+        back = graph.insert(torch.ops.aten.reshape.default, (flat, [*sizes, width]), before=node)
+    graph.replace_uses(node, back)
+    graph.erase(node)
+
+
+def _rank(node: Node) -> int:
+    return node.meta["val"].dim()
+
+
+# -------------------------------------------------------------------- translation
+
+
+def _translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                reexport(graph), dynamo=True, opset_version=opset, optimize=optimize, verbose=False
+            )
+    except (CompressorError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if optimize:
+            return _translate(graph, opset, False)
+        raise _explain(graph, error) from error
+    if program is None:
+        raise UnsupportedError("the ONNX exporter returned nothing")
+    return program.model
+
+
+def _explain(graph: Graph, error: Exception) -> UnsupportedError:
+    """Which operator has no translation, and where it stands; the exporter's own first line where that is not it."""
+    failing = _failing_node(error)
+    if failing is None:
+        return UnsupportedError(f"the model does not translate to ONNX: {_first_line(error)}")
+    trace = failing.meta.get("stack_trace")
+    own = [n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace]
+    culprit = next((n for n in own if kind(n) == "opaque"), own[0] if own else failing)
+    return unsupported(culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript")
+
+
+def _failing_node(error: BaseException | None) -> Node | None:
+    """The node that the translator was at: only its stack frames know."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            if isinstance(node, Node) and trace.tb_frame.f_globals.get("__name__", "").startswith("torch.onnx"):
+                return node
+            trace = trace.tb_next
+        error = error.__cause__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# -------------------------------------------------------------------- names
+
+
+def _rename(model: onnx_ir.Model, graph: Graph) -> None:
+    symbols = _symbols(model, graph)
+    _rename_values(model, graph)
+    taken: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        stem = f"{_module_path(node)}/{node.op_type}".lstrip("/")
+        count = taken.get(stem, 0)
+        taken[stem] = count + 1
+        node.name = f"{stem}_{count}" if count else stem
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            _rename_axes(value, symbols)
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        _rename_axes(value, symbols)
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.name = "main"
+    model.graph.doc_string = None
+
+
+def _module_path(node: onnx_ir.Node) -> str:
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    names = [s for s in re.findall(r"'([^']*)'", scopes)[:-1] if s]
+    return names[-1] if names else ""
+
+
+def _symbols(model: onnx_ir.Model, graph: Graph) -> dict[str, str]:
+    """Exporter's symbol -> name of the axis, read off the inputs."""
+    found: dict[str, str] = {}
+    for spec, value in zip(graph.inputs, model.graph.inputs, strict=True):
+        for name, dim in zip(spec.shape, value.shape or (), strict=True):
+            if isinstance(name, str) and isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
+                found.setdefault(str(dim.value), name)
+    return found
+
+
+def _rename_axes(value: onnx_ir.Value, symbols: Mapping[str, str]) -> None:
+    if value.shape is None or not symbols:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    value.shape = onnx_ir.Shape(
+        [d if isinstance(d, int) else _axis(d, pattern, symbols) for d in value.shape]
+    )
+
+
+def _axis(dim: Any, pattern: re.Pattern[str], symbols: Mapping[str, str]) -> str | None:
+    text = getattr(dim, "value", None)
+    return None if text is None else pattern.sub(lambda m: symbols[m.group(1)], str(text))
+
+
+def _rename_values(model: onnx_ir.Model, graph: Graph) -> None:
+    """Inputs and outputs get the graph's names; whatever had one of these names before moves aside."""
+    ends: Sequence[tuple[onnx_ir.Value, str]] = [
+        *zip(model.graph.inputs, (i.name for i in graph.inputs), strict=True),
+        *zip(model.graph.outputs, graph.outputs, strict=True),
+    ]
+    names = {name for _, name in ends}
+    values = {id(v) for v, _ in ends}
+    for value in list(model.graph.initializers.values()):
+        if value.name in names:
+            del model.graph.initializers[value.name]
+            value.name = f"{value.name}.value"
+            model.graph.initializers[value.name] = value
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names and id(value) not in values:
+                value.name = f"{value.name}.value"
+    for i, (value, _) in enumerate(ends):
+        value.name = f"__end_{i}"
+    for value, name in ends:
+        value.name = name
+
+
+def feeds(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Numpy arrays by input name, for a runtime."""
+    return {spec.name: t.detach().cpu().numpy() for spec, t in zip(inputs, tensors, strict=True)}

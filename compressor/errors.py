@@ -1,0 +1,51 @@
+"""Everything that can go wrong, by who must act. The command line turns each class into its exit code."""
+
+from __future__ import annotations
+
+
+class CompressorError(Exception):
+    """Base of all errors that this package raises on purpose: one line that says what, where and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(CompressorError):
+    """The caller must act: an unknown pass or option, an impossible budget, a wrong argument."""
+
+    exit_code = 2
+
+
+class FileError(UsageError):
+    """A model file is missing, damaged, incomplete, or not safe to read without consent."""
+
+    exit_code = 3
+
+
+class DataError(UsageError):
+    """Calibration or evaluation data does not fit the model, is empty, or cannot be read."""
+
+    exit_code = 4
+
+
+class OutputError(UsageError):
+    """The result cannot be written: folder not writable, disk full."""
+
+    exit_code = 5
+
+
+class UnsupportedError(CompressorError):
+    """The model cannot be captured or emitted; names the operator, its module and source line."""
+
+    exit_code = 6
+
+
+class ContractError(CompressorError):
+    """A pass broke its promise about the numbers; names the pass and the first operator that went wrong."""
+
+    exit_code = 7
+
+
+class TargetError(CompressorError):
+    """The runtime refused the emitted model, or does not give its numbers."""
+
+    exit_code = 8

@@ -1,0 +1,192 @@
+"""Hugging Face folders (config.json and weights) and PEFT adapter folders, from disk only, all weights accounted for.
+
+No code of the folder is run (`trust_remote_code=False`), nothing is downloaded, and weights are read from safetensors,
+or inertly from .bin. The libraries' own loaders warn, or say nothing, when a head is missing and filled at random:
+here that is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import pickles
+from .architecture import guarded, library
+from .errors import FileError, UsageError
+
+_CHUNK = 1 << 24
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a model folder in Hugging Face's layout."""
+    return (path / "config.json").is_file()
+
+
+def architecture(folder: Path) -> nn.Module:
+    """The model that the folder's config.json describes, its weights as its code makes them."""
+    config = _config(folder)
+    kind = _class(config)
+    if kind is None:
+        auto = library("transformers", _spec(folder)).AutoModel
+        return guarded(lambda: auto.from_config(config, trust_remote_code=False), _spec(folder), "build it")  # type: ignore[no-any-return]
+    return guarded(lambda: kind(config), _spec(folder), "build it")  # type: ignore[no-any-return]
+
+
+def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
+    """Model in float32, class names, notes. Raises FileError unless weights and model fit exactly."""
+    config = _config(folder)
+    kind = _class(config) or library("transformers", _spec(folder)).AutoModel
+    keywords: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    if any(folder.glob("*.safetensors")):
+        source: str | None = str(folder)
+        keywords |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    else:
+        source = None
+        keywords["state_dict"] = _bin_weights(folder)
+    model, info = guarded(lambda: kind.from_pretrained(source, **keywords), _spec(folder), "load it")
+    notes = []
+    problems = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{what}_keys", ()))
+        consented = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
+        if consented:
+            notes.append(f"{len(consented)} {what} weights, by consent: {', '.join(consented[:3])}")
+        if rest := [key for key in keys if key not in consented]:
+            problems.append(f"{len(rest)} {what} ({', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''})")
+    if problems:
+        raise FileError(
+            f"{folder} does not fit its own architecture {type(model).__name__}: weights {'; '.join(problems)}. "
+            f"Consent by name with --allow-missing PATTERN."
+        )
+    stored = getattr(config, "dtype", None)
+    if stored not in (None, torch.float32, "float32"):
+        notes.append(f"{str(stored).removeprefix('torch.')} weights were read as float32")
+    return model, _labels(config), tuple(notes)
+
+
+def adapt(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
+    """`model` with the PEFT adapter in `folder`, and a note. Raises FileError unless every adapter tensor is used."""
+    settings = _json(folder / "adapter_config.json", f"--adapter {folder}")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FileError(f"--adapter {folder}: there is no adapter_model.safetensors in it.")
+    parent = (settings.get("auto_mapping") or {}).get("parent_library") or "transformers"
+    if str(parent).split(".")[0] != "transformers":
+        raise FileError(f"--adapter {folder}: it names code to import ({parent}), and is refused.")
+    peft = library("peft", f"--adapter {folder}")
+    adapted = guarded(
+        lambda: peft.PeftModel.from_pretrained(model, str(folder)), f"--adapter {folder}", "attach it"
+    )
+    ours: dict[str, Tensor] = peft.get_peft_model_state_dict(adapted)
+    theirs = library("safetensors.torch", f"--adapter {folder}").load_file(weights)
+    missing, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    wrong = sorted(key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key]))
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])})"
+        for keys, what in ((missing, "missing"), (unused, "not used"), (wrong, "not taken over"))
+        if keys
+    ]
+    if problems:
+        raise FileError(
+            f"--adapter {folder} does not fit {type(model).__name__}: weights {'; '.join(problems)}."
+        )
+    return adapted, f"adapter {folder.name} ({settings.get('peft_type')}): {len(ours)} tensors"
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of one file's bytes, or of several files' names and bytes."""
+    sha = hashlib.sha256()
+    files = sorted(paths)
+    for path in files:
+        if len(files) > 1:
+            sha.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                sha.update(chunk)
+    return sha.hexdigest()
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of a folder that decide what the model is."""
+    patterns = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _spec(folder: Path) -> str:
+    return f"hf:{folder}"
+
+
+def _config(folder: Path) -> Any:
+    if not is_folder(folder):
+        raise UsageError(f"hf:{folder}: there is no config.json in that folder.")
+    settings = _json(folder / "config.json", _spec(folder))
+    if "quantization_config" in settings:
+        raise FileError(
+            f"{folder} holds weights that are quantised already; give the model that they were made from."
+        )
+    auto = library("transformers", _spec(folder)).AutoConfig
+    config = guarded(
+        lambda: auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
+        _spec(folder),
+        "read its config.json",
+    )
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # a cache is no tensor: it cannot be an output of a graph
+    return config
+
+
+def _class(config: Any) -> Any:
+    """The transformers class that the config names first; None where it names none that exists."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return None
+
+
+def _bin_weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    parts = sorted(folder.glob("pytorch_model*.bin"))
+    if not parts:
+        raise FileError(
+            f"{folder} holds no weights: there is no *.safetensors and no pytorch_model.bin in it."
+        )
+    for part in parts:
+        value = pickles.read(part)
+        found = (
+            {key: pickles.to_tensor(item) for key, item in value.items()} if isinstance(value, dict) else {}
+        )
+        weights |= {str(key): tensor for key, tensor in found.items() if tensor is not None}
+    return weights
+
+
+def _labels(config: Any) -> tuple[str, ...]:
+    table = getattr(config, "id2label", None) or {}
+    names = tuple(str(table[key]) for key in sorted(table))
+    generic = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return () if generic or len(names) < 2 else names
+
+
+def _json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{where}: there is no {path.name} in it.") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{where}: its {path.name} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: its {path.name} is not a table of settings.")
+    return value
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))

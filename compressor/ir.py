@@ -1,0 +1,418 @@
+"""The graph that every pass edits: ATen operators from torch.export, flat tensors in and out, and a journal.
+
+A `Graph` owns its `torch.fx.Graph`, and *borrows* its tensors: `tensors` maps the name of every parameter, buffer
+and constant to a tensor that is never written into. `set_tensor` binds a new one, so a copy of a graph costs no
+copy of a weight. Passes edit through the verbs only; analyses are functions elsewhere that return throw-away views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from .errors import ContractError, UnsupportedError
+
+DTYPE_NAMES = {
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input: its path name (`batch.input_ids`), dtype and shape; a `str` in the shape names a dynamic axis."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{DTYPE_NAMES.get(self.dtype, self.dtype)}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Journal:
+    """What the verbs did since the graph was copied: which values still stand for which, and which are new.
+
+    `equal[old] = new`: the value `new` of this graph claims to be the value `old` of the graph it was copied from.
+    `kept[name][axis]`: indices of the original axis that are left. `born`: names that the original never had.
+    """
+
+    equal: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    born: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+
+
+class Graph:
+    """A flat ATen graph with symbolic shapes in `node.meta["val"]` (FakeTensor, or SymInt for a size).
+
+    inputs: the tensors it takes, in order; outputs: path names of the tensors it returns, in order.
+    example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
+    tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Tensor],
+        inputs: Sequence[Input],
+        outputs: Sequence[str],
+        example: Sequence[Tensor],
+        parameters: frozenset[str] = frozenset(),
+    ) -> None:
+        self.graph = graph
+        self.tensors = dict(tensors)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.example = tuple(example)
+        self.parameters = parameters
+        self.notices: list[str] = []
+        self.journal = Journal()
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes in topological order, as a list that survives edits."""
+        return list(self.graph.nodes)
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output(self) -> Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        """The nodes whose values the graph returns, in the order of `outputs`."""
+        return tuple(self.output.args[0])  # type: ignore[arg-type]
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        return self.placeholders[0].meta["val"].fake_mode
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """A torch module with this graph and these tensors (shared), callable on flat inputs."""
+        root = {
+            name: torch.nn.Parameter(t, requires_grad=False) if name in self.parameters and _differentiable(t) else t
+            for name, t in self.tensors.items()
+        }
+        return fx.GraphModule(root, self.graph, "compressed")
+
+    def tensor(self, node: Node) -> Tensor:
+        """The tensor that a `get_attr` node reads."""
+        return self.tensors[str(node.target)]
+
+    def node(self, name: str) -> Node:
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    # ---------------------------------------------------------------- running
+
+    @torch.no_grad()
+    def values(self, *inputs: Tensor) -> Iterator[tuple[Node, Any]]:
+        """Runs the graph and yields (node, value) in topological order; a value is freed after its last reader."""
+        env: dict[Node, Any] = {}
+        last = _last_uses(self.graph)
+        feed = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(feed)
+            else:
+                env[node] = self.execute(node, env)
+            yield node, env[node]
+            for dead in last.get(node, ()):
+                env.pop(dead, None)
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs for flat inputs, without gradients."""
+        result: tuple[Tensor, ...] = ()
+        for node, value in self.values(*inputs):
+            if node.op == "output":
+                result = value
+        return result
+
+    def execute(self, node: Node, env: Mapping[Node, Any]) -> Any:
+        """The value of one node, given the values of the nodes it reads."""
+        if node.op == "get_attr":
+            return self.tensor(node)
+        args = fx.node.map_arg(node.args, lambda n: env[n])
+        if node.op == "output":
+            return tuple(args[0])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    # ---------------------------------------------------------------- verbs
+
+    def insert(self, target: Callable[..., Any], args: tuple, kwargs: dict | None = None, *, before: Node) -> Node:
+        """A new operator in front of `before`, with its provenance; its shape is inferred at once."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs or {})
+        origin = next((a for a in node.all_input_nodes if "nn_module_stack" in a.meta), before)
+        for key in ("nn_module_stack", "stack_trace"):
+            for source in (before, origin):
+                if key in source.meta:
+                    node.meta.setdefault(key, source.meta[key])
+        self.journal.born.add(node.name)
+        self._infer(node)
+        return node
+
+    def add_tensor(self, name: str, value: Tensor, *, before: Node | None = None) -> Node:
+        """A new constant with a free name like `name`, and the `get_attr` node that reads it (at the graph's top)."""
+        free, count = name, 0
+        while free in self.tensors or any(t.startswith(free + ".") for t in self.tensors):
+            count += 1
+            free = f"{name}_{count}"
+        self.tensors[free] = value.detach()
+        anchor = before if before is not None else next(iter(self.graph.nodes))
+        with self.graph.inserting_before(anchor):
+            node = self.graph.create_node("get_attr", free)
+        self.journal.born.add(node.name)
+        self._infer(node)
+        return node
+
+    def set_tensor(self, node: Node, value: Tensor) -> None:
+        """Binds another tensor to the name that a `get_attr` node reads. Every reader of that name sees it."""
+        self.tensors[str(node.target)] = value.detach()
+        self.journal.changed.add(node.name)
+        self._infer(node)
+
+    def set_args(
+        self, node: Node, args: tuple, kwargs: dict | None = None, *, target: Callable[..., Any] | None = None
+    ) -> None:
+        """Rewrites an operator's arguments in place: a literal size, a stride, another weight.
+
+        target: another operator that says the same in other words (`split_with_sizes` for `chunk`).
+        """
+        node.args = args
+        if kwargs is not None:
+            node.kwargs = kwargs
+        if target is not None:
+            node.target = target
+
+    def replace_uses(self, old: Node, new: Node) -> None:
+        """Every reader of `old` reads `new` instead: a claim that both carry the same value, kept in the journal."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        for earlier, current in self.journal.equal.items():
+            if current == old.name:
+                self.journal.equal[earlier] = new.name
+        if old.name not in self.journal.born:
+            self.journal.equal[old.name] = new.name
+
+    def erase(self, node: Node) -> None:
+        """Removes a node that nothing reads."""
+        self.graph.erase_node(node)
+
+    def clean(self) -> int:
+        """Removes everything that no output depends on, tensors included; returns how many nodes went."""
+        count = 0
+        for node in reversed(self.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+                count += 1
+        live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        self.tensors = {name: t for name, t in self.tensors.items() if name in live}
+        return count
+
+    def reinfer(self) -> None:
+        """Shapes and dtypes of every value anew, on fake tensors with the input's symbolic sizes.
+
+        ContractError names the first operator whose operands do not fit each other.
+        """
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            try:
+                self._infer(node)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                line = source_line(node)
+                first = str(error).strip().split("\n")[0]
+                raise ContractError(
+                    f"{operator_name(node)} at {site(node)}{f' ({line})' if line else ''}: its operands no longer fit: {first}"
+                ) from error
+
+    def _infer(self, node: Node) -> None:
+        mode = self.fake_mode
+        if node.op == "get_attr":
+            node.meta["val"] = mode.from_tensor(self.tensor(node), static_shapes=True)
+            return
+        env = {n: n.meta["val"] for n in node.all_input_nodes}
+        with mode, torch.no_grad():
+            node.meta["val"] = self.execute(node, env)
+
+    def copy(self) -> Graph:
+        """Another graph over the same tensors, with node names kept and an empty journal."""
+        graph = fx.Graph()
+        mapping: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = dict(node.meta)
+        twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
+        twin.notices = list(self.notices)
+        return twin
+
+    # ---------------------------------------------------------------- invariants and views
+
+    def check(self) -> None:
+        """Raises ContractError when an invariant of the IR does not hold."""
+        self.graph.lint()
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "call_method"):
+                raise ContractError(f"{node.name} is a {node.op}, the graph holds operators only")
+            if node.op == "get_attr" and str(node.target) not in self.tensors:
+                raise ContractError(f"{node.name} reads {node.target}, which does not exist")
+            if node.op == "call_function" and _mutates(node):
+                raise ContractError(f"{node.name} ({node.target}) writes into its input")
+            if node.op not in ("output",) and "val" not in node.meta:
+                raise ContractError(f"{node.name} has no shape")
+            if node.op == "get_attr" and tuple(node.meta["val"].shape) != tuple(self.tensor(node).shape):
+                raise ContractError(f"{node.name}: recorded shape differs from its tensor's")
+        if len(self.placeholders) != len(self.inputs) or len(self.results) != len(self.outputs):
+            raise ContractError("inputs or outputs were lost")
+
+    def text(self, *, provenance: bool = False) -> str:
+        """One line a node: name, dtype and shape, operator, arguments. Stable across processes and folders."""
+        symbols = self.axis_names()
+        lines = []
+        for node in self.graph.nodes:
+            if node.op == "output":
+                lines.append(f"return {', '.join('%' + r.name for r in self.results)}")
+                continue
+            head = f"%{node.name}: {describe(node.meta.get('val'), symbols)}"
+            if node.op == "placeholder":
+                body = "input"
+            elif node.op == "get_attr":
+                body = str(node.target)
+            else:
+                parts = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+                body = f"{operator_name(node)}({', '.join(parts)})"
+            lines.append(f"{head} = {body}" + (f"  # {site(node)}" if provenance else ""))
+        return "\n".join(lines)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over text and the bytes of every tensor that is read: equal fingerprints compute equal numbers."""
+        digest = hashlib.sha256(self.text().encode())
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                flat = self.tensor(node).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(flat.numpy())
+        return digest.hexdigest()
+
+    def axis_names(self) -> dict[str, str]:
+        """Symbol of the exporter (`s77`) -> name of the dynamic axis (`batch`)."""
+        names: dict[str, str] = {}
+        for spec, node in zip(self.inputs, self.placeholders, strict=True):
+            for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+                if isinstance(axis, str):
+                    names.setdefault(str(size), axis)
+        return names
+
+    def dataflow(self) -> networkx.DiGraph:
+        """networkx view: a vertex per node name (attributes: op, target, site), an edge per read."""
+        view = networkx.DiGraph()
+        for node in self.graph.nodes:
+            view.add_node(node.name, op=node.op, target=operator_name(node), site=site(node))
+            view.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return view
+
+
+def operator_name(node: Node) -> str:
+    """`aten.conv2d.default`, `operator.getitem`, or the target of a node that calls nothing."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if target is operator.getitem:
+        return "getitem"
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def site(node: Node) -> str:
+    """Where a node stands in the user's model: `layer3.2.conv1`; the name of the tensor for a parameter."""
+    if node.op == "get_attr":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(p) for p, _ in reversed(list(stack.values())) if p), "")
+    return path or node.name
+
+
+def source_line(node: Node) -> str:
+    """The innermost line of the user's code behind a node: `model.py:33`, or an empty string."""
+    trace = [line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in trace if "site-packages/torch/" not in line] or trace
+    if not own:
+        return ""
+    path, _, rest = own[-1].removeprefix('File "').partition('", line ')
+    return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+
+
+def describe(value: Any, symbols: Mapping[str, str] | None = None) -> str:
+    """`f32[batch, 16, 32, 32]` of a tensor, `int` of a size, a tuple of these of several."""
+    if isinstance(value, Tensor):
+        sizes = ", ".join(_rename(str(s), symbols or {}) for s in value.shape)
+        return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}[{sizes}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe(v, symbols) for v in value)})"
+    return type(value).__name__.removeprefix("Sym").lower()
+
+
+def unsupported(node: Node, why: str) -> UnsupportedError:
+    """An UnsupportedError that names operator, module and source line."""
+    line = source_line(node)
+    return UnsupportedError(f"{operator_name(node)} at {site(node)}{f' ({line})' if line else ''}: {why}")
+
+
+def _rename(text: str, symbols: Mapping[str, str]) -> str:
+    for symbol, name in symbols.items():
+        text = text.replace(symbol, name)
+    return text
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Node):
+        return "%" + value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_literal(v) for v in value) + "]"
+    return str(value)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """node -> values that no later node reads."""
+    seen: set[Node] = set()
+    last: dict[Node, list[Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                last.setdefault(node, []).append(source)
+        if node not in seen and node.op != "output":
+            last.setdefault(node, []).append(node)
+    return last

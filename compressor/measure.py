@@ -1,0 +1,270 @@
+"""What a model costs: parameters, bytes, latency, memory; and the machine that it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import runtime
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from torch import Tensor
+
+    from .ir import Graph
+
+    Feeds = Mapping[str, np.ndarray] | Sequence[np.ndarray]
+
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
+# Best first: the instruction set that decides how fast (and how exact) 8-bit kernels are.
+_ISA = (
+    ("avx512_vnni", ("avx512_vnni",)),
+    ("avx_vnni", ("avx_vnni",)),
+    ("avx512", ("avx512f", "avx512bw")),
+    ("avx2", ("avx2",)),
+    ("avx", ("avx",)),
+    ("arm_i8mm", ("i8mm",)),
+    ("arm_dot", ("asimddp",)),
+    ("arm_neon", ("asimd",)),
+)
+
+
+# -------------------------------------------------------------------- size
+
+
+def parameters(graph: Graph) -> int:
+    """Numbers in all tensors that the graph reads, buffers included; a shared tensor counts once."""
+    return sum(tensor.numel() for tensor in _live(graph))
+
+
+def bytes_of(graph: Graph) -> int:
+    """Bytes of all tensors that the graph reads, each in its own dtype; a shared tensor counts once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _live(graph))
+
+
+def _live(graph: Graph) -> list[Tensor]:
+    """The tensors that an operator or an output reads, one per memory: tied weights are one."""
+    unique: dict[object, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            tensor = graph.tensor(node)
+            where = (tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype)
+            unique[where if tensor.numel() else str(node.target)] = tensor
+    return list(unique.values())
+
+
+# -------------------------------------------------------------------- latency
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one run in milliseconds: median, 95th percentile and interquartile range over all runs.
+
+    rounds: the median of each round. Round i of every model in one `bench` was measured at the same moment.
+    """
+
+    median_ms: float
+    p95_ms: float
+    iqr_ms: float
+    runs: int
+    rounds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster: median over the rounds, with the quartiles of the rounds as its spread."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+def bench(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    feeds: Feeds,
+    threads: int = 1,
+    rounds: int = 15,
+    seconds: float = 2.0,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> list[Latency]:
+    """Latency of each model, in turns (A B, B A, A B ...), so that a drift of the machine hits all alike.
+
+    feeds: by input name, or in order (then the models may name their inputs differently). threads: inside an
+    operator, 0 for all cores. rounds: turns of each model, at least 3. seconds: time for all of them
+    together, after a warm-up; every round runs each model at least once.
+    """
+    if rounds < 3 or not models:
+        raise UsageError("a latency comparison needs at least one model and 3 rounds")
+    sessions = [runtime.session(path, providers=providers, threads=threads) for path in models]
+    arrays = [_ordered(session, feeds) for session in sessions]
+    repeats = []
+    for session, feed in zip(sessions, arrays, strict=True):
+        _timed(session, feed, 2)  # allocates arenas, unpacks what is left
+        once = min(_timed(session, feed, 3))
+        share = seconds * 1e3 / (rounds * len(models))
+        repeats.append(max(1, int(share / max(once, 1e-3))))
+    times: list[list[list[float]]] = [[] for _ in models]
+    for turn in range(rounds):
+        order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
+        for i in order:
+            times[i].append(_timed(sessions[i], arrays[i], repeats[i]))
+    return [_latency(one) for one in times]
+
+
+def ratio(base: Latency, other: Latency) -> Ratio:
+    """How many times faster `other` is than `base`, both of one `bench`: 2.0 takes half the time."""
+    if len(base.rounds) != len(other.rounds) or len(base.rounds) < 2:
+        raise UsageError("a ratio needs two latencies that were measured in one bench")
+    each = [b / o for b, o in zip(base.rounds, other.rounds, strict=True)]
+    low, median, high = statistics.quantiles(each, n=4)
+    return Ratio(median, low, high)
+
+
+def random_feeds(
+    session: ort.InferenceSession, *, batch: int = 1, free: int = 64, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Inputs that fit a session: normal floats, ones for integers and booleans (any table has row 1).
+
+    batch: size of a dynamic axis 0; free: size of every other dynamic axis.
+    """
+    generator = np.random.default_rng(seed)
+    feeds: dict[str, np.ndarray] = {}
+    for spec in session.get_inputs():
+        shape = [
+            size if isinstance(size, int) else (batch if axis == 0 else free)
+            for axis, size in enumerate(spec.shape)
+        ]
+        kind = _NUMPY.get(spec.type)
+        if kind is None:
+            raise UsageError(f"input {spec.name} is a {spec.type}; give it by hand")
+        floating = np.issubdtype(kind, np.floating)
+        feeds[spec.name] = generator.standard_normal(shape).astype(kind) if floating else np.ones(shape, kind)
+    return feeds
+
+
+_NUMPY: dict[str, type] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+def _ordered(session: ort.InferenceSession, feeds: Feeds) -> dict[str, np.ndarray]:
+    names = [spec.name for spec in session.get_inputs()]
+    feed = dict(feeds) if isinstance(feeds, Mapping) else dict(zip(names, feeds, strict=False))
+    runtime.run(session, feed)  # says clearly what does not fit, before the clock runs
+    return feed
+
+
+def _timed(session: ort.InferenceSession, feed: dict[str, np.ndarray], repeats: int) -> list[float]:
+    """Milliseconds of each of some runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _latency(rounds: Sequence[Sequence[float]]) -> Latency:
+    every = [time for one in rounds for time in one]
+    low, median, high, p95 = np.percentile(every, [25, 50, 75, 95]).tolist()
+    return Latency(median, p95, high - low, len(every), tuple(statistics.median(one) for one in rounds))
+
+
+# -------------------------------------------------------------------- memory
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MB (2**20 bytes)."""
+    peak = _kilobytes(Path("/proc/self/status"), "VmHWM")
+    if peak is not None:
+        return peak / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 << 20 if platform.system() == "Darwin" else 1 << 10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def resident_memory_mb(pid: int | None = None) -> float | None:
+    """Resident memory of a process and its children in MB now, None where /proc does not tell."""
+    return _tree_mb(pid, "status", "VmRSS")
+
+
+def anonymous_memory_mb(pid: int | None = None) -> float | None:
+    """Anonymous memory (no mapped files) of a process and its children in MB now, None without /proc."""
+    return _tree_mb(pid, "smaps_rollup", "Anonymous")
+
+
+def _tree_mb(pid: int | None, file: str, field: str) -> float | None:
+    sizes = [_kilobytes(Path(f"/proc/{one}/{file}"), field) for one in _tree(pid or os.getpid())]
+    known = [size for size in sizes if size is not None]  # a child may be gone by now
+    return sum(known) / 1024 if known else None
+
+
+def _tree(pid: int) -> list[int]:
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += map(int, task.read_text().split())
+        except OSError:  # the thread ended
+            continue
+    return [pid, *(one for child in children for one in _tree(child))]
+
+
+def _kilobytes(path: Path, field: str) -> float | None:
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return float(found[1]) if found else None
+
+
+# -------------------------------------------------------------------- the machine
+
+
+def machine() -> dict[str, str | int]:
+    """cpu: its name; cores: how many this process may use; isa: best instruction set for 8-bit kernels."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    name = re.search(r"^(?:model name|Hardware|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    have = set(flags[1].split()) if flags else set()
+    isa = next((isa for isa, needed in _ISA if have.issuperset(needed)), platform.machine() or "unknown")
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return {"cpu": name[1].strip() if name else platform.processor() or "unknown", "cores": cores, "isa": isa}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers, without importing them; `missing` if not installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found

@@ -1,0 +1,256 @@
+"""Facts per ATen operator, in one table: what kind it is, and what it costs. A new operator is one row.
+
+The kinds are what the analyses are written in: `channels.py` has one rule a kind, `affine.py` asks which kinds are
+linear in one operand, `quantize.py` which ones fuse. An operator without a row is `opaque`: it stops an analysis,
+with its name as the reason, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .ir import Graph, operator_name
+
+OPAQUE = "opaque"
+
+_ROWS: dict[str, str] = {
+    "conv": "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding",
+    "conv_transpose": "conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input",
+    "linear": "linear.default",
+    "matmul": "matmul.default mm.default bmm.default",
+    "addmm": "addmm.default baddbmm.default",
+    "einsum": "einsum.default",
+    "attention": "scaled_dot_product_attention.default",
+    "batch_norm": "batch_norm.default",
+    "layer_norm": "layer_norm.default",
+    "rms_norm": "rms_norm.default",
+    "group_norm": "group_norm.default",
+    "instance_norm": "instance_norm.default",
+    "activation": """relu.default relu6.default silu.default gelu.default hardswish.default hardsigmoid.default
+        hardtanh.default leaky_relu.default elu.default selu.default celu.default mish.default softplus.default
+        sigmoid.default tanh.default log_sigmoid.default clamp.default clamp_min.default clamp_max.default
+        threshold.default exp.default log.default sqrt.default rsqrt.default abs.default square.default
+        sin.default cos.default erf.default reciprocal.default sign.default floor.default round.default
+        pow.Tensor_Scalar logical_not.default bitwise_not.default isnan.default log1p.default expm1.default""",
+    "prelu": "prelu.default",
+    "add": "add.Tensor add.Scalar",
+    "sub": "sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor",
+    "mul": "mul.Tensor mul.Scalar",
+    "div": "div.Tensor div.Scalar",
+    "neg": "neg.default",
+    "binary": """pow.Tensor_Tensor pow.Scalar maximum.default minimum.default eq.Tensor eq.Scalar ne.Tensor ne.Scalar
+        lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar logical_and.default
+        logical_or.default bitwise_and.Tensor bitwise_or.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor where.self where.ScalarSelf where.ScalarOther
+        where.Scalar masked_fill.Scalar masked_fill.Tensor addcmul.default addcdiv.default div.Tensor_mode
+        floor_divide.default remainder.Scalar remainder.Tensor atan2.default""",
+    "cast": "to.dtype to.dtype_layout to.device to.other _to_copy.default type_as.default",
+    "identity": """alias.default clone.default contiguous.default detach.default detach_.default dropout.default
+        feature_dropout.default alpha_dropout.default
+        feature_alpha_dropout.default lift_fresh_copy.default lift_fresh.default""",
+    "softmax": "softmax.int log_softmax.int _softmax.default _log_softmax.default",
+    "reduce": """mean.dim mean.default sum.dim_IntList sum.default amax.default amin.default max.dim min.dim
+        prod.dim_int var.correction std.correction var.dim std.dim linalg_vector_norm.default norm.ScalarOpt_dim
+        argmax.default argmin.default logsumexp.default any.dim all.dim""",
+    "scan": "cumsum.default cumprod.default sort.default topk.default",
+    "max_pool": "max_pool1d.default max_pool2d.default max_pool3d.default",
+    "avg_pool": "avg_pool1d.default avg_pool2d.default avg_pool3d.default",
+    "adaptive_pool": """adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
+        adaptive_max_pool1d.default adaptive_max_pool2d.default""",
+    "upsample": """upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_bilinear2d.vec
+        upsample_bicubic2d.vec upsample_linear1d.vec upsample_trilinear3d.vec upsample_nearest2d.default
+        upsample_bilinear2d.default _upsample_nearest_exact2d.vec _upsample_bilinear2d_aa.default
+        _upsample_bicubic2d_aa.default""",
+    "view": "view.default reshape.default _unsafe_view.default view_as.default reshape_as.default",
+    "flatten": "flatten.using_ints",
+    "unflatten": "unflatten.int",
+    "permute": "permute.default",
+    "transpose": "transpose.int t.default swapaxes.default numpy_T.default adjoint.default mT.default",
+    "unsqueeze": "unsqueeze.default",
+    "squeeze": "squeeze.default squeeze.dim squeeze.dims",
+    "expand": "expand.default expand_as.default broadcast_to.default",
+    "repeat": "repeat.default tile.default",
+    "repeat_interleave": "repeat_interleave.self_int",
+    "cat": "cat.default concat.default",
+    "stack": "stack.default",
+    "split": "split.Tensor split.sizes split_with_sizes.default",
+    "chunk": "chunk.default",
+    "unbind": "unbind.int",
+    "slice": "slice.Tensor",
+    "narrow": "narrow.default",
+    "select": "select.int",
+    "index_select": "index_select.default",
+    "index": "index.Tensor",
+    "gather": "gather.default",
+    "roll": "roll.default",
+    "flip": "flip.default",
+    "pad": "pad.default constant_pad_nd.default",
+    "pixel_shuffle": "pixel_shuffle.default",
+    "pixel_unshuffle": "pixel_unshuffle.default",
+    "channel_shuffle": "channel_shuffle.default",
+    "embedding": "embedding.default",
+    "fft": "fft_fft.default fft_ifft.default fft_rfft.default fft_irfft.default fft_fft2.default real.default",
+    "create": """arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format
+        eye.default eye.m linspace.default scalar_tensor.default tril_indices.default""",
+    "create_like": """zeros_like.default ones_like.default full_like.default empty_like.default new_zeros.default
+        new_ones.default new_full.default tril.default triu.default""",
+    "size": "sym_size.int sym_numel.default",
+    "assertion": """_assert_tensor_metadata.default _assert_scalar.default _assert_async.msg
+        sym_constrain_range_for_size.default sym_constrain_range.default""",
+}
+
+KINDS: dict[str, str] = {f"aten.{name}": kind for kind, names in _ROWS.items() for name in names.split()}
+KINDS |= {
+    "getitem": "getitem",
+    "quantized_decomposed.quantize_per_tensor.default": "quantize",
+    "quantized_decomposed.dequantize_per_tensor.default": "dequantize",
+    "quantized_decomposed.dequantize_per_channel.default": "dequantize",
+}
+
+# One operand in, values changed one by one, no parameter: safe to move a positive per-channel mask past nothing.
+ELEMENTWISE = frozenset({"activation", "prelu", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
+NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm"})
+CONTRACTIONS = frozenset({"conv", "conv_transpose", "linear", "matmul", "addmm", "einsum", "attention"})
+
+
+def kind(node: Node) -> str:
+    """The row of a node: its kind, `placeholder`, `get_attr`, `output`, or `opaque`."""
+    if node.op != "call_function":
+        return node.op
+    name = operator_name(node)
+    known = KINDS.get(name)
+    if known is not None:
+        return known
+    if _is_size_arithmetic(node):
+        return "size"
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        return "binary"
+    return OPAQUE
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments by the names of the operator's schema, defaults filled in.
+
+    `arguments(conv)["stride"]` is right whether it was passed by position, by keyword or not at all.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    bound: dict[str, Any] = {}
+    for position, formal in enumerate(schema.arguments):
+        if position < len(node.args):
+            bound[formal.name] = node.args[position]
+        elif formal.name in node.kwargs:
+            bound[formal.name] = node.kwargs[formal.name]
+        elif formal.has_default_value():
+            bound[formal.name] = formal.default_value
+    return bound
+
+
+def set_argument(graph: Graph, node: Node, name: str, value: Any) -> None:
+    """Rewrites one argument by its schema name, leaving how the others were passed as it is."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if name in node.kwargs or position > len(node.args):
+        graph.set_args(node, node.args, {**node.kwargs, name: value})
+    else:
+        graph.set_args(node, (*node.args[:position], value, *node.args[position + 1 :]))
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """Sizes of a tensor-valued node; a symbolic size is a `torch.SymInt`."""
+    return tuple(node.meta["val"].shape)
+
+
+def is_static(size: Any) -> bool:
+    return isinstance(size, int)
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def is_constant(node: Any) -> bool:
+    """True for a `get_attr`: a parameter, buffer or lifted constant."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def sizes(node: Node) -> tuple[int, ...]:
+    """Sizes for one sample: the batch counts 1, every other dynamic axis what it was in the example."""
+    return tuple(_size(s, node) for s in shape(node))
+
+
+def macs(graph: Graph) -> int:
+    """Multiply-accumulates of one sample; FLOPs are twice that. Only contractions count."""
+    return sum(node_macs(n) for n in graph.nodes)
+
+
+def node_macs(node: Node) -> int:
+    """Multiply-accumulates of one operator for one sample (dynamic axes other than the batch as in the example)."""
+    which = kind(node)
+    if which not in CONTRACTIONS or not is_tensor(node):
+        return 0
+    bound = arguments(node)
+    out = math.prod(sizes(node))
+    if which == "conv":
+        return out * math.prod(sizes(bound["weight"])[1:])
+    if which == "conv_transpose":
+        return math.prod(sizes(bound["input"])) * math.prod(sizes(bound["weight"])[1:])
+    if which == "linear":
+        return out * sizes(bound["weight"])[1]
+    if which == "matmul":
+        return out * sizes(node.args[0])[-1]  # type: ignore[arg-type]
+    if which == "addmm":
+        return out * sizes(node.args[1])[-1]  # type: ignore[arg-type]
+    if which == "attention":
+        query, key, value = (sizes(bound[n]) for n in ("query", "key", "value"))
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return _einsum_macs(node)
+
+
+def _einsum_macs(node: Node) -> int:
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    extents: dict[str, int] = {}
+    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):  # type: ignore[arg-type]
+        if "." in labels:
+            return math.prod(sizes(node))
+        extents |= dict(zip(labels, sizes(operand), strict=True))  # type: ignore[arg-type]
+    return math.prod(extents.values())
+
+
+def _size(size: Any, node: Node) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    batch = _batch_symbol(node)
+    if batch is None:
+        return int(hint)
+    expression = size.node.expr
+    value = expression.subs({batch: 1})
+    remaining = {s: size.node.shape_env.var_to_val.get(s, 1) for s in value.free_symbols}
+    return max(1, int(value.subs(remaining)))
+
+
+def _batch_symbol(node: Node) -> Any:
+    for other in node.graph.find_nodes(op="placeholder"):
+        value = other.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() and not isinstance(value.shape[0], int):
+            return value.shape[0].node.expr
+    return None
+
+
+def _is_size_arithmetic(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not isinstance(
+        node.target, torch._ops.OpOverload
+    )
+
+
+def contractions(graph: Graph) -> Iterator[Node]:
+    """Every operator that multiplies and accumulates, in order."""
+    return (n for n in graph.nodes if kind(n) in CONTRACTIONS)

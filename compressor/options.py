@@ -1,0 +1,181 @@
+"""The options of the commands, each said once, and the checks that need no heavy import."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from .errors import FileError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _all(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def apply(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+def _limits(ctx: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, int]:
+    """`PASS=N` -> {PASS: N}."""
+    limits = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if not name or not number.isdigit():
+            raise click.BadParameter(f"'{value}' is not PASS=N, for example fold=3", ctx, option)
+        limits[name] = int(number)
+    return limits
+
+
+_POSITIVE = click.FloatRange(0, min_open=True)
+
+compiling = _all(
+    click.option(
+        "--passes",
+        metavar="SPEC",
+        help="Passes in order, e.g. merge,prune(macs=0.5),int8. Default: the target's own recipe.",
+    ),
+    click.option("--target", metavar="NAME", help="Where the model will run; default: cpu."),
+    click.option(
+        "--calib",
+        "calibration",
+        metavar="DATA",
+        help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, or a folder of images.",
+    ),
+    click.option(
+        "--calib-limit",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Use at most N samples; default: 1024.",
+    ),
+    click.option(
+        "--eval",
+        "evaluate",
+        metavar="DATA",
+        help="Data with labels (key y) or module:function; adds a metric to every row of the report.",
+    ),
+    click.option(
+        "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
+    ),
+    click.option(
+        "--dynamic/--static",
+        default=None,
+        help="Leave the batch axis free, or fix it; default: the target's.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0), metavar="N", help="Seed of all that is random; default: 0."
+    ),
+    click.option(
+        "--tolerance",
+        type=_POSITIVE,
+        metavar="X",
+        help="Allowed relative error of exact passes, instead of the contract's own.",
+    ),
+    click.option(
+        "--measure/--no-measure",
+        default=True,
+        help="Without measuring, no decision depends on a stopwatch; default: measure.",
+    ),
+)
+
+debugging = _all(
+    click.option(
+        "--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass. Repeatable."
+    ),
+    click.option("--stop-after", metavar="PASS", help="Stop after a pass; nothing is emitted."),
+    click.option(
+        "--limit",
+        multiple=True,
+        metavar="PASS=N",
+        callback=_limits,
+        help="Let a pass make its first N rewrites only, to find the one that matters. Repeatable.",
+    ),
+    click.option("--time", is_flag=True, help="Show where the time went."),
+)
+
+loading = _all(
+    click.option(
+        "--model",
+        "model_spec",
+        metavar="WHAT",
+        help="Architecture of a checkpoint: package.module:factory, file.py:factory(num_classes=37), "
+        "torchvision:NAME, timm:NAME or hf:DIR.",
+    ),
+    click.option("--adapter", metavar="DIR", help="Adapter (LoRA and others) to load on top of the model."),
+    click.option(
+        "--input",
+        "inputs",
+        metavar="SPEC",
+        multiple=True,
+        help="An input that the file does not describe: x:f32[?,3,224,224], with ? for dynamic. Repeatable.",
+    ),
+    click.option(
+        "--preprocess",
+        metavar="HOW",
+        help="For images: imagenet, a timm or Hugging Face preprocessing file, or module:function.",
+    ),
+    click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Unpickle the file for real, which runs code that is in it. Only for files you trust.",
+    ),
+    click.option(
+        "--allow-missing",
+        metavar="PATTERN",
+        multiple=True,
+        help="Accept parameters that the file lacks and whose names match. Repeatable.",
+    ),
+)
+
+comparing = _all(
+    click.option("--data", metavar="DATA", help="Inputs to compare on; default: generated ones."),
+    click.option("--tolerance", type=_POSITIVE, metavar="X", help="Allowed relative error."),
+)
+
+timing = _all(
+    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="0: all cores."),
+    click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Size of a dynamic batch.",
+    ),
+    click.option("--seconds", type=_POSITIVE, default=5.0, show_default=True, help="How long to measure."),
+)
+
+printing = _all(
+    click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+)
+
+
+def given() -> dict[str, Any]:
+    """The options that the user typed, by the api's names; for all others the api's defaults hold."""
+    ctx = click.get_current_context()
+    skip = {"quiet", "as_json", *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if name not in skip and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def existing(name: str) -> str:
+    """The name, if it is there; FileError with the nearest name beside it otherwise."""
+    path = Path(name)
+    if path.exists():
+        return name
+    beside = path.parent
+    names = [one.name for one in beside.iterdir()] if beside.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, 1)
+    hint = f"; did you mean '{beside / close[0]}'?" if close else ""
+    raise FileError(f"{name}: no such file{hint}")

@@ -1,0 +1,403 @@
+"""Passes, the spec string that names them, and the pipeline that runs them one by one and holds each to its contract."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from . import verify
+from .data import Data
+from .errors import ContractError, UsageError
+from .ir import Graph, Journal, operator_name, site
+from .measure import bytes_of, parameters, peak_memory_mb
+from .ops import macs
+from .target import Target
+from .verify import BOUNDED, EXACT, MASKED, Contract
+
+__all__ = [
+    "BOUNDED",
+    "EXACT",
+    "MASKED",
+    "Context",
+    "Contract",
+    "Decline",
+    "Outcome",
+    "Pass",
+    "Pipeline",
+    "Rewrite",
+    "Row",
+    "arrange",
+    "parse",
+]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One change that a pass made: where (module path) and what (`batch_norm into conv2d`)."""
+
+    site: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Decline:
+    """One change that a pass considered and left: where, and the reason that a user reads."""
+
+    site: str
+    reason: str
+
+    @classmethod
+    def at(cls, node: Node, reason: str) -> Decline:
+        return cls(f"{site(node)} ({operator_name(node)})", reason)
+
+
+@dataclass
+class Outcome:
+    """What one step of a pass did.
+
+    contract: how this step's numbers are judged, the pass's own if None. reference: the graph that a `masked`
+    step must equal (the original with masks at its readers). facts: small plain data for the report.
+    """
+
+    rewrites: list[Rewrite] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    contract: Contract | None = None
+    reference: Graph | None = None
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a pass may know besides the graph. Nothing ambient: no globals, no environment.
+
+    calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
+    may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
+    `advance(n)`. measure(graph): median milliseconds of one run on the target's runtime, batch 1; None where
+    measuring is switched off.
+    """
+
+    target: Target
+    held_out: Data
+    calibration: Data | None = None
+    seed: int = 0
+    limit: int | None = None
+    measure: Callable[[Graph], float] | None = None
+    progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
+        lambda title, total: nullcontext(lambda n: None)
+    )
+
+
+class Pass:
+    """Base of all passes: a frozen dataclass whose fields are its whole configuration.
+
+    after: passes that must stand before it in a spec when both are there. requires: passes that are inserted before
+    it when they are missing. run edits `graph` through its verbs and returns an Outcome, or yields several steps.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    after: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> Outcome | Iterator[Outcome]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={_show(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"({','.join(changed)})" if changed else "")
+
+
+# -------------------------------------------------------------------- running
+
+
+@dataclass
+class Row:
+    """What one pass did, as the report shows it. bytes: of all tensors; macs: of one sample."""
+
+    name: str
+    config: str
+    contract: str
+    status: str
+    params: int
+    macs: int
+    bytes: int
+    checks: list[verify.Check] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    declines: list[Decline] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    metric: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain["pass"] = plain.pop("name")
+        plain["checks"] = [c.to_dict() for c in self.checks]
+        for key in ("rewrites", "declines"):
+            plain[key] = [dataclasses.asdict(entry) for entry in plain[key]]
+        return plain
+
+
+class Pipeline:
+    """Runs passes in order over one graph, and checks the contract of each on held-out samples.
+
+    tolerance overrides the one of `exact` and `masked`. limits: pass name -> apply only its first N rewrites.
+    stop_after: name of the last pass to run. after(row, graph) is called after every pass.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        registry: Mapping[str, type[Pass]],
+        *,
+        tolerance: float | None = None,
+        limits: Mapping[str, int] = types.MappingProxyType({}),
+        stop_after: str | None = None,
+        after: Callable[[Row, Graph], None] = lambda row, graph: None,
+    ) -> None:
+        self.passes, self.inserted = arrange(passes, registry)
+        for name in [*limits, *([stop_after] if stop_after else [])]:
+            if not any(p.name == name for p in self.passes):
+                raise UsageError(f"'{name}' is not among the passes of this run: {','.join(map(str, self.passes))}")
+        self.tolerance, self.limits, self.stop_after, self.after = tolerance, limits, stop_after, after
+
+    def run(self, graph: Graph, ctx: Context) -> list[Row]:
+        """Edits `graph` in place; a row for the input and one for every pass. ContractError names pass and operator."""
+        rows = [_row("input", "", "", "", graph)]
+        self.after(rows[0], graph)
+        judge = _Judge(graph, ctx.held_out, self.tolerance)
+        for one in self.passes:
+            start = time.perf_counter()
+            with ctx.progress(str(one), None):
+                row = self._apply(one, graph, dataclasses.replace(ctx, limit=self.limits.get(one.name)), judge)
+            row.seconds, row.peak_mb = time.perf_counter() - start, peak_memory_mb()
+            rows.append(row)
+            self.after(row, graph)
+            if one.name == self.stop_after:
+                break
+        return rows
+
+    def _apply(self, one: Pass, graph: Graph, ctx: Context, judge: _Judge) -> Row:
+        row = _row(one.name, str(one), one.contract.name, "unchanged", graph)
+        judge.begin(graph)
+        result = one.run(graph, ctx)
+        for outcome in [result] if isinstance(result, Outcome) else result:
+            row.rewrites += outcome.rewrites
+            row.declines += outcome.declines
+            row.facts |= outcome.facts
+            graph.clean()
+            graph.check()
+            contract = outcome.contract or one.contract
+            where = f"pass {one.name}" + (f" ({outcome.step})" if outcome.step else "")
+            status, checks = judge.step(graph, contract, outcome, where)
+            if status != "unchanged":
+                row.contract, row.status = contract.name, _worse(row.status, status)
+                row.checks += checks
+        row.params, row.macs, row.bytes = parameters(graph), macs(graph), bytes_of(graph)
+        return row
+
+
+class _Judge:
+    """Holds the reference of every check: outputs of the model as it came, and of the graph before the step."""
+
+    def __init__(self, graph: Graph, held_out: Data, tolerance: float | None) -> None:
+        self.batches = list(held_out)
+        self.tolerance = tolerance
+        self.original = self.last = verify.observe(graph, self.batches)
+        self.precise = verify.observe_precisely(graph, self.batches)
+        again = verify.observe(graph, self.batches[:1])
+        self.deterministic = all(
+            c.error == 0 and c.finite for c in verify.compare(graph, self.original[:1], again)
+        )
+        self.before = graph
+
+    def begin(self, graph: Graph) -> None:
+        self.before = graph.copy()
+        graph.journal = Journal()
+
+    def step(
+        self, graph: Graph, contract: Contract, outcome: Outcome, where: str
+    ) -> tuple[str, list[verify.Check]]:
+        if not outcome.rewrites:
+            if graph.text() != self.before.text() or graph.journal.changed:
+                raise ContractError(f"{where} changed the graph and did not say so")
+            self.begin(graph)
+            return "unchanged", []
+        if not self.deterministic:
+            contract = BOUNDED
+        seen = verify.observe(graph, self.batches)
+        reference, wrong, base = self.last, None, self.before
+        if contract is MASKED and outcome.reference is not None:
+            base = outcome.reference
+            reference, wrong = verify.observe(base, self.batches), self.last
+        tolerance = self.tolerance
+        if contract is EXACT and self.precise is not None:
+            reference, tolerance = self.precise, verify.half_tolerance(graph, self.precise, self.last)
+        checks = verify.compare(base, reference, seen, wrong, tolerance)
+        try:
+            status = verify.judge(contract, checks, where)
+        except ContractError as error:
+            raise ContractError(f"{error}{self._blame(base, graph, contract, 0.0)}") from None
+        if contract is not BOUNDED and self.precise is None:
+            blame = self._blame(base, graph, contract, 10 * max(c.tolerance for c in checks))
+            if blame:
+                raise ContractError(f"{where}: a value inside is wrong{blame}")
+            status = "proved" if contract is EXACT else status
+        self.last = seen
+        self.begin(graph)
+        return status, checks
+
+    def _blame(self, base: Graph, graph: Graph, contract: Contract, tolerance: float) -> str:
+        """The first operator whose value went wrong, in words; empty when there is none."""
+        if contract is BOUNDED:
+            return ""
+        sample = tuple(t[:4] if t.dim() and isinstance(s.shape[0], str) else t for t, s in self._sample(graph))
+        found = verify.first_divergence(base, graph, sample, tolerance or 1e-4)
+        if found is None:
+            return ""
+        line = f", {found.line}" if found.line else ""
+        return (
+            f"; first bad operator: {found.operator} at {found.site}{line}: expected {found.expected}; "
+            f"seen {found.seen} (error {found.error:.1e})"
+        )
+
+    def _sample(self, graph: Graph) -> Iterator[tuple[Any, Any]]:
+        return zip(self.batches[0].inputs, graph.inputs, strict=True)
+
+
+def _row(name: str, config: str, contract: str, status: str, graph: Graph) -> Row:
+    return Row(name, config, contract, status, parameters(graph), macs(graph), bytes_of(graph))
+
+
+def _worse(a: str, b: str) -> str:
+    order = ("unchanged", "proved", "warned", "not proved")
+    return max(a, b, key=order.index)
+
+
+# -------------------------------------------------------------------- the spec string
+
+
+def parse(spec: str, registry: Mapping[str, type[Pass]]) -> list[Pass]:
+    """`merge,prune(macs=0.5),int8` -> passes. UsageError with the nearest name on anything unknown."""
+    passes: list[Pass] = []
+    for text in _split(spec):
+        name, _, rest = text.partition("(")
+        name = name.strip()
+        if name not in registry:
+            raise UsageError(f"unknown pass '{name}'{_nearest(name, registry)}; `compress passes` lists them")
+        if rest and not rest.rstrip().endswith(")"):
+            raise UsageError(f"'{text}' has no closing parenthesis")
+        passes.append(_configure(registry[name], rest.rstrip()[:-1] if rest else ""))
+    if not passes:
+        raise UsageError("no pass named; for example --passes merge,fold,int8")
+    return passes
+
+
+def arrange(passes: Sequence[Pass], registry: Mapping[str, type[Pass]]) -> tuple[list[Pass], list[str]]:
+    """The user's order, with missing prerequisites inserted (their names: second value).
+
+    UsageError, with the right spec, where the order breaks a rule.
+    """
+    arranged: list[Pass] = []
+    inserted: list[str] = []
+    for one in passes:
+        for needed in one.requires:
+            if not any(p.name == needed for p in arranged):
+                if any(p.name == needed for p in passes):
+                    _wrong_order(passes, registry, one.name, needed)
+                arranged.append(registry[needed]())
+                inserted.append(needed)
+        arranged.append(one)
+    for i, one in enumerate(arranged):
+        for later in arranged[i + 1 :]:
+            if later.name in one.after:
+                _wrong_order(passes, registry, one.name, later.name)
+    return arranged, inserted
+
+
+def _wrong_order(
+    passes: Sequence[Pass], registry: Mapping[str, type[Pass]], early: str, late: str
+) -> typing.NoReturn:
+    order = list(registry)
+    right = ",".join(str(p) for p in sorted(passes, key=lambda p: order.index(p.name)))
+    raise UsageError(f"{early} must come after {late}; write --passes '{right}'")
+
+
+def _split(spec: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(spec):
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append(spec[start:i].strip())
+            start = i + 1
+    return [p for p in [*parts, spec[start:].strip()] if p]
+
+
+def _configure(cls: type[Pass], text: str) -> Pass:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for part in _split(text):
+        key, sep, raw = part.partition("=")
+        key = key.strip()
+        if not sep or key not in fields:
+            known = ", ".join(fields) or "none"
+            raise UsageError(f"{cls.name} has no option '{key}'{_nearest(key, fields)}; its options: {known}")
+        values[key] = _convert(cls.name, key, raw.strip(), fields[key])
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{cls.name}: {error}") from error
+
+
+def _convert(owner: str, key: str, raw: str, kind: Any) -> Any:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in kinds and raw.lower() == "none":
+        return None
+    for one in kinds:
+        if typing.get_origin(one) is typing.Literal:
+            if raw in typing.get_args(one):
+                return raw
+        elif typing.get_origin(one) is tuple:
+            return tuple(p.strip().strip("'\"") for p in raw.strip("[]()").split("+") if p.strip())
+        elif one is bool and raw.lower() in ("true", "false"):
+            return raw.lower() == "true"
+        elif one is str:
+            return raw.strip("'\"")
+        elif one in (int, float):
+            try:
+                value = ast.literal_eval(raw)
+            except (ValueError, SyntaxError):
+                continue
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and one(value) == value:
+                return one(value)
+    wanted = " or ".join(
+        "|".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else getattr(k, "__name__", str(k))
+        for k in kinds
+        if k is not types.NoneType
+    )
+    raise UsageError(f"{owner}({key}={raw}): expected {wanted}")
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _show(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

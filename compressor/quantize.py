@@ -1,0 +1,240 @@
+"""Integers for floats: scales and zero points, calibration in one streamed pass, and Q/DQ pairs in the graph.
+
+real = (integer - zero_point) * scale. Activations have one scale a tensor, weights one an output channel and zero
+point 0, biases the scale of the sums they are added to. Which values are quantised is decided in `place.py`; what an
+execution provider computes in integers stands in the target's `QuantSpec`.
+Source: Jacob et al. 2018 (arXiv:1712.05877), sections 2.1 to 2.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the quantized_decomposed operators
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .data import Batch
+from .errors import DataError, UnsupportedError
+from .ir import Graph, operator_name, site
+from .ops import shape
+from .place import Operands, Placement, Range, listed, operands
+from .statistics import Histogram, MinMax
+from .target import QuantSpec
+
+LEVELS = {"u8": (0, 255, torch.uint8), "s8": (-128, 127, torch.int8)}
+INT32_LIMIT = 2**31 - 1
+BIAS_LIMIT = 2**30  # leaves the accumulator as much room for the products
+TINIEST = 2.0**-60  # of scales: the product of two is still a normal float32
+SAMPLED = 1 << 16  # values of one batch that a histogram counts; its extremes are exact
+STRIDES = (1, 3, 7, 13, 31, 61, 127, 251, 509, 1021)  # primes: no axis of a tensor is sampled at fixed places
+
+_quantised = torch.ops.quantized_decomposed
+
+
+@dataclass(frozen=True)
+class Params:
+    """Integers of one tensor: real = (integer - zero_point) * scale, integers from low to high."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    dtype: torch.dtype
+
+
+# -------------------------------------------------------------------- scales
+
+
+def tensor_params(low: float, high: float, spec: QuantSpec) -> Params:
+    """Params of an activation that lies between low and high; the range is widened to hold 0, which is exact.
+
+    The scale is rounded down to a float32, so that no integer stands for more than `high`: a clipping activation
+    (ReLU6) in front of the quantiser then changes nothing, and a runtime may drop it.
+    """
+    least, most, dtype = LEVELS[spec.activation]
+    low, high = min(low, 0.0), max(high, 0.0)
+    if spec.activation == "s8":
+        return Params(_single(max(-low, high), most), 0, least, most, dtype)
+    scale = _single(high - low, most - least)
+    return Params(scale, min(most, max(least, round(least - low / scale))), least, most, dtype)
+
+
+def _single(extent: float, steps: int) -> float:
+    """extent / steps as a float32 that, times steps, does not exceed the extent; 1 for an extent of 0."""
+    if extent <= 0:
+        return 1.0
+    scale = np.float32(extent / steps)
+    while float(np.float32(scale * np.float32(steps))) > extent:
+        scale = np.nextafter(scale, np.float32(0))
+    return max(float(scale), TINIEST)
+
+
+def weight_scales(weight: Tensor, axis: int, spec: QuantSpec) -> Tensor:
+    """float32 scales [channels] of symmetric integers, channels along `axis`; 1 for a channel of zeros.
+
+    127 levels on each side of 0, or 64 with reduce_range: 255 * 64 * 2 stays below 2**15.
+    """
+    flat = weight.detach().double().movedim(axis, 0).reshape(weight.shape[axis], -1)
+    peak = flat.abs().amax(1)
+    scales = (peak / weight_limit(spec)).clamp(min=TINIEST)
+    return torch.where(peak > 0, scales, torch.ones_like(scales)).float()
+
+
+def weight_limit(spec: QuantSpec) -> int:
+    return 64 if spec.reduce_range else 127
+
+
+def quantise_weight(weight: Tensor, scales: Tensor, axis: int, spec: QuantSpec) -> Tensor:
+    """int8 integers of a weight, scales along `axis`."""
+    limit = weight_limit(spec)
+    shape = [-1 if d == axis else 1 for d in range(weight.dim())]
+    return torch.round(weight.detach().double() / scales.double().reshape(shape)).clamp(-limit, limit).to(torch.int8)
+
+
+def room_for_bias(scales: Tensor, bias: Tensor, activation: float) -> Tensor:
+    """Weight scales, raised where bias / (scale * activation) would leave 30 bits.
+
+    Only channels whose weights are tiny beside their bias are touched (all zeros after pruning, for one).
+    """
+    least = (bias.detach().double().abs() / (activation * BIAS_LIMIT)).float()
+    return torch.maximum(scales, least * (1 + 2.0**-20))
+
+
+def quantise_bias(bias: Tensor, scales: Tensor) -> Tensor:
+    """int32 integers of a bias on the accumulator's scales."""
+    integers = torch.round(bias.detach().double() / scales.double())
+    return integers.clamp(-INT32_LIMIT, INT32_LIMIT).to(torch.int32)
+
+
+def fake_quantise(value: Tensor, params: Params) -> Tensor:
+    """What is left of a float32 tensor after a round trip through its integers."""
+    return _dequantise(_quantise(value, params), params)
+
+
+def _quantise(value: Tensor, p: Params) -> Tensor:
+    return _quantised.quantize_per_tensor.default(value, p.scale, p.zero_point, p.low, p.high, p.dtype)
+
+
+def _dequantise(value: Tensor, p: Params) -> Tensor:
+    return _quantised.dequantize_per_tensor.default(value, p.scale, p.zero_point, p.low, p.high, p.dtype)
+
+
+# -------------------------------------------------------------------- calibration
+
+
+def calibrate(
+    graph: Graph,
+    nodes: Collection[Node],
+    batches: Iterable[Batch],
+    percentile: float = 100.0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[Node, Range]:
+    """(low, high) of each node's value over all batches, in one pass and constant memory.
+
+    percentile: 100 for the extremes; 99.9 cuts 0.1 % of the values off either tail. advance is told of every sample.
+    DataError on no data, and on NaN and infinite values, with the first tensor that holds them.
+    """
+    wanted = set(nodes)
+    seen: dict[Node, MinMax | Histogram] = {}
+    samples = 0
+    for batch in batches:
+        for node, value in graph.values(*batch.inputs):
+            if node not in wanted:
+                continue
+            if node not in seen:
+                seen[node] = MinMax() if percentile == 100 else Histogram(stride=_stride(value.numel()))
+            seen[node].update(value)
+            if seen[node].dropped:
+                raise DataError(
+                    f"calibration samples {samples} to {samples + len(value) - 1} give NaN or infinite values at "
+                    f"{site(node)} ({operator_name(node)}): no integer stands for them"
+                )
+        samples += len(batch.inputs[0])
+        advance(len(batch.inputs[0]))
+    if not samples:
+        raise DataError("the calibration data is empty: ranges need samples")
+    return {n: (float(s.low), float(s.high)) if isinstance(s, MinMax) else s.percentile(percentile) for n, s in seen.items()}
+
+
+def _stride(count: int) -> int:
+    return next((s for s in STRIDES if count // s <= SAMPLED), STRIDES[-1])
+
+
+# -------------------------------------------------------------------- Q/DQ pairs
+
+
+def insert_pairs(plan: Placement, ranges: Mapping[Node, Range]) -> None:
+    """Writes a placement into its graph: integer weights and biases first, then a Q/DQ pair behind every value."""
+    params = {owner: tensor_params(*ranges[owner], plan.spec) for owner in plan.owner.values()}
+    readers = {value: plan.readers(value) for value in plan.owner}
+    weights: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
+    for node in plan.operators:
+        bound = operands(node)
+        if bound is not None:
+            _quantise_operands(plan, node, bound, params[plan.owner[bound.input]].scale, weights)
+    for value, users in readers.items():
+        pair = _pair(plan.graph, value, params[plan.owner[value]])
+        for user in users:
+            _redirect(plan.graph, user, value, pair)
+
+
+def _quantise_operands(
+    plan: Placement, node: Node, bound: Operands, activation: float, made: dict[tuple[Node, int], list[tuple[Tensor, Node]]]
+) -> None:
+    """Weight and, where the provider adds it to integers, bias of one operator. A shared weight is quantised once."""
+    graph, spec = plan.graph, plan.spec
+    weight = graph.tensor(bound.weight)
+    if not bool(torch.isfinite(weight).all()):
+        raise UnsupportedError(f"{bound.weight.target} holds NaN or infinite values: no integer stands for them")
+    scales = weight_scales(weight, bound.axis, spec)
+    integer_bias = spec.bias == "i32" and bound.bias is not None and node not in plan.floating
+    if integer_bias:
+        scales = room_for_bias(scales, graph.tensor(bound.bias), activation)
+    twins = made.setdefault((bound.weight, bound.axis), [])
+    twin = next((n for s, n in twins if torch.equal(s, scales)), None)
+    if twin is None:
+        integers = quantise_weight(weight, scales, bound.axis, spec)
+        twin = _constant(graph, bound.weight, integers, scales, bound.axis)
+        twins.append((scales, twin))
+    _redirect(graph, node, bound.weight, twin)
+    if integer_bias:
+        sums = scales * activation
+        integers = quantise_bias(graph.tensor(bound.bias), sums)
+        _redirect(graph, node, bound.bias, _constant(graph, bound.bias, integers, sums, 0))
+
+
+def _constant(graph: Graph, source: Node, integers: Tensor, scales: Tensor, axis: int) -> Node:
+    """A float constant as integers behind a dequantiser."""
+    limits = torch.iinfo(integers.dtype)
+    stored = graph.add_tensor(f"{source.target}_{'int32' if integers.dtype == torch.int32 else 'int8'}", integers)
+    factors = graph.add_tensor(f"{source.target}_scale", scales)
+    zeros = graph.add_tensor(f"{source.target}_zero_point", torch.zeros_like(scales, dtype=integers.dtype))
+    arguments = (stored, factors, zeros, axis, limits.min, limits.max, integers.dtype)
+    return graph.insert(_quantised.dequantize_per_channel.default, arguments, before=_behind(source))
+
+
+def _pair(graph: Graph, value: Node, p: Params) -> Node:
+    """A quantiser and a dequantiser behind `value`; the dequantiser."""
+    arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
+    before = _behind(value)
+    integers = graph.insert(_quantised.quantize_per_tensor.default, (value, *arguments), before=before)
+    return graph.insert(_quantised.dequantize_per_tensor.default, (integers, *arguments), before=before)
+
+
+def _behind(node: Node) -> Node:
+    """The node in front of which something that reads `node` can stand; inputs and constants come first in a graph."""
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following
+
+
+def _redirect(graph: Graph, user: Node, old: Node, new: Node) -> None:
+    """One reader of `old` reads `new`, which is not the same value: nothing is entered into the journal."""
+    args, kwargs = map_arg((user.args, user.kwargs), lambda n: new if n is old else n)
+    graph.set_args(user, args, kwargs)

@@ -1,0 +1,242 @@
+"""ONNX Runtime: sessions, runs, what its optimiser made of a model. Only this file imports onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import OutputError, TargetError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+_SILENT = (
+    4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
+)
+_FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
+
+
+def providers() -> tuple[str, ...]:
+    """Execution providers of the installed ONNX Runtime, best first."""
+    return tuple(_runtime().get_available_providers())
+
+
+def session(
+    model: str | os.PathLike[str] | bytes,
+    *,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    threads: int = 0,
+    optimize: bool = True,
+    profile: bool = False,
+    optimized_path: str | os.PathLike[str] | None = None,
+) -> ort.InferenceSession:
+    """A session on a file or on serialised bytes: sequential, deterministic, silent.
+
+    threads: inside one operator, 0 for all cores. optimize=False also leaves weights as they lie in the file,
+    so that a large model is verified in little memory. profile: `end_profiling()` names the trace, which lies
+    in the temporary folder. optimized_path: the optimised graph is written there, large weights beside it.
+    TargetError names the file and ONNX Runtime's first line, also when a provider is not installed.
+    """
+    runtime = _runtime()
+    name = _name(model)
+    missing = [p for p in providers if p not in runtime.get_available_providers()]
+    if missing:
+        have = ", ".join(runtime.get_available_providers())
+        raise TargetError(f"{name}: {missing[0]} is not in the installed ONNX Runtime, which has {have}")
+    options = _options(runtime, threads, optimize)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
+    if optimized_path is not None:
+        options.optimized_model_filepath = os.fspath(optimized_path)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", Path(optimized_path).name + ".data"
+        )
+    return _create(runtime, model, options, providers=list(providers))
+
+
+def run(
+    session: ort.InferenceSession, inputs: Mapping[str, np.ndarray] | Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """All outputs in order. inputs: by name, or in the model's order; TargetError if they do not fit."""
+    expected = [i.name for i in session.get_inputs()]
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(expected, inputs, strict=False))
+    if len(inputs) != len(expected) or set(given) != set(expected):
+        shown = ", ".join(map(str, inputs)) if isinstance(inputs, Mapping) else f"{len(inputs)} arrays"
+        raise TargetError(f"the model takes {', '.join(expected)}; it was given {shown}")
+    try:
+        return list(session.run(None, {name: np.ascontiguousarray(given[name]) for name in expected}))
+    except Exception as error:  # onnxruntime's classes share no base below Exception
+        raise TargetError(f"ONNX Runtime could not run the model: {_reason(error)}") from error
+
+
+def optimized_nodes(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """(operator, node name) of ONNX Runtime's own optimised graph, in execution order, without domains."""
+    with _optimized(path) as (model, _):
+        return [(node.op_type, node.name) for node in model.graph.node]
+
+
+def optimized_operators(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Operator -> how often it stands in ONNX Runtime's own optimised graph, commonest first."""
+    return dict(Counter(op for op, _ in optimized_nodes(path)).most_common())
+
+
+def float_operators_inside(path: str | os.PathLike[str]) -> list[str]:
+    """`operator name` of each optimised node with a float result between quantising and dequantising.
+
+    Between: it depends on some QuantizeLinear, and some DequantizeLinear depends on it. Empty for a model
+    that is all-integer from its first QuantizeLinear to its last DequantizeLinear. A dequantise-quantise pair
+    in the middle counts, since the values are floats between the two.
+    """
+    with _optimized(path) as (model, folder):
+        nodes = list(model.graph.node)
+        floats = _float_values(model, folder)
+    behind: set[str] = set()  # values that depend on a QuantizeLinear
+    for node in nodes:
+        if node.op_type == "QuantizeLinear" or any(i in behind for i in node.input):
+            behind.update(node.output)
+    before: set[str] = set()  # values that a DequantizeLinear depends on
+    inside = []
+    for node in reversed(nodes):
+        reached = any(o in before for o in node.output)
+        if reached and any(o in behind and o in floats for o in node.output):
+            inside.append(f"{node.op_type} {node.name}".strip())
+        if reached or node.op_type == "DequantizeLinear":
+            before.update(i for i in node.input if i)
+    return inside[::-1]
+
+
+def to_ort_format(onnx_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> None:
+    """Writes the `.ort` file of a model, fully optimised for CPUs of any make.
+
+    The blocked NCHWc layout is left out (x86 only); signed 8-bit operators stay signed, as ARM wants them.
+    Its operators are fused for good: an accelerator (NNAPI, CoreML) takes the `.onnx` file instead.
+    TargetError if ONNX Runtime refuses the model, OutputError if the file cannot be written.
+    """
+    runtime = _runtime()
+    options = _options(runtime, threads=1, optimize=True)
+    part = Path(f"{os.fspath(out_path)}.part")
+    options.optimized_model_filepath = str(part)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    try:
+        part.touch()  # says what is wrong with the folder better than ONNX Runtime does
+        _create(runtime, onnx_path, options, disabled_optimizers=["NchwcTransformer"])
+        part.replace(out_path)
+    except OSError as error:
+        raise OutputError(f"{out_path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def mobile_usability(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of ONNX Runtime's mobile usability checker: how NNAPI and CoreML would take the model."""
+    from onnxruntime.tools.mobile_helpers import usability_checker
+
+    lines: list[str] = []
+    logger = logging.Logger("mobile usability", logging.INFO)  # no parent: the user's handlers hear nothing
+    logger.addHandler(_Collector(lines))
+    try:
+        usability_checker.analyze_model(Path(path), skip_optimize=False, logger=logger)
+    except Exception as error:
+        raise TargetError(f"{path}: the mobile usability checker failed: {_reason(error)}") from error
+    return [line for line in lines[1:] if line.strip("=-")]  # the first repeats the path, others are rulers
+
+
+class _Collector(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.extend(line.strip() for line in record.getMessage().splitlines())
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from error
+    onnxruntime.set_default_logger_severity(_SILENT)
+    return onnxruntime
+
+
+def _options(runtime: Any, threads: int, optimize: bool) -> ort.SessionOptions:
+    options = runtime.SessionOptions()
+    options.log_severity_level = _SILENT
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    options.use_deterministic_compute = True
+    # threads that spin on after a run would slow the next session when two are timed in turn
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    levels = runtime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if not optimize:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _create(
+    runtime: Any,
+    model: str | os.PathLike[str] | bytes,
+    options: ort.SessionOptions,
+    *,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    disabled_optimizers: Sequence[str] = (),
+) -> ort.InferenceSession:
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    if isinstance(source, str) and not Path(source).is_file():
+        raise TargetError(f"{source}: no such file")
+    extra = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    try:
+        return runtime.InferenceSession(source, options, providers=list(providers), **extra)
+    except Exception as error:  # onnxruntime's classes share no base below Exception
+        raise TargetError(f"{_name(model)}: ONNX Runtime refused it: {_reason(error)}") from error
+
+
+@contextmanager
+def _optimized(path: str | os.PathLike[str]) -> Iterator[tuple[onnx.ModelProto, Path]]:
+    """The optimised model in a folder that goes when the block ends; large weights stay in a file there."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        out = Path(folder) / "optimized.onnx"
+        session(path, threads=1, optimized_path=out)
+        model = onnx.load(out, load_external_data=False)
+        yield model, Path(folder)
+
+
+def _float_values(model: onnx.ModelProto, folder: Path) -> set[str]:
+    """Names of the values that hold floats: ONNX Runtime infers the types, fused operators included."""
+    import onnx
+
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    known = {output.name for output in model.graph.output}
+    names = {o for node in model.graph.node for o in node.output if o} - known
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+    path = folder / "probe.onnx"
+    onnx.save(probe, path)
+    return {o.name for o in session(path, threads=1, optimize=False).get_outputs() if o.type in _FLOATS}
+
+
+def _name(model: str | os.PathLike[str] | bytes) -> str:
+    return f"model of {len(model):,} bytes" if isinstance(model, bytes) else os.fspath(model)
+
+
+def _reason(error: BaseException) -> str:
+    """ONNX Runtime's message on one line, without its code number; its second line often holds the sizes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]).removeprefix("[ONNXRuntimeError] : ").lstrip("0123456789 :")
+    return text or type(error).__name__

@@ -1,0 +1,61 @@
+"""What a target is: plain data. The runtime's habits are facts in a table, not code in a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Integer formats that an execution provider computes fast, and the operators that it fuses.
+
+    Sets of operators name kinds of `ops.py` (`conv`) or single ATen operators (`relu.default`).
+
+    activation: `u8` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output channel.
+    reduce_range: 7-bit weights, for instruction sets whose sums of two products saturate at 16 bits.
+    bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
+    weighted: operators with a constant weight that the provider computes in integers.
+    closed: those of them that need their own output quantised for it; the others may give float.
+    float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
+    fuses: operators that become integer when every operand and their output are quantised.
+    absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
+    transparent: operators that pass integers through; their output has the input's scale.
+    everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
+    rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as average pooling), `selection` (a
+    strided slice with padded channels as a 1x1 convolution).
+    """
+
+    activation: str = "u8"
+    reduce_range: bool = False
+    bias: str = "i32"
+    weighted: frozenset[str] = frozenset()
+    closed: frozenset[str] = frozenset()
+    float_bias_rank: int = 3
+    fuses: frozenset[str] = frozenset()
+    absorbed: frozenset[str] = frozenset()
+    transparent: frozenset[str] = frozenset()
+    everywhere: bool = False
+    rewrites: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the model will run.
+
+    providers: ONNX Runtime execution providers, best first; where the first is not installed, numbers are verified on
+    the CPU's. channel_multiple: widths that pruning rounds to. fixed_batch: batch size that dynamic batches are
+    fixed to by default, None to leave them dynamic. half: the target computes in fp16.
+    formats: files to write, of `onnx` and `ort`. recipe: the passes of `compress MODEL` without `--passes`.
+    """
+
+    name: str
+    summary: str
+    providers: tuple[str, ...]
+    opset: int = 20
+    ir_version: int = 9
+    channel_multiple: int = 8
+    fixed_batch: int | None = None
+    half: bool = False
+    formats: tuple[str, ...] = ("onnx",)
+    recipe: str = "merge,fold"
+    quant: QuantSpec = field(default_factory=QuantSpec)

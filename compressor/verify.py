@@ -1,0 +1,394 @@
+"""Contracts: what a pass promises about the numbers, and how the promise is checked, with power.
+
+`exact`: the same outputs to float tolerance, and every value that the pass claims to have kept, each at its own scale.
+`masked`: the outputs of the original with the removed channels masked at their readers.
+`bounded`: a measured loss: the signal-to-quantisation-noise ratio (SQNR) of every output and every slice of it.
+
+Error is max|a - b| / max|reference|, per output and per slice along every axis that a concat built: one scale over
+boxes and scores would hide a dead detector. Power is how far a wrong answer would have moved the same number; a check
+whose power is under 100 tolerances proves nothing and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import Node
+
+from .data import Batch
+from .errors import ContractError
+from .ir import Graph, operator_name, site, source_line
+from .ops import arguments, is_tensor, kind
+
+WARN_DB, FAIL_DB = 20.0, 6.0
+POWER = 100.0  # a check counts as proof when a wrong answer would have shown at this many tolerances
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+EMITTED = 1e-4  # emitted float model against the graph
+SIMULATION_DB = 30.0  # emitted integer model against its simulation
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`exact`, `masked` or `bounded`; see the module."""
+
+    name: str
+
+
+EXACT = Contract("exact")
+MASKED = Contract("masked")
+BOUNDED = Contract("bounded")
+
+HALF = (torch.float16, torch.bfloat16)
+Outputs = tuple[Tensor, ...]
+Region = dict[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The numbers of one output, or of one slice of it (`[:, 0:4]`), over all samples seen.
+
+    error and power are relative to max|reference|; sqnr_db is infinite where nothing differs; agreement is the share
+    of equal top-1 indices along the last axis (of equal elements for integers), None where that means nothing.
+    """
+
+    output: str
+    slice: str
+    error: float
+    tolerance: float
+    power: float
+    sqnr_db: float
+    cosine: float
+    agreement: float | None
+    finite: bool
+
+    @property
+    def proves(self) -> bool:
+        return self.power >= POWER * self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: _json_number(v) for k, v in asdict(self).items()}
+
+
+class Comparison:
+    """Streams pairs of outputs and sums up what differs, per output and slice, in float64."""
+
+    def __init__(self, names: Sequence[str], regions: Sequence[Sequence[Region]]) -> None:
+        self._sums: dict[tuple[int, int], _Sums] = {}
+        self._names = list(names)
+        self._regions = [[{}, *r] for r in regions]
+
+    def update(self, reference: Outputs, seen: Outputs, wrong: Outputs | None = None) -> None:
+        """wrong: what an answer that must fail would have been; the reference of another sample if None."""
+        for i, (ref, got) in enumerate(zip(reference, seen, strict=True)):
+            if tuple(ref.shape) != tuple(got.shape):
+                raise ContractError(
+                    f"output {self._names[i]} has shape {list(got.shape)}, expected {list(ref.shape)}"
+                )
+            other = wrong[i] if wrong is not None else (ref.roll(1, 0) if ref.dim() and ref.shape[0] > 1 else None)
+            for j, region in enumerate(self._regions[i]):
+                part = _slices(region, ref.dim())
+                self._sums.setdefault((i, j), _Sums()).update(
+                    ref[part], got[part], other[part] if other is not None else None
+                )
+
+    def checks(self, tolerance: float | None = None) -> list[Check]:
+        """One Check an output and slice, worst error first. tolerance None: by the output's dtype."""
+        found = [
+            sums.check(self._names[i], _region_text(self._regions[i][j]), tolerance)
+            for (i, j), sums in self._sums.items()
+        ]
+        return sorted(found, key=lambda c: (c.finite, -c.error, c.sqnr_db))
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.diff = self.scale = self.moved = self.noise = self.signal = self.dot = self.other = 0.0
+        self.equal = self.count = 0
+        self.finite, self.ranked = True, False
+        self.dtype = torch.float32
+
+    def update(self, ref: Tensor, got: Tensor, wrong: Tensor | None) -> None:
+        self.dtype = ref.dtype
+        self._rank(ref, got)
+        a, b = ref.double(), got.double()
+        if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+            self.finite = False
+        a, b = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (a, b))
+        if not a.numel():
+            return
+        delta = a - b
+        self.diff = max(self.diff, float(delta.abs().max()))
+        self.scale = max(self.scale, float(a.abs().max()))
+        self.noise += float(delta.square().sum())
+        self.signal += float(a.square().sum())
+        self.dot += float((a * b).sum())
+        self.other += float(b.square().sum())
+        if wrong is not None:
+            self.moved = max(self.moved, float(torch.nan_to_num(a - wrong.double(), 0.0, 0.0, 0.0).abs().max()))
+
+    def _rank(self, ref: Tensor, got: Tensor) -> None:
+        if not ref.dtype.is_floating_point:
+            self.ranked = True
+            self.equal += int((ref == got).sum())
+            self.count += ref.numel()
+        elif ref.dim() == 2 and ref.shape[1] > 1:
+            self.ranked = True
+            self.equal += int((ref.argmax(1) == got.argmax(1)).sum())
+            self.count += ref.shape[0]
+
+    def check(self, name: str, region: str, tolerance: float | None) -> Check:
+        scale = self.scale or 1.0
+        norm = math.sqrt(self.signal * self.other)
+        return Check(
+            output=name,
+            slice=region,
+            error=self.diff / scale,
+            tolerance=tolerance if tolerance is not None else TOLERANCE.get(self.dtype, 0.0),
+            power=self.moved / scale,
+            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else (
+                math.inf if not self.noise else -math.inf
+            ),
+            cosine=self.dot / norm if norm else float(self.noise == 0),
+            agreement=self.equal / self.count if self.ranked and self.count else None,
+            finite=self.finite,
+        )
+
+
+# -------------------------------------------------------------------- what is compared
+
+
+class Observer:
+    """Outputs of a graph, plus the floats that feed each output that a discretising operator made (argmax, >)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = list(graph.results)
+        self.names = list(graph.outputs)
+        for name, node in zip(graph.outputs, graph.results, strict=True):
+            if is_tensor(node) and not node.meta["val"].dtype.is_floating_point:
+                feeders = _float_feeders(node)
+                self.nodes += feeders
+                self.names += [f"{name} (from {site(f)})" for f in feeders]
+        self.regions = [regions(n) for n in self.nodes]
+
+    def run(self, inputs: Sequence[Tensor]) -> Outputs:
+        wanted = set(self.nodes)
+        found = {node: value for node, value in self.graph.values(*inputs) if node in wanted}
+        return tuple(found[n] for n in self.nodes)
+
+
+def observe(graph: Graph, batches: Iterable[Batch]) -> list[Outputs]:
+    """Everything that a check compares, batch by batch; only outputs are kept."""
+    observer = Observer(graph)
+    return [observer.run(batch.inputs) for batch in batches]
+
+
+def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] | None:
+    """What a half-precision graph would give in float32; None for a graph without half-precision outputs."""
+    if not any(is_tensor(n) and n.meta["val"].dtype in HALF for n in graph.results):
+        return None
+    twin = graph.copy()
+    twin.tensors = {name: _single(t) for name, t in twin.tensors.items()}
+    for node in twin.nodes:
+        if node.op == "call_function":
+            args, kwargs = pytree.tree_map(lambda a: torch.float32 if a in HALF else a, (node.args, node.kwargs))
+            twin.set_args(node, tuple(args), dict(kwargs))
+    observer = Observer(twin)
+    return [observer.run([_single(t) for t in batch.inputs]) for batch in batches]
+
+
+def half_tolerance(graph: Graph, precise: Sequence[Outputs], before: Sequence[Outputs]) -> float:
+    """2 x the error that the half-precision graph had before the step, plus one rounding."""
+    dtype = next(n.meta["val"].dtype for n in graph.results if n.meta["val"].dtype in HALF)
+    return 2 * max(c.error for c in compare(graph, precise, before)) + float(torch.finfo(dtype).eps)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def compare(
+    graph: Graph,
+    reference: Sequence[Outputs],
+    seen: Sequence[Outputs],
+    wrong: Sequence[Outputs] | None = None,
+    tolerance: float | None = None,
+) -> list[Check]:
+    """Checks of outputs that `observe` kept; names and slices come from `graph`."""
+    observer = Observer(graph)
+    width = min(len(observer.names), *(len(r) for r in (*reference, *seen)))
+    comparison = Comparison(observer.names[:width], observer.regions[:width])
+    for i, (ref, got) in enumerate(zip(reference, seen, strict=True)):
+        comparison.update(ref[:width], got[:width], wrong[i][:width] if wrong is not None else None)
+    return comparison.checks(tolerance)
+
+
+def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
+    """`proved`, `not proved` or `warned`; ContractError where the promise is broken.
+
+    `where` opens the message, as in `pass fold`.
+    """
+    for check in checks:
+        place = f"{where}: output {check.output}{check.slice}"
+        if not check.finite:
+            raise ContractError(f"{place} has NaN or inf where the reference has none")
+        if contract is BOUNDED:
+            if check.sqnr_db < FAIL_DB:
+                raise ContractError(
+                    f"{place} is at {check.sqnr_db:.1f} dB SQNR of the original, under the floor of {FAIL_DB:g} dB"
+                )
+        elif not check.error <= check.tolerance:
+            raise ContractError(
+                f"{place} differs by {check.error:.2e} of its scale, {check.tolerance:.0e} is allowed"
+            )
+    if contract is BOUNDED:
+        return "warned" if any(c.sqnr_db < WARN_DB for c in checks) else "proved"
+    return "proved" if all(c.proves for c in checks if not c.slice) else "not proved"
+
+
+# -------------------------------------------------------------------- values inside
+
+
+@dataclass(frozen=True)
+class ValueCheck:
+    """One value inside the graph against the value it claims to be, relative to that value's own scale."""
+
+    node: str
+    site: str
+    operator: str
+    line: str
+    error: float
+    expected: str
+    seen: str
+
+
+def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Iterator[ValueCheck]:
+    """Every value that `after` claims to share with `before`, in the order of `after`.
+
+    Pairs come from the journal, and from names that both graphs have and no verb made; sliced axes are followed
+    through `journal.kept`.
+    """
+    journal = after.journal
+    alive = {n.name for n in after.graph.nodes}
+    pairs = {new: old for old, new in journal.equal.items() if new in alive}
+    for node in before.graph.nodes:
+        if node.name in alive and node.name not in journal.born and node.op == "call_function":
+            pairs.setdefault(node.name, node.name)
+    wanted = set(pairs.values())
+    stash = {n.name: v for n, v in before.values(*inputs) if n.name in wanted and isinstance(v, Tensor)}
+    for node, value in after.values(*inputs):
+        old = pairs.get(node.name)
+        if old not in stash or not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            continue
+        reference = stash[old]
+        for axis, kept in journal.kept.get(node.name, {}).items():
+            reference = reference.index_select(axis, kept)
+        yield _value_check(node, reference, value)
+
+
+def first_divergence(before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance: float) -> ValueCheck | None:
+    """The first value of `after` that is not what it claims to be, None when all are."""
+    return next((c for c in compare_values(before, after, inputs) if not c.error <= tolerance), None)
+
+
+def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
+    expected, seen = reference.double(), value.double()
+    if expected.shape != seen.shape:
+        error = math.inf
+    elif not expected.numel():
+        error = 0.0
+    elif not torch.equal(torch.isfinite(expected), torch.isfinite(seen)):
+        error = math.inf
+    else:
+        delta = torch.nan_to_num(expected - seen, 0.0, 0.0, 0.0).abs().max()
+        scale = torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max()
+        error = float(delta / scale) if scale else float(delta)
+    return ValueCheck(
+        node.name, site(node), operator_name(node), source_line(node), error, _summary(expected), _summary(seen)
+    )
+
+
+def _summary(t: Tensor) -> str:
+    if not t.numel():
+        return f"shape {list(t.shape)}"
+    return f"shape {list(t.shape)}, mean {float(t.mean()):.4g}, max {float(t.abs().max()):.4g}"
+
+
+# -------------------------------------------------------------------- slices that a concat built
+
+
+def regions(node: Node) -> list[Region]:
+    """Boxes {axis: (start, stop)} of a value that different operands of a concat wrote; empty without a concat."""
+    which = kind(node)
+    if which in ("activation", "identity", "cast", "quantize", "dequantize", "neg"):
+        return regions(node.args[0]) if is_tensor(node.args[0]) else []  # type: ignore[arg-type]
+    if which in ("permute", "transpose"):
+        return [_move(r, node) for r in regions(node.args[0])]  # type: ignore[arg-type]
+    if which != "cat":
+        return []
+    bound = arguments(node)
+    operands = list(bound["tensors"])
+    axis = bound.get("dim", 0) % node.meta["val"].dim()
+    found: list[Region] = []
+    start = 0
+    for operand in operands:
+        size = operand.meta["val"].shape[axis]
+        if not isinstance(size, int):
+            return []
+        for inner in regions(operand) or [{}]:
+            low, high = inner.get(axis, (0, size))
+            found.append({**inner, axis: (start + low, start + high)})
+        start += size
+    return found
+
+
+def _move(region: Region, node: Node) -> Region:
+    rank = node.meta["val"].dim()
+    if kind(node) == "permute":
+        order = [d % rank for d in arguments(node)["dims"]]
+    else:
+        bound = arguments(node)
+        a, b = (bound.get(k, d) % rank for k, d in (("dim0", -2), ("dim1", -1)))
+        order = list(range(rank))
+        order[a], order[b] = order[b], order[a]
+    return {order.index(axis): span for axis, span in region.items()}
+
+
+def _float_feeders(node: Node) -> list[Node]:
+    seen: set[Node] = set()
+    found: list[Node] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        for source in current.all_input_nodes:
+            if source in seen or not is_tensor(source) or source.op != "call_function":
+                continue
+            seen.add(source)
+            if source.meta["val"].dtype.is_floating_point:
+                found.append(source)
+            else:
+                stack.append(source)
+    return found
+
+
+def _slices(region: Region, rank: int) -> tuple[slice, ...]:
+    return tuple(slice(*region[a]) if a in region else slice(None) for a in range(rank))
+
+
+def _region_text(region: Region) -> str:
+    if not region:
+        return ""
+    spans = [f"{region[a][0]}:{region[a][1]}" if a in region else ":" for a in range(max(region) + 1)]
+    return f"[{', '.join(spans)}]"
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value

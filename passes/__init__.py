@@ -1,0 +1,10 @@
+"""The passes, one file each, in default order."""
+
+from compressor.pipeline import Pass
+
+from .fold import Fold
+from .int8 import Int8
+from .merge import Merge
+from .squeeze import Squeeze
+
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Squeeze, Fold, Int8)}

@@ -1,0 +1,223 @@
+"""nn.Module -> Graph: names, dynamic axes, in-place operators, tied tensors, and models that do not export."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.capture import capture, reexport
+from compressor.errors import UnsupportedError, UsageError
+from compressor.ir import Input
+from compressor.ops import KINDS, arguments, kind, macs
+
+pytree = torch.utils._pytree
+
+
+def module(function):
+    class Model(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    return Model()
+
+
+def same(model, graph, *x):
+    with torch.no_grad():
+        expected = pytree.tree_leaves(model.eval()(*[t.clone() for t in x]))
+    for a, b in zip(expected, graph.run(*x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_is_dynamic_even_when_the_example_holds_one():
+    model = nn.Linear(4, 3)
+    graph = capture(model, (torch.randn(1, 4),))
+    assert graph.inputs == (Input("input", torch.float32, ("batch", 4)),)
+    same(model, graph, torch.randn(7, 4))
+
+
+def test_an_axis_that_cannot_be_dynamic_falls_back_with_a_notice():
+    graph = capture(module(lambda x: x.view(2, -1)), (torch.randn(2, 4),))
+    assert graph.inputs[0].shape == (2, 4)
+    assert "batch axis is fixed to 2" in graph.notices[0]
+
+
+def test_described_axes_override_the_example():
+    graph = capture(module(lambda x: x * 2), inputs=[Input("x", torch.float32, ("batch", 3, "width"))])
+    assert graph.inputs[0].shape == ("batch", 3, "width")
+    assert graph.run(torch.randn(5, 3, 9))[0].shape == (5, 3, 9)
+    with pytest.raises(UsageError, match="no example input"):
+        capture(nn.Linear(2, 2))
+
+
+def test_in_place_on_a_whole_value_is_renamed():
+    def f(x):
+        h = x * 2
+        h.add_(1)
+        return h * x
+
+    model = module(f)
+    graph = capture(model, (torch.randn(2, 4),))
+    assert "add_.Tensor" not in graph.text() and "aten.add.Tensor" in graph.text()
+    same(model, graph, torch.randn(3, 4))
+
+
+def test_in_place_on_a_view_is_functionalised_not_renamed():
+    def f(x):
+        h = x * 2
+        h[:, :2].relu_()
+        return h + 1
+
+    model = module(f)
+    graph = capture(model, (torch.randn(2, 4),))
+    x = torch.randn(3, 4)
+    same(model, graph, x)
+    renamed = x * 2 + 1  # what a plain renaming of relu_ would compute
+    assert float((graph.run(x)[0] - renamed).abs().max()) > 0.1
+
+
+def test_functionalised_batch_norm_keeps_its_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.bn(x)
+            h[:, :2].relu_()
+            return h
+
+    model = Model()
+    graph = capture(model, (torch.randn(2, 4, 3, 3),))
+    assert [kind(n) for n in graph.nodes].count("batch_norm") == 1
+    same(model, graph, torch.randn(3, 4, 3, 3))
+
+
+def test_the_input_is_not_written_into():
+    graph = capture(module(lambda x: x.add_(1)), (torch.zeros(2, 4),))
+    x = torch.zeros(3, 4)
+    graph.run(x)
+    assert float(x.abs().max()) == 0
+
+
+def test_state_that_the_model_writes_is_refused():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return x * self.count
+
+    with pytest.raises(UnsupportedError, match="own state"):
+        capture(Counter(), (torch.randn(2, 4),))
+
+
+def test_control_flow_on_values_names_the_line():
+    def f(x):
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedError, match=r"does not export \(test_capture.py:\d+ in f\)"):
+        capture(module(f), (torch.randn(2, 4),))
+
+
+def test_torchscript_has_its_own_message():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match="TorchScript"):
+        capture(scripted, (torch.randn(2, 2),))
+
+
+def test_tied_tensors_become_one():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.head = nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    graph = capture(Tied(), inputs=[Input("ids", torch.int64, ("batch", "sequence"))])
+    assert len(graph.tensors) == 1
+
+
+@dataclasses.dataclass
+class Detection:
+    boxes: torch.Tensor
+    scores: torch.Tensor
+
+
+def test_names_of_inputs_and_outputs_are_paths():
+    class Model(nn.Module):
+        def forward(self, batch, mask=None):
+            return {"logits": batch["ids"] * 2.0, "pair": (mask, batch["ids"])}
+
+    graph = capture(Model(), ({"ids": torch.randn(2, 4)},), {"mask": torch.ones(2, dtype=torch.bool)})
+    assert [i.name for i in graph.inputs] == ["batch.ids", "mask"]
+    assert graph.outputs == ("logits", "pair.0", "pair.1")
+    assert graph.inputs[1].dtype == torch.bool
+
+
+def test_a_dataclass_output_is_named_by_its_fields():
+    torch.export.register_dataclass(Detection)
+    graph = capture(module(lambda x: Detection(x, x.sum(1))), (torch.randn(2, 4),))
+    assert graph.outputs == ("boxes", "scores")
+
+
+def test_a_hugging_face_output_is_named_by_its_fields():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    ids = torch.randint(0, 50, (1, 6))
+    graph = capture(transformers.BertModel(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert graph.outputs == ("last_hidden_state", "pooler_output")
+    assert [i.name for i in graph.inputs] == ["input_ids", "attention_mask"]
+
+
+def test_an_unknown_operator_is_left_as_it_is():
+    graph = capture(module(lambda x: torch.special.i0(x) + torch.linalg.det(x)[:, None, None]), (torch.randn(2, 3, 3),))
+    assert any(kind(n) == "opaque" for n in graph.nodes)
+    assert any("no pass knows" in n for n in graph.notices)
+
+
+def test_reexport_keeps_numbers_axes_and_module_paths():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    program = reexport(capture(model, (torch.randn(2, 4),)))
+    again = capture(program)
+    assert again.inputs[0].shape[0] == "batch"
+    assert "# 0" in again.text(provenance=True)
+    same(model, again, torch.randn(5, 4))
+
+
+def test_data_of_a_parameter_is_traced():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.data * 2)
+
+    model = Layer()
+    same(model, capture(model, (torch.randn(2, 4),)), torch.randn(3, 4))
+
+
+def test_every_row_of_the_operator_table_exists():
+    for name in KINDS:
+        if name.startswith("aten."):
+            _, packet, overload = name.split(".")
+            assert hasattr(getattr(torch.ops.aten, packet), overload), name
+
+
+def test_arguments_and_macs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, groups=1, bias=False), nn.Flatten(), nn.Linear(72, 5))
+    graph = capture(model, (torch.randn(4, 3, 7, 7),))
+    conv = next(n for n in graph.nodes if kind(n) == "conv")
+    assert arguments(conv)["stride"] == [2, 2] and arguments(conv)["groups"] == 1
+    assert macs(graph) == 8 * 9 * 27 + 72 * 5

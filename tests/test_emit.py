@@ -1,0 +1,140 @@
+"""Graph -> ONNX: names, axes, bytes, and operators without a word in ONNX."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from compressor import delivery, runtime
+from compressor.capture import capture
+from compressor.data import Batch
+from compressor.emit import emit
+from compressor.errors import ContractError, OutputError, UnsupportedError
+from compressor.ir import Input
+from compressor.target import Target
+
+TARGET = Target("cpu", "", ("CPUExecutionProvider",))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image):
+        hidden = self.stem(image).relu()
+        return {"logits": self.head(hidden.mean((2, 3))), "hidden": hidden}
+
+
+@pytest.fixture
+def graph():
+    torch.manual_seed(0)
+    return capture(Net(), (torch.randn(2, 3, 8, 8),))
+
+
+def test_the_file_speaks_the_names_of_the_model(graph, tmp_path):
+    emitted = emit(graph, tmp_path / "m.onnx", metadata={"spec": "merge"})
+    proto = onnx.load(emitted.path)
+    assert [i.name for i in proto.graph.input] == ["image"]
+    assert [o.name for o in proto.graph.output] == ["logits", "hidden"]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert proto.graph.output[1].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert {n.name for n in proto.graph.node} >= {"stem/Conv", "head/Gemm"}
+    assert proto.ir_version == 9 and proto.opset_import[0].version == 20
+    assert {p.key: p.value for p in proto.metadata_props} == {"spec": "merge"}
+
+
+def test_the_bytes_are_the_same_and_carry_no_path(graph, tmp_path):
+    a = emit(graph, tmp_path / "a.onnx").path.read_bytes()
+    torch.manual_seed(0)
+    (tmp_path / "elsewhere").mkdir()
+    b = emit(capture(Net(), (torch.randn(2, 3, 8, 8),)), tmp_path / "elsewhere" / "b.onnx").path.read_bytes()
+    assert a == b
+    assert b"test_emit" not in a and str(tmp_path).encode() not in a
+
+
+def test_numbers_match_on_every_size_of_a_dynamic_axis(graph, tmp_path):
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    checks = delivery.check_emitted(graph, emitted, [Batch((torch.randn(4, 3, 8, 8),))])
+    assert max(c.error for c in checks) < 1e-5
+    other = graph.copy()
+    bias = next(n for n in other.nodes if n.target == "head.bias")
+    other.set_tensor(bias, other.tensor(bias) + 0.01)
+    with pytest.raises(ContractError, match="emitted model's output logits"):
+        delivery.check_emitted(other, emitted, [Batch((torch.randn(4, 3, 8, 8),))])
+
+
+def test_a_fixed_batch_is_fed_piece_by_piece(graph, tmp_path):
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {"batch": 1})
+    assert emitted.inputs[0].shape == (1, 3, 8, 8)
+    x = torch.randn(4, 3, 8, 8)
+    seen = delivery.run_emitted(runtime.session(emitted.path), emitted.inputs, (x,))
+    torch.testing.assert_close(seen[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (2, 3, 2, 4, 8)])
+def test_attention_of_other_ranks_is_emitted(shape, tmp_path):
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x * 2, x + 1)
+
+    graph = capture(Attention(), (torch.randn(shape),))
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    delivery.check_emitted(graph, emitted, [Batch((torch.randn(shape),))])
+
+
+def test_outputs_that_are_inputs_or_twice_the_same(tmp_path):
+    class Echo(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return x, y, y
+
+    graph = capture(Echo(), (torch.randn(2, 4),))
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    delivery.check_emitted(graph, emitted, [Batch((torch.randn(3, 4),))])
+
+
+def test_two_dynamic_axes_keep_their_names(tmp_path):
+    class Embed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 4)
+
+        def forward(self, ids, mask):
+            return self.table(ids) * mask[..., None]
+
+    specs = [Input("ids", torch.int64, ("batch", "sequence")), Input("mask", torch.int64, ("batch", "sequence"))]
+    graph = capture(Embed(), inputs=specs)
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    shape = onnx.load(emitted.path).graph.output[0].type.tensor_type.shape
+    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", "sequence", 4]
+    batch = Batch((torch.randint(0, 10, (3, 7)), torch.ones(3, 7, dtype=torch.int64)))
+    delivery.check_emitted(graph, emitted, [batch])
+
+
+def test_an_operator_without_a_word_in_onnx_is_named(tmp_path):
+    class Special(nn.Module):
+        def forward(self, x):
+            return torch.special.i0(x)
+
+    graph = capture(Special(), (torch.randn(2, 4),))
+    with pytest.raises(UnsupportedError, match=r"special_i0.*test_emit.py:\d+.*no translation"):
+        emit(graph, tmp_path / "m.onnx")
+
+
+def test_staging_leaves_the_old_output_whole(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "model.onnx").write_text("old")
+    with pytest.raises(RuntimeError), delivery.staging(output) as stage:
+        (stage / "model.onnx").write_text("new")
+        raise RuntimeError
+    assert (output / "model.onnx").read_text() == "old"
+    with delivery.staging(output) as stage:
+        (stage / "model.onnx").write_text("new")
+    assert (output / "model.onnx").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"), delivery.staging(tmp_path / "file"):
+        pass
