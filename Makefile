@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## run the test suite
 	$(PYTHON) -m pytest -n $(WORKERS) -q
 
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
-	$(PYTHON) benchmarks/run.py
+	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
 
 docs: $(VENV)/.dev ## run the code blocks of the documentation
 	$(PYTHON) -m pytest -q tests/test_docs.py

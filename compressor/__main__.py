@@ -7,7 +7,11 @@ would be imported instead of the real one, so that entry moves to the end before
 import os
 import sys
 
-if sys.path and (sys.path[0] == "" or sys.path[0] == os.getcwd()):
+try:
+    here = ["", os.getcwd()]
+except FileNotFoundError:  # the directory was deleted
+    here = [""]
+if sys.path and sys.path[0] in here:
     sys.path.append(sys.path.pop(0))
 
 from compressor.cli import main

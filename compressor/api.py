@@ -3,92 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import shlex
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from . import TESTED_TORCH, __version__, data, delivery, measure, registry, report, runtime
+from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
-from .capture import capture
-from .data import Batch, Data
 from .delivery import CPU
-from .emit import Emitted
-from .errors import ContractError, FileError, UnsupportedError, UsageError
-from .ir import DTYPE_NAMES, Graph, Input
-from .load import Loaded, load
-from .ops import arguments, kind, macs
-from .pipeline import Context, Pipeline, Row, parse
+from .ops import kind, macs
 from .registry import passes, targets
+from .run import Options, Result, Run, capture_model, given, load_model, shape_of, streams
 from .target import Target
 
 __all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
-
-SAMPLES = 8  # generated held-out samples where the user gave no data
-CHECKED = 64  # held-out samples that every contract is checked on, at most
-BENCH_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that `compress` takes besides its main arguments; the command line has the same names.
-
-    kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
-    model_spec, adapter, trust_pickle, allow_missing: how a file becomes a model, see `load`.
-    evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
-    preprocess: how images become inputs. dynamic: True keeps the batch free, False fixes it, None asks the target.
-    measure: False makes no decision by the stopwatch and reports no latency. command: what to write in the report.
-    """
-
-    kwargs: Mapping[str, Any] | None = None
-    inputs: Sequence[str | Input] = ()
-    model_spec: str | None = None
-    adapter: str | None = None
-    trust_pickle: bool = False
-    allow_missing: Sequence[str] = ()
-    evaluate: Any = None
-    preprocess: Any = None
-    calib_limit: int = 1024
-    dynamic: bool | None = None
-    seed: int = 0
-    tolerance: float | None = None
-    measure: bool = True
-    print_after: Sequence[str] = ()
-    stop_after: str | None = None
-    limit: Mapping[str, int] = field(default_factory=dict)
-    time: bool = False
-    command: str | None = None
-    console: Any = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Options:
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                raise UsageError(f"unknown option '{name}'" + (f", did you mean '{close[0]}'?" if close else ""))
-        return cls(**options)
-
-
-@dataclass(frozen=True)
-class Result:
-    """output: the folder; onnx: the model in it (None after `stop_after`); report: report.json; graph: the last IR."""
-
-    output: Path | None
-    onnx: Path | None
-    report: dict[str, Any]
-    graph: Graph
 
 
 def compress(
@@ -113,8 +43,8 @@ def compress(
     """
     opt = Options.of(options)
     where = target if isinstance(target, Target) else registry.target(target)
-    run = _Run(opt, where, passes or where.recipe)
-    loaded = _load(model, opt, run)
+    run = Run(opt, where, passes or where.recipe)
+    loaded = load_model(model, opt)
     folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
     if opt.stop_after:
         return run.compile(loaded, example_inputs, calibration, None)
@@ -122,219 +52,6 @@ def compress(
         result = run.compile(loaded, example_inputs, calibration, stage)
         report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
-
-
-class _Run:
-    """One compilation, step by step; what the steps share."""
-
-    def __init__(self, opt: Options, target: Target, spec: str) -> None:
-        self.opt, self.target = opt, target
-        table = registry.passes()
-        self.start = time.perf_counter()
-        self.notices = list(_version_notice())
-        self.scratch = Path()
-        self.evaluator: data.Evaluator | None = None
-        self.cache: dict[str, float] = {}
-        self.facts: dict[str, Any] = {}
-        for name in opt.print_after:
-            if name not in table:
-                raise UsageError(f"--print-after {name}: no such pass; there are {', '.join(table)}")
-        self.pipeline = Pipeline(
-            parse(spec, table),
-            table,
-            tolerance=opt.tolerance,
-            limits=opt.limit,
-            stop_after=opt.stop_after,
-            after=self.after_pass,
-        )
-        self.notices += [f"{name} was added: a later pass needs it" for name in self.pipeline.inserted]
-
-    def after_pass(self, row: Row, graph: Graph) -> None:
-        if self.evaluator is not None:
-            row.metric = self.evaluator.of_graph(graph)
-        if row.name in self.opt.print_after:
-            print(graph.text(provenance=True))
-        if self.opt.time and self.opt.console is not None and row.seconds:
-            self.opt.console.print(f"{row.config:<24} {row.seconds:7.1f} s   peak {row.peak_mb:6.0f} MB")
-
-    def compile(self, loaded: Loaded, example: Any, calibration: Any, stage: Path | None) -> Result:
-        opt = self.opt
-        with self.step("capturing"):
-            graph = _capture(loaded, example, opt)
-        _require_finite(graph)
-        self.notices += [*loaded.notes, *graph.notices]
-        source, statistics, held_out = self.open(graph, calibration, example is not None or loaded.example is not None)
-        if opt.evaluate is not None:
-            self.evaluator = data.evaluator(opt.evaluate, graph.inputs, preprocess=opt.preprocess)
-        with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
-            self.scratch = Path(scratch)
-            baseline = self.baseline(graph) if stage is not None else None
-            ctx = Context(
-                self.target,
-                held_out,
-                statistics,
-                opt.seed,
-                measure=self.measure if opt.measure else None,
-                progress=self.progress,
-            )
-            rows = self.pipeline.run(graph, ctx)
-            self.warn(rows)
-            made = self.describe(loaded, graph, rows, (source, statistics, held_out))
-            if stage is not None:
-                made["emitted"] = self.emit(graph, stage, baseline, list(held_out), loaded)
-        made["notices"] = self.notices
-        made["peak_mb"] = measure.peak_memory_mb()
-        made["seconds"] = time.perf_counter() - self.start
-        return Result(None, None, made, graph)
-
-    def open(self, graph: Graph, calibration: Any, given: bool) -> tuple[Data | None, Data | None, Data]:
-        """All data, the part for statistics, the part that is held out."""
-        if calibration is None:
-            sizes = {} if given else _table_sizes(graph)
-            made = data.synthetic(
-                graph.inputs, graph.example, samples=SAMPLES, seed=self.opt.seed, table_sizes=sizes
-            )
-            return None, None, made
-        source = data.open_data(
-            calibration, graph.inputs, preprocess=self.opt.preprocess, limit=self.opt.calib_limit
-        )
-        self.facts = source.facts
-        statistics, held_out = data.split(source, seed=self.opt.seed)
-        return source, statistics, held_out.limited(CHECKED)
-
-    def baseline(self, graph: Graph) -> Emitted | None:
-        """The model as it came, as float ONNX: what size and speed are compared with."""
-        folder = self.scratch / "float"
-        folder.mkdir()
-        try:
-            with self.step("emitting the original"):
-                plain = dataclasses.replace(self.target, formats=("onnx",))
-                return delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
-        except UnsupportedError as error:
-            self.notices.append(f"no comparison with the original as ONNX: {error}")
-            return None
-
-    def emit(
-        self, graph: Graph, stage: Path, baseline: Emitted | None, batches: list[Batch], loaded: Loaded
-    ) -> dict[str, Any]:
-        spec = ",".join(map(str, self.pipeline.passes))
-        metadata = {"compressor": __version__, "spec": spec, "model_sha256": loaded.sha256, "target": self.target.name}
-        with self.step("emitting"):
-            emitted = delivery.deliver(graph, self.target, stage, metadata, self.fixed(graph))
-        provider, words = delivery.provider_of(self.target)
-        with self.step("verifying"):
-            checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
-        (stage / "signature.json").write_text(json.dumps(_signature(graph, emitted, loaded, self.facts), indent=1) + "\n")
-        samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
-        made: dict[str, Any] = {
-            "file": emitted.path.name,
-            "bytes": emitted.bytes,
-            "sha256": delivery.sha256(emitted.path),
-            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir())},
-            "provider": provider,
-            "verified": f"{words}, {samples} samples",
-            "checks": [c.to_dict() for c in checks],
-            "operators": runtime.optimized_operators(emitted.path),
-        }
-        if "ort" in self.target.formats:
-            made["mobile"] = runtime.mobile_usability(emitted.path)
-        if self.evaluator is not None:
-            session = runtime.session(emitted.path, providers=[provider])
-            made["metric"] = self.evaluator.of(lambda *x: delivery.run_emitted(session, emitted.inputs, x))
-        if baseline is not None:
-            made["float_bytes"] = baseline.bytes
-        if self.opt.measure:
-            files = {"model": emitted} | ({"float": baseline} if baseline is not None else {})
-            with self.step("timing"):
-                made["latency"] = delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
-            if made["latency"].get("ratio", 1.0) < 0.97:
-                self.notices.append(
-                    f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
-                    "leave out the pass that does not pay, or tell us the model"
-                )
-        return made
-
-    def warn(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            worst = min((c.sqnr_db for c in row.checks), default=math.inf)
-            if row.status == "warned":
-                self.notices.append(
-                    f"{row.config}: output SQNR {worst:.1f} dB, under {contracts.WARN_DB:g} dB: check the task metric (--eval)"
-                )
-            if row.status == "not proved":
-                self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
-
-    def describe(
-        self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]
-    ) -> dict[str, Any]:
-        source, statistics, held_out = streams
-        return {
-            "schema": report.SCHEMA,
-            "compressor": __version__,
-            "versions": measure.versions(),
-            "machine": measure.machine(),
-            "command": self.opt.command or "compressor.compress(...)",
-            "seed": self.opt.seed,
-            "model": {"path": str(loaded.path), "sha256": loaded.sha256, "stem": loaded.path.name.split(".")[0]},
-            "target": {"name": self.target.name, "providers": list(self.target.providers), "opset": self.target.opset},
-            "spec": ",".join(map(str, self.pipeline.passes)),
-            "inserted": self.pipeline.inserted,
-            "inputs": [_shape_of(spec) for spec in graph.inputs],
-            "outputs": [
-                {"name": name, "dtype": _dtype(node.meta["val"].dtype), "shape": [str(s) for s in node.meta["val"].shape]}
-                for name, node in zip(graph.outputs, graph.results, strict=True)
-            ],
-            "data": {
-                "calibration": _stream(statistics),
-                "held_out": _stream(held_out),
-                "facts": source.facts if source is not None else {},
-            },
-            "rows": [row.to_dict() for row in rows],
-        }
-
-    def fixed(self, graph: Graph) -> dict[str, int]:
-        """Sizes for dynamic axes that the target wants fixed, unless the user keeps them free."""
-        keep = self.opt.dynamic
-        size = self.target.fixed_batch if keep is None else (None if keep else self.target.fixed_batch or 1)
-        if size is None:
-            return {}
-        found = {}
-        for spec, tensor in zip(graph.inputs, graph.example, strict=True):
-            for axis, name in enumerate(spec.shape):
-                if isinstance(name, str):
-                    found.setdefault(name, size if axis == 0 else tensor.shape[axis])
-        return found
-
-    def measure(self, graph: Graph) -> float:
-        """Median milliseconds of one run of the graph, batch 1, one thread, on the target's provider."""
-        key = graph.fingerprint()
-        if key not in self.cache:
-            folder = Path(tempfile.mkdtemp(dir=self.scratch))
-            plain = dataclasses.replace(self.target, formats=("onnx",))
-            emitted = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
-            self.cache[key] = delivery.latencies({"model": emitted}, graph.example, seconds=0.7)["model"]["median_ms"]
-        return self.cache[key]
-
-    @contextmanager
-    def step(self, words: str) -> Iterator[None]:
-        with self.progress(words, None):
-            yield
-
-    @contextmanager
-    def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        console = self.opt.console
-        if console is None or not console.is_terminal:
-            yield lambda n: None
-            return
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        if getattr(console, "_live", None) or getattr(console, "_live_stack", None):
-            yield lambda n: None
-            return
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda n: bar.advance(task, n)
 
 
 def verify(
@@ -352,10 +69,9 @@ def verify(
     Returns {"ok", "checks", "provider", "samples"}.
     """
     opt = Options.of(options)
-    loaded = _load(model, opt, None)
-    graph = _capture(loaded, example_inputs, opt)
-    run = _Run(opt, registry.target("cpu"), "fold")
-    source, _, held_out = run.open(graph, data, example_inputs is not None or loaded.example is not None)
+    loaded = load_model(model, opt)
+    graph = capture_model(loaded, example_inputs, opt)
+    source, _, held_out = streams(graph, data, opt, given(loaded, example_inputs))
     batches = list((source or held_out).limited(opt.calib_limit))
     session = runtime.session(onnx)
     observer = contracts.Observer(graph)
@@ -367,7 +83,9 @@ def verify(
         comparison.update(observer.run(batch.inputs)[:count], seen)
     checks = comparison.checks(tolerance)
     bad = [
-        c for c in checks if not c.finite or (c.error > tolerance if tolerance else c.sqnr_db < contracts.WARN_DB)
+        c
+        for c in checks
+        if not c.finite or (c.error > tolerance if tolerance else c.sqnr_db < contracts.WARN_DB)
     ]
     return {
         "ok": not bad,
@@ -383,7 +101,7 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
     if path.suffix in (".onnx", ".ort"):
         return _inspect_onnx(path)
     opt = Options.of(options)
-    graph = _capture(_load(path, opt, None), None, opt)
+    graph = capture_model(load_model(path, opt), None, opt)
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_function":
@@ -391,7 +109,7 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
             counts[name] = counts.get(name, 0) + 1
     return {
         "path": str(path),
-        "inputs": [_shape_of(spec) for spec in graph.inputs],
+        "inputs": [shape_of(spec) for spec in graph.inputs],
         "outputs": list(graph.outputs),
         "params": measure.parameters(graph),
         "macs": macs(graph),
@@ -406,7 +124,7 @@ def bench(
     paths: Sequence[str | Path], *, threads: int = 1, batch: int = 1, seconds: float = 5.0
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with."""
-    arrays = measure.random_feeds(paths[0], batch=batch)
+    arrays = measure.random_feeds(runtime.session(paths[0]), batch=batch)
     found = measure.bench(paths, feeds=arrays, threads=threads, seconds=seconds)
     rows = []
     for path, latency in zip(paths, found, strict=True):
@@ -419,20 +137,6 @@ def bench(
 # -------------------------------------------------------------------- helpers
 
 
-def _load(model: Any, opt: Options, run: _Run | None) -> Loaded:
-    if isinstance(model, (str, Path)):
-        return load(
-            model,
-            model=opt.model_spec,
-            adapter=opt.adapter,
-            trust_pickle=opt.trust_pickle,
-            allow_missing=opt.allow_missing,
-        )
-    if not isinstance(model, (nn.Module, ExportedProgram)):
-        raise UsageError(f"a model is a torch module, an exported program or a file, not {type(model).__name__}")
-    return Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
-
-
 def _stem(model: Any) -> str:
     if isinstance(model, (str, Path)):
         name = Path(model).resolve().name
@@ -441,73 +145,6 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
-
-
-def _capture(loaded: Loaded, example: Any, opt: Options) -> Graph:
-    specs = [data.parse_input(i) if isinstance(i, str) else i for i in opt.inputs]
-    args, kwargs = example, opt.kwargs
-    if args is None and loaded.example is not None and not specs:
-        args, kwargs = loaded.example
-    return capture(loaded.model, args, kwargs, inputs=specs)
-
-
-def _require_finite(graph: Graph) -> None:
-    for name in sorted(graph.parameters):
-        tensor = graph.tensors.get(name)
-        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FileError(f"parameter {name} holds NaN or inf; the model is broken before any pass")
-
-
-def _table_sizes(graph: Graph) -> dict[str, int]:
-    """Input name -> rows of the smallest table that it indexes."""
-    found: dict[str, int] = {}
-    names = dict(zip(graph.placeholders, (spec.name for spec in graph.inputs), strict=True))
-    for node in graph.nodes:
-        if kind(node) != "embedding":
-            continue
-        bound = arguments(node)
-        source = bound["indices"]
-        while source not in names and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if source in names:
-            rows = int(bound["weight"].meta["val"].shape[0])
-            found[names[source]] = min(rows, found.get(names[source], rows))
-    return found
-
-
-def _version_notice() -> Iterator[str]:
-    installed = torch.__version__.split("+")[0]
-    release = tuple(int(p) for p in installed.split(".")[:2])
-    low, high = (tuple(int(p) for p in v.split(".")) for v in TESTED_TORCH)
-    if not low <= release <= high:
-        yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return DTYPE_NAMES.get(dtype, str(dtype))
-
-
-def _shape_of(spec: Input) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": _dtype(spec.dtype), "shape": list(spec.shape)}
-
-
-def _stream(stream: Data | None) -> dict[str, Any] | None:
-    return None if stream is None else {"description": stream.description, "samples": stream.samples}
-
-
-def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a program that calls the model must know."""
-    images = [spec for spec in emitted.inputs if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)]
-    return {
-        "model": emitted.path.name,
-        "inputs": [_shape_of(spec) | ({"layout": "NCHW"} if spec in images else {}) for spec in emitted.inputs],
-        "outputs": [
-            {"name": name, "dtype": _dtype(node.meta["val"].dtype)}
-            for name, node in zip(graph.outputs, graph.results, strict=True)
-        ],
-        "preprocess": facts.get("preprocess"),
-        "labels": list(loaded.labels),
-    }
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`--model`: the code that builds the architecture, named by the user, who thereby consents to run it.
 
-    package.module:factory      path/to/file.py:factory(num_classes=37)      a function or class that returns a module
-    torchvision:NAME            timm:NAME(num_classes=37)                    a library's model, without its weights
+    package.module:factory                       a function or class that returns a module
+    path/to/file.py:factory(num_classes=37)      the same in a file, with plain values as arguments
+    torchvision:NAME, timm:NAME(num_classes=37)  a model of a library, without its weights
 
 (`hf:FOLDER`, the architecture of a Hugging Face folder, is huggingface.py's.)
 """
@@ -29,12 +30,12 @@ from .errors import UsageError
 _SPEC = re.compile(
     r"(?P<where>.+?\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.\-]*)(?P<args>\(.*\))?", re.DOTALL
 )
-_FORMS = "package.module:factory, path/to/file.py:factory(num_classes=10), torchvision:NAME, timm:NAME or hf:FOLDER"
+_FORMS = "package.module:factory, path/to/file.py:factory(classes=10), torchvision:NAME, timm:NAME, hf:FOLDER"
 _EAGER_INIT = ("googlenet", "inception_v3")  # fill their weights with a slow random draw unless told not to
 
 
 def build(spec: str) -> nn.Module:
-    """The module that `spec` describes, its weights as its code makes them. Raises UsageError, saying what failed."""
+    """The module that `spec` describes, weights as its code makes them. UsageError says what failed."""
     match = _SPEC.fullmatch(spec.strip())
     if match is None:
         raise UsageError(f"--model {spec}: not understood; it takes {_FORMS}.")
@@ -170,8 +171,8 @@ def explain(error: BaseException) -> str:
     while chain is not None:
         if "torchvision::nms" in str(chain):
             return (
-                "the installed torchvision does not belong to this torch (its compiled operators are missing); "
-                "install the torchvision made for it."
+                "the installed torchvision is not the one for this torch (its compiled operators are missing): "
+                "install the one that is."
             )
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, ModuleNotFoundError) and error.name:

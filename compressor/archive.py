@@ -1,12 +1,13 @@
-"""Zip archives as torch writes them (.pt2, .pt, .pth): every member's place and checksum, without copying a byte.
+"""Zip archives as torch writes them (.pt2, .pt, .pth): every member's bytes, verified, not copied.
 
-Torch has a zip reader of its own, which checks no checksum and does not complain about two members of one name.
-So a file is taken only in the one form that torch writes, in which every reader sees the same members: names that
+torch has a zip reader of its own, which verifies no checksum and takes two members of one name without a word.
+So a file is accepted only in the one form that torch writes, in which every reader sees the same: names that
 differ in more than case, nothing compressed, nothing encrypted, each member whole and inside the file.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
@@ -16,33 +17,23 @@ from .errors import FileError
 
 MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_END = 22  # bytes of the record that closes the directory, without a comment
 _CHUNK = 1 << 24
+
+
+def names(file: BinaryIO, name: str) -> list[str]:
+    """Names of the members. Raises FileError where `file` is no whole archive; `name` is for messages."""
+    return [info.filename for info in _directory(file, name)]
 
 
 def members(file: BinaryIO, data: memoryview, name: str) -> dict[str, memoryview]:
     """Member name -> its bytes (views into `data`, which holds the same bytes as `file`), checksums verified.
 
-    `name` is the file's name for messages. Raises FileError for anything damaged or not in torch's form.
+    Raises FileError for anything damaged or not in torch's form.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-        OverflowError,
-        struct.error,
-        OSError,
-    ) as error:
-        raise FileError(
-            f"{name} is damaged: {_lower(error)}. It may be a download or copy that was cut short; fetch it again."
-        ) from None
     found: dict[str, memoryview] = {}
     folded: set[str] = set()
-    for info in infos:
-        if info.is_dir():
-            continue
+    for info in _directory(file, name):
         if info.filename.lower() in folded:
             raise FileError(f"{name} is refused: it holds two members named {info.filename!r}.")
         folded.add(info.filename.lower())
@@ -52,19 +43,33 @@ def members(file: BinaryIO, data: memoryview, name: str) -> dict[str, memoryview
     return found
 
 
-def root(found: dict[str, memoryview], name: str) -> tuple[str, dict[str, memoryview]]:
-    """The one folder that all members lie in, and the members by their names below it."""
-    top = next(iter(found)).split("/", 1)[0]
-    if any(not key.startswith(top + "/") for key in found):
-        raise FileError(f"{name} is not a model that torch wrote: its members lie in several folders.")
-    return top, {key[len(top) + 1 :]: view for key, view in found.items()}
+def below_root(found: dict[str, memoryview], name: str) -> dict[str, memoryview]:
+    """The members by their names below the one folder that torch puts them all in."""
+    top = next(iter(found)).split("/", 1)[0] + "/"
+    if not all(key.startswith(top) for key in found):
+        raise FileError(f"{name} is no model that torch wrote: its members lie in several folders.")
+    return {key.removeprefix(top): view for key, view in found.items()}
+
+
+def _directory(file: BinaryIO, name: str) -> list[zipfile.ZipInfo]:
+    """The directory of an archive that is the whole file: a cut one may end in the directory of one inside it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+        file.seek(-_END, io.SEEK_END)
+        if file.read(4) != b"PK\x05\x06" or (infos and min(info.header_offset for info in infos)):
+            raise zipfile.BadZipFile("its directory is not that of the whole file")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+        what = str(error).rstrip(".").lower() or type(error).__name__
+        raise FileError(f"{name} is damaged ({what}): it may have been cut short. Fetch it again.") from None
+    return infos
 
 
 def _member(info: zipfile.ZipInfo, data: memoryview, name: str) -> memoryview:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise FileError(
-            f"{name} is refused: its member {info.filename!r} is compressed or encrypted, which torch never writes. "
-            f"Save the model again with torch."
+            f"{name} is refused: its member {info.filename!r} is compressed or encrypted, "
+            f"which torch never writes. Save the model again with torch."
         )
     damaged = FileError(f"{name} is damaged: the member {info.filename!r} does not match its checksum.")
     start = info.header_offset
@@ -81,8 +86,3 @@ def _member(info: zipfile.ZipInfo, data: memoryview, name: str) -> memoryview:
     if checksum != info.CRC:
         raise damaged
     return view
-
-
-def _lower(error: Exception) -> str:
-    text = str(error).strip().rstrip(".") or type(error).__name__
-    return text[0].lower() + text[1:]

@@ -221,8 +221,8 @@ def first(stream: Iterable[Batch], samples: int, batched: Sequence[bool]) -> Ite
 def rebatch(stream: Iterable[Batch], size: int, batched: Sequence[bool], *, drop: bool) -> Iterator[Batch]:
     """The same samples in batches of `size`. drop: leave out what does not fill a batch.
 
-    Only what fits together is joined: batches that differ in another axis, in an input without a batch axis, or
-    in having labels, start anew.
+    Only what fits together is joined: batches that differ in another axis, in an input without a batch axis,
+    or in having labels, start anew.
     """
     held: list[Batch] = []
     count = 0

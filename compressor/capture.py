@@ -7,7 +7,6 @@ operators where that is exact and functionalises the graph where it is not, and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import io
 import logging
@@ -22,9 +21,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .errors import CompressorError, FileError, UnsupportedError, UsageError
+from .errors import CompressorError, UnsupportedError, UsageError
+from .inplace import in_place, rename_in_place, restore_batch_norm
 from .ir import Graph, Input, operator_name, unsupported
 from .ops import kind
+from .pytrees import key_name, leaves, path_name, plain
 
 
 def capture(
@@ -42,7 +43,9 @@ def capture(
     becomes the batch; an axis that the model cannot keep dynamic falls back to static with a notice.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedError("a TorchScript model cannot be captured: export the original module with torch.export")
+        raise UnsupportedError(
+            "a TorchScript model cannot be captured: export the original module with torch.export"
+        )
     notices: list[str] = []
     if isinstance(model, ExportedProgram):
         program, names = model, _names_of_program(model)
@@ -65,14 +68,16 @@ def capture(
 
 
 def load_program(data: bytes) -> ExportedProgram:
-    """An exported program from the bytes of a `.pt2` file that has passed the gate in `load.py`."""
-    try:
-        with quiet():
+    """An exported program from the bytes of a `.pt2` file that has passed gate.py; raises whatever torch raises."""
+    with quiet():
+        try:
             return torch.export.load(io.BytesIO(data))
-    except CompressorError:
-        raise
-    except Exception as error:
-        raise FileError(f"not a readable exported program: {_first_line(error)}") from error
+        except RuntimeError:
+            # it only logs the reason and raises a general error; the function below it raises the reason
+            from torch.export.pt2_archive._package import load_pt2
+
+            load_pt2(io.BytesIO(data))
+            raise
 
 
 def reexport(graph: Graph) -> ExportedProgram:
@@ -111,7 +116,9 @@ def _bind(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args is None and not kwargs:
         if not inputs:
-            raise UsageError("no example input: pass one, or describe it, for example --input 'x:f32[?,3,224,224]'")
+            raise UsageError(
+                "no example input: pass one, or describe it, for example --input 'x:f32[?,3,224,224]'"
+            )
         return _bind_specs(inputs, model)
     if isinstance(args, Mapping):
         return (), {**args, **(kwargs or {})}
@@ -146,8 +153,8 @@ def _export(
 ) -> tuple[ExportedProgram, tuple[Input, ...]]:
     model.eval()
     formals = list(inspect.signature(model.forward).parameters)
-    paths = [_path(k, formals) for k, v in _leaves((args, kwargs)) if isinstance(v, Tensor)]
-    tensors = [v for _, v in _leaves((args, kwargs)) if isinstance(v, Tensor)]
+    paths = [path_name(k, formals) for k, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
+    tensors = [v for _, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not tensors:
         raise UsageError("the example holds no tensor input")
     named = {spec.name: spec for spec in overrides}
@@ -160,14 +167,16 @@ def _export(
     except Exception as first:
         if not any(isinstance(s, str) for shape in shapes for s in shape):
             raise _explain(first) from first
-        static = [tuple(t.shape) for _, t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+        static = [tuple(t.shape) for _, t in leaves((args, kwargs)) if isinstance(t, Tensor)]
         try:
             program = _run_export(model, args, kwargs, static)
         except Exception as second:
             raise _explain(second) from second
-        shapes = static
-        notices.append(f"the batch axis is fixed to {static[0][0]}: the model cannot keep it dynamic ({_first_line(first)})")
-    fresh = [t for _, t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+        shapes = list(static)
+        notices.append(
+            f"the batch axis is fixed to {static[0][0]}: the model cannot keep it dynamic ({_first_line(first)})"
+        )
+    fresh = [t for _, t in leaves((args, kwargs)) if isinstance(t, Tensor)]
     return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, fresh, shapes, strict=True))
 
 
@@ -182,7 +191,9 @@ def _axes(
     return tuple(tensor.shape)
 
 
-def _widen(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[tuple[int | str, ...]]) -> tuple[tuple, dict]:
+def _widen(
+    args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[tuple[int | str, ...]]
+) -> tuple[tuple, dict]:
     """Examples whose dynamic axes have size 1 are repeated to 2: sizes 0 and 1 are specialised by the exporter."""
     feed = iter(shapes)
 
@@ -263,41 +274,27 @@ def _first_line(error: BaseException) -> str:
 # -------------------------------------------------------------------- names and examples
 
 
-def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    return pytree.tree_flatten_with_path(tree)[0]
-
-
-def _path(path: tuple[Any, ...], formals: Sequence[str]) -> str:
-    """`batch.input_ids` from the exporter's key path ((args | kwargs), then keys)."""
-    where, *keys = [_key(k) for k in path]
-    if where == "0" and keys:
-        position = int(keys[0])
-        keys[0] = formals[position] if position < len(formals) else f"input_{position}"
-    return ".".join(keys)
-
-
-def _key(key: Any) -> str:
-    for attribute in ("idx", "key", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
 def _names_of_program(program: ExportedProgram) -> list[str]:
     module = program.module(check_guards=False)
     spec = program.call_spec.in_spec
     if spec is None:
         return [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    leaves = _leaves(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    flat = [_path(k, []) for k, _ in leaves]
-    return [name if path.startswith("input_") and "." not in path else path for name, path in zip(names, flat, strict=True)]
+    flat = [path_name(k) for k, _ in leaves(numbered)]
+    return [
+        name if path.startswith("input_") and "." not in path else path
+        for name, path in zip(names, flat, strict=True)
+    ]
 
 
-def _program_specs(program: ExportedProgram, names: list[str], overrides: Sequence[Input]) -> tuple[Input, ...]:
+def _program_specs(
+    program: ExportedProgram, names: list[str], overrides: Sequence[Input]
+) -> tuple[Input, ...]:
     module = program.module(check_guards=False)
     named = {spec.name: spec for spec in overrides}
-    specs, seen = [], {}
+    specs: list[Input] = []
+    seen: dict[str, str] = {}
     for name, node in zip(names, [n for n in module.graph.nodes if n.op == "placeholder"], strict=True):
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
@@ -309,7 +306,9 @@ def _program_specs(program: ExportedProgram, names: list[str], overrides: Sequen
                 continue
             given = named[name].shape[axis] if name in named and axis < len(named[name].shape) else None
             label = given if isinstance(given, str) else _axis_label(axis, value)
-            label = seen.setdefault(str(size), label if label not in seen.values() else f"{label}_{len(seen)}")
+            label = seen.setdefault(
+                str(size), label if label not in seen.values() else f"{label}_{len(seen)}"
+            )
             sizes.append(label)
         specs.append(Input(name, value.dtype, tuple(sizes)))
     return tuple(specs)
@@ -380,7 +379,7 @@ def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
     if spec is not None and spec.num_leaves == len(flat):
         tree = pytree.tree_unflatten(list(range(len(flat))), spec)
         if not isinstance(tree, int):
-            names = [".".join(_key(k) for k in path) for path, _ in _leaves(_plain(tree))]
+            names = [".".join(key_name(k) for k in path) for path, _ in leaves(plain(tree))]
             names = [n if not n[:1].isdigit() else f"output_{n}" for n in names]
         else:
             names = ["output"]
@@ -391,29 +390,30 @@ def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
     return [n for n, _ in kept]
 
 
-def _plain(tree: Any) -> Any:
-    """Dataclasses as dicts: their pytree path has no field names otherwise."""
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if getattr(tree, f.name) is not None}
-    return tree
-
-
 def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset[str]]:
     """One `get_attr` node a tensor, at the top of the graph; tied names become the first of them."""
     tensors: dict[str, Tensor] = {}
-    parameters = set()
+    parameters: set[str] = set()
     first: dict[Any, Node] = {}
     for node in list(module.graph.nodes):
         if node.op != "get_attr":
             continue
-        value = module
+        value: Any = module
         for part in str(node.target).split("."):
             value = getattr(value, part)
         if not isinstance(value, Tensor):
             raise unsupported(node, "a submodule inside the graph (control flow) is not supported")
         if type(value).__name__ == "FakeTensor":
-            raise unsupported(node, "the exporter stored a tensor without data here; the layer hides it in .data")
-        key = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+            raise unsupported(
+                node, "the exporter stored a tensor without data here; the layer hides it in .data"
+            )
+        key: Any = (
+            value.untyped_storage().data_ptr(),
+            value.storage_offset(),
+            tuple(value.shape),
+            value.stride(),
+            value.dtype,
+        )
         key = key if value.numel() else (id(value),)
         if key in first:
             node.replace_all_uses_with(first[key])
@@ -426,95 +426,22 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
     return tensors, frozenset(parameters)
 
 
-# -------------------------------------------------------------------- in-place operators
-
-
 def _normalise(graph: Graph, program: ExportedProgram) -> None:
     """Renames in-place operators to their pure forms, or functionalises the whole graph where that could be wrong."""
-    if _rename_in_place(graph):
+    if rename_in_place(graph.graph):
         graph.clean()
         graph.reinfer()
         return
     with quiet():
         pure = program.run_decompositions({})
     flat = _flatten(pure, graph.inputs, graph.example)
-    _restore_batch_norm(flat.graph)
-    if not _rename_in_place(flat):
-        culprit = next(n for n in flat.nodes if _in_place(n))
+    restore_batch_norm(flat.graph)
+    if not rename_in_place(flat.graph):
+        culprit = next(n for n in flat.nodes if in_place(n))
         raise unsupported(culprit, "writes into the model's own state; a compiled model keeps none")
     graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters
     graph.clean()
     graph.reinfer()
-
-
-def _restore_batch_norm(graph: fx.Graph) -> None:
-    """Inference batch norm came apart when the graph was functionalised; passes know it by its usual name."""
-    pieces = torch.ops.aten._native_batch_norm_legit_no_training.default
-    for node in list(graph.nodes):
-        if node.target is not pieces or any(user.args[1] != 0 for user in node.users):
-            continue
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        for user in list(node.users):
-            user.target = torch.ops.aten.batch_norm.default
-            user.args = (x, weight, bias, mean, variance, False, momentum, eps, False)
-            user.meta = {**node.meta, **user.meta}
-        graph.erase_node(node)
-
-
-def _in_place(node: Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-
-
-def _rename_in_place(graph: Graph) -> bool:
-    """True when every in-place operator could be renamed exactly; the graph is untouched otherwise.
-
-    `relu_(x)` is `relu(x)` with later readers of x reading the result, as long as nothing else shares x's memory.
-    """
-    for node in graph.nodes:  # dropout in evaluation writes nothing, so it is pure even on a view
-        if node.target is torch.ops.aten.dropout_.default and node.args[2] is False:
-            node.target = torch.ops.aten.dropout.default
-    mutations = [n for n in graph.nodes if _in_place(n)]
-    plans = []
-    for node in mutations:
-        pure = _pure(node)
-        written = node.args[0] if node.args else None
-        if pure is None or not isinstance(written, Node) or written.op == "get_attr" or _shares_memory(written):
-            return False
-        plans.append((node, pure, written))
-    for node, pure, _ in plans:
-        written = node.args[0]  # an earlier plan may have re-pointed it
-        order = {n: i for i, n in enumerate(graph.graph.nodes)}
-        node.target = pure
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, n=node, o=order: o[user] > o[n])  # type: ignore[union-attr]
-    return True
-
-
-def _pure(node: Node) -> Any:
-    """aten.relu_.default -> aten.relu.default, when the schemas agree."""
-    namespace, name, overload = str(node.target).split(".")
-    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None) if name.endswith("_") else None
-    pure = getattr(packet, overload, None) if packet is not None else None
-    if pure is None or pure._schema.is_mutable:
-        return None
-    formals, own = (
-        [(str(a.type), a.default_value) for a in t._schema.arguments]
-        for t in (pure, node.target)  # type: ignore[union-attr]
-    )
-    return pure if formals == own else None
-
-
-def _shares_memory(value: Node) -> bool:
-    """True when the value is a view, or has a view: writing into it would be seen elsewhere."""
-    return _may_view(value) or any(_may_view(user) and value in user.all_input_nodes for user in value.users)
-
-
-def _may_view(node: Node) -> bool:
-    if node.op != "call_function" or _in_place(node):
-        return False
-    if kind(node) in ("identity", "cast", "getitem"):
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and any(r.alias_info is not None for r in schema.returns))
 
 
 # -------------------------------------------------------------------- proof
@@ -528,8 +455,12 @@ def _prove(graph: Graph, program: ExportedProgram, example: Sequence[Tensor]) ->
     for name, ours, theirs in zip(graph.outputs, graph.run(*example), flat, strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise UnsupportedError(f"capture changed the shape of output {name}")
-        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5 * _scale(theirs), equal_nan=True):
-            raise UnsupportedError(f"capture changed the numbers of output {name}: the model is not deterministic?")
+        if not torch.allclose(
+            ours.double(), theirs.double(), rtol=1e-4, atol=1e-5 * _scale(theirs), equal_nan=True
+        ):
+            raise UnsupportedError(
+                f"capture changed the numbers of output {name}: the model is not deterministic?"
+            )
 
 
 def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: list[Tensor]) -> list[Tensor]:
@@ -545,4 +476,4 @@ def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: list[T
 
 
 def _scale(tensor: Tensor) -> float:
-    return max(1.0, float(tensor.double().abs().max())) if tensor.numel() else 1.0
+    return max(1.0, float(tensor.detach().double().abs().max())) if tensor.numel() else 1.0

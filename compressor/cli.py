@@ -44,7 +44,7 @@ class Commands(click.Group):
         if first in self.commands or first in ("-h", "--help", "--version"):
             return self
         close = difflib.get_close_matches(first, self.commands, 1)
-        if close and not os.path.lexists(first):
+        if close and not first.startswith("-") and not os.path.lexists(first):
             raise FileError(f"{first}: no such file; did you mean the command '{close[0]}'?")
         return compress_model
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from .ir import Graph, operator_name, site
-from .ops import arguments, is_tensor, kind
+from .ops import arguments, extents, is_tensor, kind
 
 _UNINITIALISED = frozenset({"aten.empty.memory_format", "aten.empty_like.default"})
 _UNIFORM = ("zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full")
+_LIKE_OTHER = frozenset(
+    f"aten.{n}"
+    for n in ("type_as.default", "to.other", "expand_as.default", "view_as.default", "reshape_as.default")
+)
 _POINTWISE = frozenset({"activation", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
 
 
@@ -42,6 +45,7 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
     folding = Folding()
     constant = _foldable(graph, max_bytes, folding)
     results = set(graph.results)
+    unknown = False  # whether a size that was symbolic is now a number
     for node in graph.nodes:
         if limit is not None and len(folding.made) >= limit:
             break
@@ -53,10 +57,18 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
         source = _unchanged(node)
         if source is None:
             name = node.name if site(node) == node.name else f"{site(node)}.{node.name}"
-            source = graph.add_tensor(name, _compute(graph, under))
+            value = _compute(graph, under)
+            growth = _tensor_bytes(value) - sum(_bytes(n) for n in under if n.op == "get_attr")
+            if growth > max_bytes:  # its size was not known before
+                folding.left.append((node, _too_big(growth, max_bytes)))
+                continue
+            source = graph.add_tensor(name, value)
         graph.replace_uses(node, source)
         count = sum(1 for n in under if n.op == "call_function")
         folding.made.append((site(node), f"{count} operator{'s' * (count > 1)} on constants into one tensor"))
+        unknown |= extents(node.meta["val"]) != list(source.meta["val"].shape)
+    if unknown:
+        graph.reinfer()
     if folding.made:
         graph.clean()
     return folding
@@ -74,10 +86,21 @@ def is_random(node: Node) -> bool:
     return True
 
 
-class DataFree:
-    """The values that no input's data reaches: tensors, sizes, and what creation operators make of them.
+def shape_only(node: Node, operand: Node) -> bool:
+    """True when an operator looks at the shape, dtype or device of an operand, never at its data."""
+    if not is_tensor(operand):
+        return not isinstance(operand.meta["val"], (list, tuple))
+    name = operator_name(node)
+    if kind(node) == "create_like":
+        return not name.startswith(("aten.tril.", "aten.triu."))
+    return name in _LIKE_OTHER and operand is not node.args[0]
 
-    `zeros([batch, 5, 3])` is data-free but has no fixed shape, so it cannot be folded.
+
+class DataFree:
+    """The values that neither an input's data nor its size reaches: sizes may shape them, never fill them.
+
+    `zeros([batch, 5, 3])` is data-free but has no fixed shape, so it cannot be folded; `arange(batch)` is not.
+    Size nodes themselves count as data-free, so that operators may mention them.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -97,7 +120,7 @@ class DataFree:
             return False
         if node.op == "get_attr":
             return self._tensor_varies(node, axis)
-        which, name = kind(node), operator_name(node).split(".")[1]
+        which, name = kind(node), operator_name(node).removeprefix("aten.").split(".")[0]
         if which in ("create", "create_like"):
             return not (name.endswith("_like") or name in _UNIFORM)
         from_end = axis - node.meta["val"].dim()
@@ -113,10 +136,14 @@ class DataFree:
             return True
         if not _is_pure(node):
             return False
-        name = operator_name(node).split(".")[-2]
-        if which == "create_like" and name not in ("tril", "triu"):
-            return True  # reads shape, dtype and device of its operand, not its data
-        return all(n in self._nodes for n in node.all_input_nodes)
+        data = [n for n in node.all_input_nodes if not shape_only(node, n)]
+        if not all(n in self._nodes for n in data):
+            return False
+        if len(data) == len(node.all_input_nodes):
+            return True
+        name = operator_name(node).removeprefix("aten.").split(".")[0]
+        shaped = name in _UNIFORM or which in ("create_like", "expand", "view", "unflatten", "repeat")
+        return shaped and not _fills_with_size(node)
 
     def _operand_varies(self, operand: Node, from_end: int) -> bool:
         dims = operand.meta["val"].dim()
@@ -127,6 +154,14 @@ class DataFree:
             tensor = self._graph.tensor(node)
             self._equal[node, axis] = bool((tensor == tensor.narrow(axis, 0, 1)).all())
         return not self._equal[node, axis]
+
+
+def _fills_with_size(node: Node) -> bool:
+    """True when a number in the value is a dynamic size: `full([3], batch)`."""
+    bound = arguments(node)
+    return any(
+        isinstance(bound.get(name), Node) and not is_tensor(bound[name]) for name in ("fill_value", "s")
+    )
 
 
 def _is_pure(node: Node) -> bool:
@@ -147,26 +182,32 @@ def _foldable(graph: Graph, max_bytes: int, folding: Folding) -> set[Node]:
             continue
         if node.op != "call_function" or not all(n in constant for n in node.all_input_nodes):
             continue
-        if not _is_pure(node) or not _is_static(node.meta.get("val")):
+        if not _is_pure(node) and kind(node) != "size":
             continue
         sources = frozenset().union(*(constant[n] for n in node.all_input_nodes))
         growth = _bytes(node) - sum(map(_bytes, sources))
         if growth > max_bytes:
-            folding.left.append((node, f"as a constant it would add {growth:,} bytes, more than max_bytes={max_bytes:,}"))
+            folding.left.append(
+                (node, f"as a constant it would add {growth:,} bytes, more than max_bytes={max_bytes:,}")
+            )
             continue
         constant[node] = sources
     return set(constant)
 
 
-def _is_static(value: Any) -> bool:
-    values = value if isinstance(value, (list, tuple)) else (value,)
-    return all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in values)
+def _too_big(growth: int, max_bytes: int) -> str:
+    return f"as a constant it would add {growth:,} bytes, more than max_bytes={max_bytes:,}"
 
 
 def _bytes(node: Node) -> int:
+    """Bytes of a value; a size that depends on data (`nonzero`) counts 1 until it is known."""
     value = node.meta["val"]
-    values: Iterable[Tensor] = value if isinstance(value, (list, tuple)) else (value,)
-    return sum(math.prod(v.shape) * v.dtype.itemsize for v in values)
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return sum(_tensor_bytes(v) for v in values if isinstance(v, Tensor))
+
+
+def _tensor_bytes(value: Tensor) -> int:
+    return math.prod(s for s in value.shape if isinstance(s, int)) * value.dtype.itemsize
 
 
 def _ancestors(node: Node) -> list[Node]:

@@ -117,8 +117,8 @@ def open_data(
 ) -> Data:
     """Opens a file, a folder, arrays or any iterable of batches as Data for these inputs, and reads it once.
 
-    That one pass checks every batch, so that whatever does not fit is said now: DataError names the input, what
-    was expected and what was seen. What may not read the same twice (an iterator, a shuffling loader, an
+    That one pass checks every batch, so that whatever does not fit is said now: DataError names the input,
+    what was expected and what was seen. What may not read the same twice (an iterator, a shuffling loader, an
     augmenting dataset) is kept in a temporary file, at most `limit` samples of it. preprocess: see
     `images.preprocessing`; needed for folders of images, and for uint8 pixels where the model takes floats.
     """
@@ -167,8 +167,8 @@ def open_data(
 def split(data: Data, *, every: int = 5, seed: int = 0) -> tuple[Data, Data]:
     """(for statistics, held out): one batch in `every` is held out, chosen by seed. They share no sample.
 
-    Few batches are cut smaller first. Under 8 samples, or with a single static batch, both are all of the data,
-    and their descriptions say in-sample.
+    Few batches are cut smaller first. Under 8 samples, or with a single static batch, both are all of the
+    data, and their descriptions say in-sample.
     """
     if len(data) < every and data.fixed is None and data.samples >= IN_SAMPLE:
         data = data.rebatched(max(2, data.samples // (2 * every)))
@@ -290,7 +290,7 @@ def evaluator(spec: Any, graph: Graph, *, preprocess: str | Callable[..., Any] |
 
 
 def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> float:
-    """Mean over a batch of the first output's `top1` (is the largest class the label?) or `cosine` with it."""
+    """Mean of the first output's `top1` (its largest class is the label) or `cosine` with the label."""
     first, labels = outputs[0].detach().cpu(), batch.labels
     if labels is None:
         raise DataError(f"{name} needs labels, and the data have none")

@@ -36,7 +36,9 @@ def staging(output: Path) -> Iterator[Path]:
         if output.exists() and not output.is_dir():
             raise OutputError(f"{output} is a file; name a folder with --output")
         if output.exists() and not os.access(output, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write into {output}: permission denied; name another folder with --output")
+            raise OutputError(
+                f"cannot write into {output}: permission denied; name another folder with --output"
+            )
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     except OSError as error:
         raise _cannot_write(output, error) from error
@@ -61,10 +63,14 @@ def _publish(folder: Path, output: Path) -> None:
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write to {output}: {error.strerror or error}; free space, or name another --output")
+    return OutputError(
+        f"cannot write to {output}: {error.strerror or error}; free space, or name another --output"
+    )
 
 
-def deliver(graph: Graph, target: Target, folder: Path, metadata: Mapping[str, str], fixed: Mapping[str, int]) -> Emitted:
+def deliver(
+    graph: Graph, target: Target, folder: Path, metadata: Mapping[str, str], fixed: Mapping[str, int]
+) -> Emitted:
     """model.onnx (and model.ort where the target wants it) in `folder`, loaded once by ONNX Runtime.
 
     Where the exporter's optimiser produced a file that does not load, it is emitted again without it.
@@ -97,7 +103,12 @@ def provider_of(target: Target) -> tuple[str, str]:
 
 
 def check_emitted(
-    graph: Graph, emitted: Emitted, batches: Sequence[Batch], *, provider: str = CPU, tolerance: float | None = None
+    graph: Graph,
+    emitted: Emitted,
+    batches: Sequence[Batch],
+    *,
+    provider: str = CPU,
+    tolerance: float | None = None,
 ) -> list[Check]:
     """Outputs of the file against those of the graph, on every batch and on other sizes of every dynamic axis.
 
@@ -118,9 +129,7 @@ def check_emitted(
 
 def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
     """ContractError where the file's numbers are not the graph's."""
-    rounded = is_integer(graph) or any(
-        t.dtype in verify.HALF for t in graph.tensors.values()
-    )
+    rounded = is_integer(graph) or any(t.dtype in verify.HALF for t in graph.tensors.values())
     for check in checks:
         good = check.sqnr_db >= verify.SIMULATION_DB if rounded else check.error <= check.tolerance
         if not check.finite or not good:
@@ -158,11 +167,18 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(np.ascontiguousarray(a)) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays)
+    return tuple(
+        torch.from_numpy(np.ascontiguousarray(a)) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays
+    )
 
 
 def _bfloat16(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.view(np.uint16).astype(np.int32)).to(torch.int32).to(torch.uint16).view(torch.bfloat16)
+    return (
+        torch.from_numpy(array.view(np.uint16).astype(np.int32))
+        .to(torch.int32)
+        .to(torch.uint16)
+        .view(torch.bfloat16)
+    )
 
 
 def _varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
@@ -172,7 +188,12 @@ def _varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ..
     first = batches[0].inputs
     names = {s for spec in graph.inputs for s in spec.shape if isinstance(s, str)}
     for name in sorted(names):
-        sizes = {t.shape[a] for t, s in zip(first, graph.inputs, strict=True) for a, n in enumerate(s.shape) if n == name}
+        sizes = {
+            t.shape[a]
+            for t, s in zip(first, graph.inputs, strict=True)
+            for a, n in enumerate(s.shape)
+            if n == name
+        }
         for size in {1, max(sizes) - 1} - sizes - {0}:
             yield tuple(_cut(t, spec, name, size) for t, spec in zip(first, graph.inputs, strict=True))
 
@@ -189,7 +210,10 @@ def latencies(
 ) -> dict[str, Any]:
     """Interleaved medians by name ({"model", "float"}), and how many times faster the first is than the second."""
     first = next(iter(files.values()))
-    one = [t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t for s, t in zip(first.inputs, example, strict=True)]
+    one = [
+        t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t
+        for s, t in zip(first.inputs, example, strict=True)
+    ]
     arrays = list(feeds(first.inputs, one).values())
     found = measure.bench([e.path for e in files.values()], feeds=arrays, threads=threads, seconds=seconds)
     report: dict[str, Any] = {name: asdict(latency) for name, latency in zip(files, found, strict=True)}

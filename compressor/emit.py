@@ -126,7 +126,11 @@ def _four_dimensional(graph: Graph, node: Node) -> None:
         if not isinstance(value, Node):
             return value
         if rank == 3:
-            return graph.insert(torch.ops.aten.unsqueeze.default, (value, 1), before=node) if _rank(value) == 3 else value
+            return (
+                graph.insert(torch.ops.aten.unsqueeze.default, (value, 1), before=node)
+                if _rank(value) == 3
+                else value
+            )
         if _rank(value) != rank:
             raise unsupported(node, "attention with a mask of another rank than its query has no translation")
         return graph.insert(torch.ops.aten.flatten.using_ints, (value, 0, rank - 4), before=node)
@@ -138,7 +142,9 @@ def _four_dimensional(graph: Graph, node: Node) -> None:
     if rank == 3:
         back = graph.insert(torch.ops.aten.squeeze.dim, (flat, 1), before=node)
     else:
-        sizes = [graph.insert(torch.ops.aten.sym_size.int, (node.args[0], i), before=node) for i in range(rank - 1)]
+        sizes = [
+            graph.insert(torch.ops.aten.sym_size.int, (node.args[0], i), before=node) for i in range(rank - 1)
+        ]
         width = node.meta["val"].shape[-1]
         back = graph.insert(torch.ops.aten.reshape.default, (flat, [*sizes, width]), before=node)
     graph.replace_uses(node, back)
@@ -177,7 +183,9 @@ def _explain(graph: Graph, error: Exception) -> UnsupportedError:
     trace = failing.meta.get("stack_trace")
     own = [n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace]
     culprit = next((n for n in own if kind(n) == "opaque"), own[0] if own else failing)
-    return unsupported(culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript")
+    return unsupported(
+        culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript"
+    )
 
 
 def _failing_node(error: BaseException | None) -> Node | None:
@@ -186,7 +194,9 @@ def _failing_node(error: BaseException | None) -> Node | None:
         trace = error.__traceback__
         while trace is not None:
             node = trace.tb_frame.f_locals.get("node")
-            if isinstance(node, Node) and trace.tb_frame.f_globals.get("__name__", "").startswith("torch.onnx"):
+            if isinstance(node, Node) and trace.tb_frame.f_globals.get("__name__", "").startswith(
+                "torch.onnx"
+            ):
                 return node
             trace = trace.tb_next
         error = error.__cause__

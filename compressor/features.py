@@ -9,32 +9,17 @@ proves the outcome with numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .constants import DataFree, is_random
+from .constants import DataFree, is_random, shape_only
 from .ir import operator_name, site
-from .ops import arguments, is_tensor, kind
-
-Size = Any  # an int, or the sympy expression of a dynamic size
-
-
-@dataclass(frozen=True)
-class Atom:
-    """A factor of an axis: `token` is the axis of the entry that it runs along, None for features."""
-
-    size: Size
-    token: int | None = None
-
-
-Axis = tuple[Atom, ...]  # the first atom is the slowest; an axis of size 1 has none
-Layout = tuple[Axis, ...]
+from .layout import Axis, Layout, Size, reshaped, run, tokens
+from .ops import arguments, extents, is_tensor, kind
 
 
 class NotAffine(Exception):
@@ -70,6 +55,11 @@ class Step:
             raise self.fail()
         return self.known[value]
 
+    @property
+    def first(self) -> Any:
+        """The operator's first argument."""
+        return next(iter(self.bound.values()))
+
     def only(self, name: str, *constants: str) -> Layout:
         """The layout of one operand, when the operands named `constants` are no values of the region."""
         if any(self.reads(self.bound.get(c)) for c in constants):
@@ -85,27 +75,13 @@ class Step:
 
     @property
     def sizes(self) -> list[Size]:
-        return sizes_of(self.node.meta["val"])
-
-
-def start(entry: Node) -> Layout:
-    """The layout of the entry itself: its last axis holds the features, the others are tokens."""
-    *tokens, last = sizes_of(entry.meta["val"])
-    axes = [() if s == 1 else (Atom(s, i),) for i, s in enumerate(tokens)]
-    return (*axes, _run(last))
-
-
-def is_exit(layout: Layout, entry: Layout) -> bool:
-    """True when a value has the entry's token axes, in order, and then one axis of features."""
-    if len(layout) != len(entry) or any(a.token is not None for a in layout[-1]):
-        return False
-    return all(_tokens(a) == _tokens(b) and a == b for a, b in zip(layout[:-1], entry[:-1], strict=True))
+        return extents(self.node.meta["val"])
 
 
 def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
     """The layout of what `node` computes (a list for several outputs). Raises NotAffine or Foreign."""
     for operand in node.all_input_nodes:
-        if operand not in known and operand not in free and not _shape_only(node, operand):
+        if operand not in known and operand not in free and not shape_only(node, operand):
             raise Foreign
     rule = RULES.get(kind(node))
     if rule is None or is_random(node):
@@ -116,63 +92,7 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | li
     return rule(Step(node, known, free, arguments(node)))
 
 
-def sizes_of(value: Tensor) -> list[Size]:
-    """Sizes as ints and sympy expressions; comparing them adds no guard."""
-    return [s if isinstance(s, int) else s.node.expr for s in value.shape]
-
-
-# -------------------------------------------------------------------- layouts
-
-
-def _run(size: Size) -> Axis:
-    return () if size == 1 else (Atom(size),)
-
-
-def _tokens(axis: Axis) -> list[int]:
-    return [a.token for a in axis if a.token is not None]
-
-
-def _divide(whole: Size, part: Size) -> Size | None:
-    """whole / part when that is a whole number for every value of the dynamic sizes."""
-    if isinstance(whole, int) and isinstance(part, int):
-        return whole // part if part and whole % part == 0 else None
-    quotient = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
-    if sympy.fraction(quotient)[1] != 1:
-        return None
-    return int(quotient) if quotient.is_Integer else quotient
-
-
-def _reshaped(step: Step, layout: Layout) -> Layout:
-    """The layout after a reshape to the node's own sizes: atoms are dealt out to the axes in order."""
-    atoms = [a for axis in layout for a in axis]
-    result = []
-    for size in step.sizes:
-        axis: list[Atom] = []
-        while size != 1:
-            head = atoms[0] if atoms else Atom(0)
-            rest = _divide(size, head.size)
-            if rest is not None:
-                atoms.pop(0)
-            else:
-                left = _divide(head.size, size) if head.token is None else None
-                if left is None:
-                    raise step.fail("reshapes positions and features into one another")
-                head, atoms[0], rest = Atom(size), Atom(left), 1
-            axis.append(head)
-            size = rest
-        result.append(_joined(axis))
-    return tuple(result)
-
-
-def _joined(atoms: list[Atom]) -> Axis:
-    """Neighbouring features are one run."""
-    axis: list[Atom] = []
-    for atom in atoms:
-        if axis and axis[-1].token is None and atom.token is None:
-            axis[-1] = Atom(axis[-1].size * atom.size)
-        else:
-            axis.append(atom)
-    return tuple(axis)
+# -------------------------------------------------------------------- helpers
 
 
 def _broadcast(step: Step, axes: list[Axis], constants: list[tuple[Node, int]], size: Size) -> Axis:
@@ -186,9 +106,9 @@ def _broadcast(step: Step, axes: list[Axis], constants: list[tuple[Node, int]], 
             continue
         if not axis and not isinstance(size, int):
             raise step.fail("repeats features along a dynamic axis")
-        if _tokens(axis) and step.free.varies(node, dim):
+        if tokens(axis) and step.free.varies(node, dim):
             raise step.fail("brings in a constant that differs from position to position")
-    return axis or _run(size)
+    return axis or run(size)
 
 
 def _aligned(step: Step, layouts: list[Layout], constants: list[Node], sizes: list[Size]) -> Layout:
@@ -201,51 +121,46 @@ def _aligned(step: Step, layouts: list[Layout], constants: list[Node], sizes: li
     return tuple(result)
 
 
-def _operands(step: Step, values: Any) -> tuple[list[Layout], list[Node]]:
-    region = [step.known[v] for v in values if step.reads(v)]
-    return region, [v for v in values if is_tensor(v) and not step.reads(v)]
-
-
-def _shape_only(node: Node, operand: Node) -> bool:
-    """True when an operator looks at the shape or dtype of an operand, never at its data."""
-    name = operator_name(node)
-    if name in ("aten.type_as.default", "aten.to.other", "aten.expand_as.default", "aten.view_as.default"):
-        return operand is not node.args[0]
-    return not is_tensor(operand)
+def _operands(step: Step, values: Iterable[Any]) -> tuple[list[Layout], list[Node]]:
+    """Layouts of the operands in the region, and the constant tensors among `values`."""
+    values = [v for v in values if isinstance(v, Node)]
+    if not all(is_tensor(v) for v in values):
+        raise step.fail("computes with a dynamic size")
+    return [step.known[v] for v in values if step.reads(v)], [v for v in values if not step.reads(v)]
 
 
 # -------------------------------------------------------------------- rules
 
 
 def _sum(step: Step) -> Layout:
-    return _aligned(step, *_operands(step, step.node.args), step.sizes)
+    return _aligned(step, *_operands(step, step.bound.values()), step.sizes)
 
 
 def _product(step: Step) -> Layout:
-    region, constants = _operands(step, step.node.args)
+    region, constants = _operands(step, step.bound.values())
     if len(region) > 1:
         raise step.fail("multiplies two activations")
     return _aligned(step, region, constants, step.sizes)
 
 
 def _quotient(step: Step) -> Layout:
-    if step.reads(step.node.args[1]):
+    if step.reads(step.bound["other"]):
         raise step.fail("divides by an activation")
     return _product(step)
 
 
 def _same(step: Step) -> Layout:
-    return step.layout(step.node.args[0])
+    return step.layout(step.first)
 
 
 def _linear(step: Step) -> Layout:
     layout = step.only("input", "weight", "bias")
     step.features(layout, -1)
-    return (*layout[:-1], _run(step.sizes[-1]))
+    return (*layout[:-1], run(step.sizes[-1]))
 
 
 def _matmul(step: Step, first: str = "", second: str = "") -> Layout:
-    a, b = (step.bound[n] for n in (first, second)) if first else step.node.args[:2]
+    a, b = (step.bound[n] for n in (first, second)) if first else list(step.bound.values())[:2]
     if step.reads(a) and step.reads(b):
         raise step.fail("multiplies two activations")
     region, constant = (a, b) if step.reads(a) else (b, a)
@@ -265,7 +180,7 @@ def _matmul(step: Step, first: str = "", second: str = "") -> Layout:
         )
         for back in range(len(sizes), 2, -1)
     ]
-    tail = (layout[-2], _run(sizes[-1])) if region is a else (_run(sizes[-2]), layout[-1])
+    tail = (layout[-2], run(sizes[-1])) if region is a else (run(sizes[-2]), layout[-1])
     return (*lead, *tail)
 
 
@@ -280,7 +195,7 @@ def _addmm(step: Step) -> Layout:
 
 
 def _einsum(step: Step) -> Layout:
-    equation, operands = str(step.node.args[0]).replace(" ", ""), list(step.node.args[1])
+    equation, operands = str(step.bound["equation"]).replace(" ", ""), list(step.bound["tensors"])
     region = [i for i, o in enumerate(operands) if step.reads(o)]
     if len(region) != 1:
         raise step.fail("multiplies two activations")
@@ -294,12 +209,16 @@ def _einsum(step: Step) -> Layout:
         raise step.fail("takes a diagonal")
     where = dict(zip(own, step.known[operands[region[0]]], strict=True))
     for label, axis in where.items():
-        if label not in output_labels and _tokens(axis):
+        if label not in output_labels and tokens(axis):
             raise step.fail("sums over positions")
     result = []
     for label, size in zip(output_labels, step.sizes, strict=True):
-        constants = [(o, names.index(label)) for o, names in zip(operands, labels, strict=True) if o not in step.known and label in names]
-        result.append(_broadcast(step, [where.get(label, ())], constants, size))
+        tables = [
+            (o, names.index(label))
+            for o, names in zip(operands, labels, strict=True)
+            if not step.reads(o) and label in names
+        ]
+        result.append(_broadcast(step, [where.get(label, ())], tables, size))
     return tuple(result)
 
 
@@ -313,128 +232,130 @@ def _spell(term: str, dims: int) -> list[str]:
 def _reduce(step: Step) -> Layout:
     if operator_name(step.node) not in ("aten.sum.dim_IntList", "aten.mean.dim"):
         raise step.fail()
-    layout = step.layout(step.node.args[0])
+    layout = step.layout(step.first)
     dims = {step.features(layout, d) for d in step.bound["dim"] or range(len(layout))}
     kept = step.bound["keepdim"]
     return tuple(() if i in dims else axis for i, axis in enumerate(layout) if kept or i not in dims)
 
 
 def _view(step: Step) -> Layout:
-    return _reshaped(step, step.layout(step.node.args[0]))
+    layout = reshaped(step.layout(step.first), step.sizes)
+    if layout is None:
+        raise step.fail("reshapes positions and features into one another")
+    return layout
 
 
 def _permute(step: Step) -> Layout:
-    layout = step.layout(step.node.args[0])
+    layout = step.layout(step.first)
     return tuple(layout[d] for d in step.bound["dims"])
 
 
 def _transpose(step: Step) -> Layout:
-    axes = list(step.layout(step.node.args[0]))
+    axes = list(step.layout(step.first))
     name = operator_name(step.node).split(".")[1]
     if name == "numpy_T" or len(axes) < 2:
         return tuple(reversed(axes))
-    a, b = (step.node.args[1], step.node.args[2]) if name in ("transpose", "swapaxes") else (-2, -1)
-    if name == "adjoint":
-        raise step.fail()
-    axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
+    a, b = list(step.bound.values())[1:3] if name in ("transpose", "swapaxes") else (-2, -1)
+    axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)
 
 
 def _expand(step: Step) -> Layout:
-    layout = step.layout(step.node.args[0])
+    layout = step.layout(step.first)
     result = []
     for back in range(len(step.sizes), 0, -1):
         axis = layout[-back] if len(layout) >= back else ()
         if not axis and not isinstance(step.sizes[-back], int):
             raise step.fail("repeats features along a dynamic axis")
-        result.append(axis or _run(step.sizes[-back]))
+        result.append(axis or run(step.sizes[-back]))
     return tuple(result)
 
 
 def _resized(step: Step, layout: Layout) -> Layout:
     """Operators that keep the number of axes: wherever a size changes, the axis must hold features alone."""
-    sizes = sizes_of(step.node.args[0].meta["val"])  # type: ignore[union-attr]
+    sizes = extents(step.first.meta["val"])
     sizes = [1] * (len(step.sizes) - len(sizes)) + sizes
     layout = ((),) * (len(sizes) - len(layout)) + layout
     result = []
     for dim, (old, new) in enumerate(zip(sizes, step.sizes, strict=True)):
         if old != new:
             step.features(layout, dim)
-        result.append(layout[dim] if old == new else _run(new))
+        result.append(layout[dim] if old == new else run(new))
     return tuple(result)
 
 
 def _changed(step: Step) -> Layout:
-    return _resized(step, step.layout(step.node.args[0]))
+    return _resized(step, step.layout(step.first))
 
 
 def _along(step: Step) -> Layout:
     """Operators that move values along the axes they name, whether or not a size changes."""
     layout = step.only("self", "index")
     dims = step.bound.get("dims", step.bound.get("dim"))
+    if operator_name(step.node) == "aten.real.default":
+        return layout
+    if dims is None or dims == []:
+        raise step.fail("works on all axes at once")
     for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
         step.features(layout, dim)
     return _resized(step, layout)
 
 
+def _pad(step: Step) -> Layout:
+    layout = step.layout(step.first)
+    for i, amount in enumerate(step.bound["pad"]):
+        if amount != 0:
+            step.features(layout, -1 - i // 2)
+    return _resized(step, layout)
+
+
 def _select(step: Step) -> Layout:
-    layout = step.layout(step.node.args[0])
+    layout = step.layout(step.first)
     dim = step.features(layout, step.bound["dim"])
     return (*layout[:dim], *layout[dim + 1 :])
 
 
 def _index(step: Step) -> Layout:
-    layout, indices = step.layout(step.node.args[0]), list(step.node.args[1])
+    layout, indices = step.layout(step.first), list(step.bound["indices"])
     used = [i for i, index in enumerate(indices) if index is not None]
     if len(used) != 1 or step.reads(indices[used[0]]) or indices[used[0]].meta["val"].dim() != 1:
         raise step.fail("gathers along several axes")
     dim = step.features(layout, used[0])
-    return (*layout[:dim], _run(step.sizes[dim]), *layout[dim + 1 :])
+    return (*layout[:dim], run(step.sizes[dim]), *layout[dim + 1 :])
 
 
 def _unbind(step: Step) -> list[Layout]:
-    layout = step.layout(step.node.args[0])
+    layout = step.layout(step.first)
     dim = step.features(layout, step.bound.get("dim", 0))
     whole = step.node.meta["val"]
     if kind(step.node) == "unbind":
         return [(*layout[:dim], *layout[dim + 1 :])] * len(whole)
-    return [(*layout[:dim], _run(sizes_of(part)[dim]), *layout[dim + 1 :]) for part in whole]
+    return [(*layout[:dim], run(extents(part)[dim]), *layout[dim + 1 :]) for part in whole]
 
 
 def _getitem(step: Step) -> Layout:
-    return step.known[step.node.args[0]][step.node.args[1]]
+    source, index = step.bound.values()
+    return step.known[source][index]
 
 
 def _cat(step: Step) -> Layout:
-    values = list(step.node.args[0])
+    """Values side by side along one axis of features: cat, and slice_scatter (one overwrites a part of the other)."""
+    values = step.first if kind(step.node) == "cat" else list(step.bound.values())[:2]
     region, constants = _operands(step, values)
-    stacked = kind(step.node) == "stack"
-    dim = step.bound["dim"] % len(step.sizes)
-    if stacked:
-        sizes = step.sizes[:dim] + step.sizes[dim + 1 :]
-        body = _aligned(step, region, constants, sizes)
-        return (*body[:dim], _run(len(values)), *body[dim:])
-    for layout in region:
-        step.features(layout, dim)
-    blank = [(*layout[:dim], (), *layout[dim + 1 :]) for layout in region]
-    sizes = [1 if i == dim else s for i, s in enumerate(step.sizes)]
-    others = [_broadcast(step, [b[i] for b in blank], [(c, i) for c in constants], s) for i, s in enumerate(sizes) if i != dim]
-    return (*others[:dim], _run(step.sizes[dim]), *others[dim:])
-
-
-def _scatter(step: Step) -> Layout:
-    """slice_scatter: a slice of one value is overwritten by another value, along features."""
-    region, constants = _operands(step, step.node.args[:2])
     dim = step.bound["dim"] % len(step.sizes)
     for layout in region:
         step.features(layout, dim)
-    blank = [(*layout[:dim], (), *layout[dim + 1 :]) for layout in region]
-    others = [
-        _broadcast(step, [b[i] for b in blank], [(c, i) for c in constants], s)
-        for i, s in enumerate(step.sizes)
-        if i != dim
-    ]
-    return (*others[:dim], _run(step.sizes[dim]), *others[dim:])
+    result = []
+    for i, size in enumerate(step.sizes):
+        axes, tables = [layout[i] for layout in region], [(c, i) for c in constants]
+        result.append(run(size) if i == dim else _broadcast(step, axes, tables, size))
+    return tuple(result)
+
+
+def _stack(step: Step) -> Layout:
+    dim = step.bound["dim"] % len(step.sizes)
+    body = _aligned(step, *_operands(step, step.first), step.sizes[:dim] + step.sizes[dim + 1 :])
+    return (*body[:dim], run(step.sizes[dim]), *body[dim:])
 
 
 def _batch_norm(step: Step) -> Layout:
@@ -452,8 +373,8 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum, "reduce": _reduce,
     "view": _view, "flatten": _view, "unflatten": _view, "squeeze": _view, "unsqueeze": _view,
     "permute": _permute, "transpose": _transpose, "expand": _expand, "repeat": _changed,
-    "repeat_interleave": _along, "slice": _changed, "narrow": _changed, "pad": _changed, "select": _select,
+    "repeat_interleave": _along, "slice": _changed, "narrow": _changed, "pad": _pad, "select": _select,
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
-    "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _cat,
-    "scatter": _scatter, "batch_norm": _batch_norm,
+    "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
+    "slice_scatter": _cat, "batch_norm": _batch_norm,
 }  # fmt: skip

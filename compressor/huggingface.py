@@ -1,8 +1,8 @@
-"""Hugging Face folders (config.json and weights) and PEFT adapter folders, from disk only, all weights accounted for.
+"""Hugging Face model folders and PEFT adapter folders: from disk only, every weight accounted for.
 
-No code of the folder is run (`trust_remote_code=False`), nothing is downloaded, and weights are read from safetensors,
-or inertly from .bin. The libraries' own loaders warn, or say nothing, when a head is missing and filled at random:
-here that is an error.
+No code of the folder is run (`trust_remote_code=False`), nothing is downloaded, and weights are read from
+safetensors, or inertly from .bin. The libraries' own loaders warn, or say nothing, when a head is missing and
+filled at random: here that is an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import pickles
 from .architecture import guarded, library
+from .capture import quiet
 from .errors import FileError, UsageError
 
 _CHUNK = 1 << 24
@@ -31,72 +32,80 @@ def is_folder(path: Path) -> bool:
 
 def architecture(folder: Path) -> nn.Module:
     """The model that the folder's config.json describes, its weights as its code makes them."""
-    config = _config(folder)
+    spec, config = f"hf:{folder}", _config(folder)
     kind = _class(config)
-    if kind is None:
-        auto = library("transformers", _spec(folder)).AutoModel
-        return guarded(lambda: auto.from_config(config, trust_remote_code=False), _spec(folder), "build it")  # type: ignore[no-any-return]
-    return guarded(lambda: kind(config), _spec(folder), "build it")  # type: ignore[no-any-return]
+
+    def make() -> Any:
+        return kind(config) if kind else _auto(spec).from_config(config, trust_remote_code=False)
+
+    with quiet():
+        model: nn.Module = guarded(make, spec, "build it")
+    return model
 
 
-def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...], tuple[str, ...]]:
-    """Model in float32, class names, notes. Raises FileError unless weights and model fit exactly."""
-    config = _config(folder)
-    kind = _class(config) or library("transformers", _spec(folder)).AutoModel
-    keywords: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+def labels(model: nn.Module) -> tuple[str, ...]:
+    """Class names in the model's config, unless they are the library's placeholders."""
+    table = getattr(getattr(model, "config", None), "id2label", None)
+    names = tuple(str(table[key]) for key in sorted(table)) if isinstance(table, dict) else ()
+    generic = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return () if generic or len(names) < 2 else names
+
+
+def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, in float32, and notes. Raises FileError unless weights and architecture fit exactly."""
+    spec, config = f"hf:{folder}", _config(folder)
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     if any(folder.glob("*.safetensors")):
+        options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
         source: str | None = str(folder)
-        keywords |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     else:
+        options["state_dict"] = _bin_weights(folder)
         source = None
-        keywords["state_dict"] = _bin_weights(folder)
-    model, info = guarded(lambda: kind.from_pretrained(source, **keywords), _spec(folder), "load it")
-    notes = []
-    problems = []
+    kind = _class(config) or _auto(spec)
+    with quiet():
+        model, info = guarded(lambda: kind.from_pretrained(source, **options), spec, "load it")
+    notes, problems = [], []
     for what in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{what}_keys", ()))
-        consented = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
-        if consented:
-            notes.append(f"{len(consented)} {what} weights, by consent: {', '.join(consented[:3])}")
-        if rest := [key for key in keys if key not in consented]:
-            problems.append(f"{len(rest)} {what} ({', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''})")
+        named = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
+        if named:
+            notes.append(f"{len(named)} {what} weights, by consent ({_some(named)})")
+        if rest := [key for key in keys if key not in named]:
+            problems.append(f"{len(rest)} {what} ({_some(rest)})")
     if problems:
         raise FileError(
-            f"{folder} does not fit its own architecture {type(model).__name__}: weights {'; '.join(problems)}. "
-            f"Consent by name with --allow-missing PATTERN."
+            f"{folder} does not fit its own architecture, {type(model).__name__}: weights {'; '.join(problems)}. "
+            f"Consent by name: --allow-missing PATTERN."
         )
-    stored = getattr(config, "dtype", None)
-    if stored not in (None, torch.float32, "float32"):
-        notes.append(f"{str(stored).removeprefix('torch.')} weights were read as float32")
-    return model, _labels(config), tuple(notes)
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if stored not in ("None", "float32"):
+        notes.append(f"{stored} weights were read as float32")
+    return model, tuple(notes)
 
 
 def adapt(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
     """`model` with the PEFT adapter in `folder`, and a note. Raises FileError unless every adapter tensor is used."""
-    settings = _json(folder / "adapter_config.json", f"--adapter {folder}")
+    spec = f"--adapter {folder}"
+    settings = _json(folder / "adapter_config.json", spec)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise FileError(f"--adapter {folder}: there is no adapter_model.safetensors in it.")
-    parent = (settings.get("auto_mapping") or {}).get("parent_library") or "transformers"
-    if str(parent).split(".")[0] != "transformers":
-        raise FileError(f"--adapter {folder}: it names code to import ({parent}), and is refused.")
-    peft = library("peft", f"--adapter {folder}")
-    adapted = guarded(
-        lambda: peft.PeftModel.from_pretrained(model, str(folder)), f"--adapter {folder}", "attach it"
-    )
+        raise FileError(f"{spec}: there is no adapter_model.safetensors in it.")
+    if settings.get("megatron_config") is not None:
+        raise FileError(f"{spec}: its adapter_config.json names a module to import (megatron_core): refused.")
+    peft = library("peft", spec)
+    with quiet():
+        adapted = guarded(lambda: peft.PeftModel.from_pretrained(model, str(folder)), spec, "attach it")
     ours: dict[str, Tensor] = peft.get_peft_model_state_dict(adapted)
-    theirs = library("safetensors.torch", f"--adapter {folder}").load_file(weights)
+    theirs = library("safetensors.torch", spec).load_file(weights)
     missing, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     wrong = sorted(key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key]))
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])})"
+        f"{len(keys)} {what} ({_some(keys)})"
         for keys, what in ((missing, "missing"), (unused, "not used"), (wrong, "not taken over"))
         if keys
     ]
     if problems:
-        raise FileError(
-            f"--adapter {folder} does not fit {type(model).__name__}: weights {'; '.join(problems)}."
-        )
+        raise FileError(f"{spec} does not fit {type(model).__name__}: weights {'; '.join(problems)}.")
     return adapted, f"adapter {folder.name} ({settings.get('peft_type')}): {len(ours)} tensors"
 
 
@@ -119,22 +128,27 @@ def files(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _spec(folder: Path) -> str:
-    return f"hf:{folder}"
+def _auto(spec: str) -> Any:
+    return library("transformers", spec).AutoModel
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def _config(folder: Path) -> Any:
+    spec = f"hf:{folder}"
     if not is_folder(folder):
-        raise UsageError(f"hf:{folder}: there is no config.json in that folder.")
-    settings = _json(folder / "config.json", _spec(folder))
+        raise UsageError(f"{spec}: there is no config.json in that folder.")
+    settings = _json(folder / "config.json", spec)
     if "quantization_config" in settings:
         raise FileError(
             f"{folder} holds weights that are quantised already; give the model that they were made from."
         )
-    auto = library("transformers", _spec(folder)).AutoConfig
+    auto = library("transformers", spec).AutoConfig
     config = guarded(
         lambda: auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
-        _spec(folder),
+        spec,
         "read its config.json",
     )
     if hasattr(config, "use_cache"):
@@ -167,13 +181,6 @@ def _bin_weights(folder: Path) -> dict[str, Tensor]:
         )
         weights |= {str(key): tensor for key, tensor in found.items() if tensor is not None}
     return weights
-
-
-def _labels(config: Any) -> tuple[str, ...]:
-    table = getattr(config, "id2label", None) or {}
-    names = tuple(str(table[key]) for key in sorted(table))
-    generic = all(name == f"LABEL_{index}" for index, name in enumerate(names))
-    return () if generic or len(names) < 2 else names
 
 
 def _json(path: Path, where: str) -> dict[str, Any]:

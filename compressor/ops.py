@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Node
 
 from .ir import Graph, operator_name
@@ -46,9 +46,10 @@ _ROWS: dict[str, str] = {
     "neg": "neg.default",
     "binary": """pow.Tensor_Tensor pow.Scalar maximum.default minimum.default eq.Tensor eq.Scalar ne.Tensor ne.Scalar
         lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar logical_and.default
-        logical_or.default bitwise_and.Tensor bitwise_or.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor where.self where.ScalarSelf where.ScalarOther
-        where.Scalar masked_fill.Scalar masked_fill.Tensor addcmul.default addcdiv.default div.Tensor_mode
-        floor_divide.default remainder.Scalar remainder.Tensor atan2.default""",
+        logical_or.default bitwise_and.Tensor bitwise_or.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor
+        where.self where.ScalarSelf where.ScalarOther where.Scalar masked_fill.Scalar masked_fill.Tensor
+        addcmul.default addcdiv.default div.Tensor_mode floor_divide.default remainder.Scalar remainder.Tensor
+        atan2.default""",
     "cast": "to.dtype to.dtype_layout to.device to.other _to_copy.default type_as.default",
     "identity": """alias.default clone.default contiguous.default detach.default detach_.default dropout.default
         feature_dropout.default alpha_dropout.default
@@ -90,13 +91,14 @@ _ROWS: dict[str, str] = {
     "roll": "roll.default",
     "flip": "flip.default",
     "pad": "pad.default constant_pad_nd.default",
+    "slice_scatter": "slice_scatter.default",
     "pixel_shuffle": "pixel_shuffle.default",
     "pixel_unshuffle": "pixel_unshuffle.default",
     "channel_shuffle": "channel_shuffle.default",
     "embedding": "embedding.default",
     "fft": "fft_fft.default fft_ifft.default fft_rfft.default fft_irfft.default fft_fft2.default real.default",
-    "create": """arange.default arange.start arange.start_step zeros.default ones.default full.default empty.memory_format
-        eye.default eye.m linspace.default scalar_tensor.default tril_indices.default""",
+    "create": """arange.default arange.start arange.start_step zeros.default ones.default full.default
+        empty.memory_format eye.default eye.m linspace.default scalar_tensor.default tril_indices.default""",
     "create_like": """zeros_like.default ones_like.default full_like.default empty_like.default new_zeros.default
         new_ones.default new_full.default tril.default triu.default""",
     "size": "sym_size.int sym_numel.default",
@@ -113,7 +115,9 @@ KINDS |= {
 }
 
 # One operand in, values changed one by one, no parameter: safe to move a positive per-channel mask past nothing.
-ELEMENTWISE = frozenset({"activation", "prelu", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
+ELEMENTWISE = frozenset(
+    {"activation", "prelu", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"}
+)
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm"})
 CONTRACTIONS = frozenset({"conv", "conv_transpose", "linear", "matmul", "addmm", "einsum", "attention"})
 
@@ -165,6 +169,11 @@ def set_argument(graph: Graph, node: Node, name: str, value: Any) -> None:
 def shape(node: Node) -> tuple[Any, ...]:
     """Sizes of a tensor-valued node; a symbolic size is a `torch.SymInt`."""
     return tuple(node.meta["val"].shape)
+
+
+def extents(value: Tensor) -> list[Any]:
+    """Sizes of a recorded value as ints and sympy expressions, which compare without adding a guard."""
+    return [s if isinstance(s, int) else s.node.expr for s in value.shape]
 
 
 def is_static(size: Any) -> bool:
@@ -223,32 +232,32 @@ def _einsum_macs(node: Node) -> int:
     return math.prod(extents.values())
 
 
+def example_sizes(graph: fx.Graph) -> dict[Any, int]:
+    """Symbol (sympy) of every dynamic axis of the inputs -> its size in the example."""
+    found: dict[Any, int] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if not isinstance(size, int) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, int(size.node.hint))
+    return found
+
+
 def _size(size: Any, node: Node) -> int:
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    batch = _batch_symbol(node)
-    if batch is None:
-        return int(hint)
-    expression = size.node.expr
-    value = expression.subs({batch: 1})
-    remaining = {s: size.node.shape_env.var_to_val.get(s, 1) for s in value.free_symbols}
-    return max(1, int(value.subs(remaining)))
-
-
-def _batch_symbol(node: Node) -> Any:
-    for other in node.graph.find_nodes(op="placeholder"):
-        value = other.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() and not isinstance(value.shape[0], int):
-            return value.shape[0].node.expr
-    return None
+    symbols = example_sizes(node.graph)
+    firsts = [n.meta["val"] for n in node.graph.find_nodes(op="placeholder") if is_tensor(n)]
+    batch = next((v.shape[0].node.expr for v in firsts if v.dim() and not isinstance(v.shape[0], int)), None)
+    values = {s: 1 if s == batch else symbols.get(s, 1) for s in size.node.expr.free_symbols}
+    return max(1, int(size.node.expr.subs(values)))
 
 
 def _is_size_arithmetic(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not isinstance(
-        node.target, torch._ops.OpOverload
-    )
+    return isinstance(
+        value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    ) and not isinstance(node.target, torch._ops.OpOverload)
 
 
 def contractions(graph: Graph) -> Iterator[Node]:

@@ -84,6 +84,11 @@ compiling = _all(
         default=True,
         help="Without measuring, no decision depends on a stopwatch; default: measure.",
     ),
+    click.option(
+        "--latency-table",
+        metavar="REPORT",
+        help="Replay what an earlier run measured (its report.json), so that the same decisions are made again.",
+    ),
 )
 
 debugging = _all(

@@ -1,4 +1,4 @@
-"""Passes, the spec string that names them, and the pipeline that runs them one by one and holds each to its contract."""
+"""Passes, the spec string that names them, and the pipeline that holds each of them to its contract."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ class Pipeline:
         self.passes, self.inserted = arrange(passes, registry)
         for name in [*limits, *([stop_after] if stop_after else [])]:
             if not any(p.name == name for p in self.passes):
-                raise UsageError(f"'{name}' is not among the passes of this run: {','.join(map(str, self.passes))}")
+                raise UsageError(
+                    f"'{name}' is not among the passes of this run: {','.join(map(str, self.passes))}"
+                )
         self.tolerance, self.limits, self.stop_after, self.after = tolerance, limits, stop_after, after
 
     def run(self, graph: Graph, ctx: Context) -> list[Row]:
@@ -184,7 +186,9 @@ class Pipeline:
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):
-                row = self._apply(one, graph, dataclasses.replace(ctx, limit=self.limits.get(one.name)), judge)
+                row = self._apply(
+                    one, graph, dataclasses.replace(ctx, limit=self.limits.get(one.name)), judge
+                )
             row.seconds, row.peak_mb = time.perf_counter() - start, peak_memory_mb()
             rows.append(row)
             self.after(row, graph)
@@ -266,7 +270,9 @@ class _Judge:
         """The first operator whose value went wrong, in words; empty when there is none."""
         if contract is BOUNDED:
             return ""
-        sample = tuple(t[:4] if t.dim() and isinstance(s.shape[0], str) else t for t, s in self._sample(graph))
+        sample = tuple(
+            t[:4] if t.dim() and isinstance(s.shape[0], str) else t for t, s in self._sample(graph)
+        )
         found = verify.first_divergence(base, graph, sample, tolerance or 1e-4)
         if found is None:
             return ""
@@ -387,7 +393,9 @@ def _convert(owner: str, key: str, raw: str, kind: Any) -> Any:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and one(value) == value:
                 return one(value)
     wanted = " or ".join(
-        "|".join(typing.get_args(k)) if typing.get_origin(k) is typing.Literal else getattr(k, "__name__", str(k))
+        "|".join(typing.get_args(k))
+        if typing.get_origin(k) is typing.Literal
+        else getattr(k, "__name__", str(k))
         for k in kinds
         if k is not types.NoneType
     )

@@ -56,10 +56,14 @@ class Placement:
 
     def readers(self, value: Node) -> list[Node]:
         """Who reads a value's integers: everybody where there is nothing else, else those that compute on integers."""
-        born = any(end is value for op, end in self.operators.items() if op not in self.floating)
-        if born or self.spec.everywhere or self.owner[value] is not value:
+        if self.spec.everywhere or self.is_integer(value):
             return list(value.users)
         return [user for user in value.users if self.takes(user)]
+
+    def is_integer(self, value: Node) -> bool:
+        """True where the runtime holds a quantised value as integers only: it has no float that others could read."""
+        made = any(end is value for op, end in self.operators.items() if op not in self.floating)
+        return made or self.owner[value] is not value
 
     def takes(self, node: Node) -> bool:
         """True for an operator that computes on integers or hands them on."""
@@ -143,11 +147,13 @@ def _pass_on(plan: Placement, node: Node) -> bool:
 
 def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None) -> None:
     """An operator becomes integer because all its operands are quantised."""
-    if not any(source in plan.owner for source in node.all_input_nodes):
+    if not any(s in plan.owner and plan.is_integer(s) for s in node.all_input_nodes):
         return
     float_operand = next((s for s in node.all_input_nodes if s not in plan.owner), None)
     if float_operand is not None:
-        what = "a constant" if is_constant(float_operand) else f"{operator_name(float_operand)}, which is float"
+        what = (
+            "a constant" if is_constant(float_operand) else f"{operator_name(float_operand)}, which is float"
+        )
         plan.declines.append((node, f"it also reads {what}"))
     elif ranges is not None and kind(node) == "cat" and (reason := _uneven(plan, node, ranges)):
         plan.declines.append((node, reason))
@@ -241,6 +247,8 @@ def _ignored(graph: Graph, spec: QuantSpec, patterns: Collection[str]) -> set[No
         matches = {n for n in could if fnmatch(site(n), pattern) or fnmatch(site(n), f"{pattern}.*")}
         if not matches:
             sites = ", ".join(sorted({site(n) for n in could})[:5])
-            raise UsageError(f"ignore={pattern} matches no operator that could be quantised; there are {sites}, ...")
+            raise UsageError(
+                f"ignore={pattern} matches no operator that could be quantised; there are {sites}, ..."
+            )
         found |= matches
     return found

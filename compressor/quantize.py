@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the quantized_decomposed operators
+import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .data import Batch
+from .batches import Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
-from .ops import shape
-from .place import Operands, Placement, Range, listed, operands
+from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax
 from .target import QuantSpec
 
@@ -79,34 +78,33 @@ def weight_scales(weight: Tensor, axis: int, spec: QuantSpec) -> Tensor:
 
     127 levels on each side of 0, or 64 with reduce_range: 255 * 64 * 2 stays below 2**15.
     """
-    flat = weight.detach().double().movedim(axis, 0).reshape(weight.shape[axis], -1)
-    peak = flat.abs().amax(1)
-    scales = (peak / weight_limit(spec)).clamp(min=TINIEST)
+    peak = weight.detach().double().movedim(axis, 0).reshape(weight.shape[axis], -1).abs().amax(1)
+    scales = (peak / _levels(spec)).clamp(min=TINIEST)
     return torch.where(peak > 0, scales, torch.ones_like(scales)).float()
 
 
-def weight_limit(spec: QuantSpec) -> int:
+def quantise_weight(weight: Tensor, scales: Tensor, axis: int, spec: QuantSpec) -> Tensor:
+    """int8 integers of a weight, with its scales along `axis`."""
+    limit = _levels(spec)
+    factors = scales.double().reshape([-1 if d == axis else 1 for d in range(weight.dim())])
+    return torch.round(weight.detach().double() / factors).clamp(-limit, limit).to(torch.int8)
+
+
+def _levels(spec: QuantSpec) -> int:
     return 64 if spec.reduce_range else 127
 
 
-def quantise_weight(weight: Tensor, scales: Tensor, axis: int, spec: QuantSpec) -> Tensor:
-    """int8 integers of a weight, scales along `axis`."""
-    limit = weight_limit(spec)
-    shape = [-1 if d == axis else 1 for d in range(weight.dim())]
-    return torch.round(weight.detach().double() / scales.double().reshape(shape)).clamp(-limit, limit).to(torch.int8)
-
-
 def room_for_bias(scales: Tensor, bias: Tensor, activation: float) -> Tensor:
-    """Weight scales, raised where bias / (scale * activation) would leave 30 bits.
+    """Weight scales, raised where bias / (scale * activation) would take more than 30 bits.
 
     Only channels whose weights are tiny beside their bias are touched (all zeros after pruning, for one).
     """
-    least = (bias.detach().double().abs() / (activation * BIAS_LIMIT)).float()
-    return torch.maximum(scales, least * (1 + 2.0**-20))
+    least = bias.detach().double().abs() / (activation * BIAS_LIMIT)
+    return torch.maximum(scales.double(), least).float()
 
 
 def quantise_bias(bias: Tensor, scales: Tensor) -> Tensor:
-    """int32 integers of a bias on the accumulator's scales."""
+    """int32 integers of a bias on the scales of the sums that it is added to."""
     integers = torch.round(bias.detach().double() / scales.double())
     return integers.clamp(-INT32_LIMIT, INT32_LIMIT).to(torch.int32)
 
@@ -144,7 +142,7 @@ def calibrate(
     samples = 0
     for batch in batches:
         for node, value in graph.values(*batch.inputs):
-            if node not in wanted:
+            if node not in wanted or not value.numel():
                 continue
             if node not in seen:
                 seen[node] = MinMax() if percentile == 100 else Histogram(stride=_stride(value.numel()))
@@ -158,7 +156,16 @@ def calibrate(
         advance(len(batch.inputs[0]))
     if not samples:
         raise DataError("the calibration data is empty: ranges need samples")
-    return {n: (float(s.low), float(s.high)) if isinstance(s, MinMax) else s.percentile(percentile) for n, s in seen.items()}
+    return {node: _range(seen.get(node), percentile) for node in wanted}
+
+
+def _range(statistic: MinMax | Histogram | None, percentile: float) -> Range:
+    """(low, high) of what was seen; a tensor that never held a value gets (0, 0)."""
+    if statistic is None:
+        return 0.0, 0.0
+    if isinstance(statistic, MinMax):
+        return float(statistic.low), float(statistic.high)
+    return statistic.percentile(percentile)
 
 
 def _stride(count: int) -> int:
@@ -169,14 +176,14 @@ def _stride(count: int) -> int:
 
 
 def insert_pairs(plan: Placement, ranges: Mapping[Node, Range]) -> None:
-    """Writes a placement into its graph: integer weights and biases first, then a Q/DQ pair behind every value."""
+    """Writes a placement into its graph: integer weights and biases, and a Q/DQ pair behind every value."""
     params = {owner: tensor_params(*ranges[owner], plan.spec) for owner in plan.owner.values()}
     readers = {value: plan.readers(value) for value in plan.owner}
-    weights: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
+    made: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
     for node in plan.operators:
         bound = operands(node)
         if bound is not None:
-            _quantise_operands(plan, node, bound, params[plan.owner[bound.input]].scale, weights)
+            _quantise_operands(plan, node, bound, params[plan.owner[bound.input]].scale, made)
     for value, users in readers.items():
         pair = _pair(plan.graph, value, params[plan.owner[value]])
         for user in users:
@@ -184,34 +191,45 @@ def insert_pairs(plan: Placement, ranges: Mapping[Node, Range]) -> None:
 
 
 def _quantise_operands(
-    plan: Placement, node: Node, bound: Operands, activation: float, made: dict[tuple[Node, int], list[tuple[Tensor, Node]]]
+    plan: Placement,
+    node: Node,
+    bound: Operands,
+    activation: float,
+    made: dict[tuple[Node, int], list[tuple[Tensor, Node]]],
 ) -> None:
-    """Weight and, where the provider adds it to integers, bias of one operator. A shared weight is quantised once."""
+    """Weight of one operator, and its bias where the provider adds that to integers.
+
+    made: (weight, axis) -> its scales and dequantisers so far, so that a shared weight is stored once.
+    """
     graph, spec = plan.graph, plan.spec
     weight = graph.tensor(bound.weight)
     if not bool(torch.isfinite(weight).all()):
-        raise UnsupportedError(f"{bound.weight.target} holds NaN or infinite values: no integer stands for them")
+        raise UnsupportedError(
+            f"{bound.weight.target} holds NaN or infinite values: no integer stands for them"
+        )
     scales = weight_scales(weight, bound.axis, spec)
-    integer_bias = spec.bias == "i32" and bound.bias is not None and node not in plan.floating
-    if integer_bias:
-        scales = room_for_bias(scales, graph.tensor(bound.bias), activation)
+    bias = None if spec.bias == "float" or node in plan.floating else bound.bias
+    if bias is not None:
+        scales = room_for_bias(scales, graph.tensor(bias), activation)
     twins = made.setdefault((bound.weight, bound.axis), [])
     twin = next((n for s, n in twins if torch.equal(s, scales)), None)
     if twin is None:
-        integers = quantise_weight(weight, scales, bound.axis, spec)
-        twin = _constant(graph, bound.weight, integers, scales, bound.axis)
+        twin = _constant(
+            graph, bound.weight, quantise_weight(weight, scales, bound.axis, spec), scales, bound.axis
+        )
         twins.append((scales, twin))
     _redirect(graph, node, bound.weight, twin)
-    if integer_bias:
+    if bias is not None:
         sums = scales * activation
-        integers = quantise_bias(graph.tensor(bound.bias), sums)
-        _redirect(graph, node, bound.bias, _constant(graph, bound.bias, integers, sums, 0))
+        _redirect(graph, node, bias, _constant(graph, bias, quantise_bias(graph.tensor(bias), sums), sums, 0))
 
 
 def _constant(graph: Graph, source: Node, integers: Tensor, scales: Tensor, axis: int) -> Node:
     """A float constant as integers behind a dequantiser."""
     limits = torch.iinfo(integers.dtype)
-    stored = graph.add_tensor(f"{source.target}_{'int32' if integers.dtype == torch.int32 else 'int8'}", integers)
+    stored = graph.add_tensor(
+        f"{source.target}_{'int32' if integers.dtype == torch.int32 else 'int8'}", integers
+    )
     factors = graph.add_tensor(f"{source.target}_scale", scales)
     zeros = graph.add_tensor(f"{source.target}_zero_point", torch.zeros_like(scales, dtype=integers.dtype))
     arguments = (stored, factors, zeros, axis, limits.min, limits.max, integers.dtype)

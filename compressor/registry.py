@@ -48,11 +48,15 @@ def _own(name: str) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None:
         if Path(str(loaded.__file__)).resolve().parent.parent != HOME:
-            raise UsageError(f"{loaded.__file__} is imported as '{name}', a name that compressor needs: rename it")
+            raise UsageError(
+                f"{loaded.__file__} is imported as '{name}', a name that compressor needs: rename it"
+            )
         return loaded
     spec = importlib.machinery.PathFinder.find_spec(name, [str(HOME)])
     if spec is None or spec.loader is None:
-        raise UsageError(f"the installation is incomplete: {HOME / name} is missing; install compressor again")
+        raise UsageError(
+            f"the installation is incomplete: {HOME / name} is missing; install compressor again"
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -18,7 +18,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 
 from .errors import FileError, OutputError, UsageError
@@ -166,7 +165,7 @@ def render(report: Mapping[str, Any], console: Console, *, details: bool = False
         _rewrites(report["rows"], console)
     _declines(report["rows"], console)
     for notice in report.get("notices", ()):
-        console.print(Padding(f"[yellow]notice[/] {escape(notice)}", (0, 1)), highlight=False)
+        _line(console, f"[yellow]notice[/]    {escape(notice)}")
     _emitted(report, console)
 
 
@@ -244,7 +243,8 @@ def _rewrites(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             facts.append(f"and {len(found) - len(facts)} other kinds")
         worst = (row.get("checks") or [None])[0]
         if worst:
-            facts.append(f"worst output {worst.get('output', '?')}: {_check(worst)}")
+            power = f", power {float(worst['power']):.1e}" if worst.get("power") is not None else ""
+            facts.append(f"worst output {worst.get('output', '?')}: {_check(worst)}{power}")
         if row.get("peak_mb") is not None and facts:
             facts.append(f"peak memory {row['peak_mb']:.0f} MB")
         for i, fact in enumerate(facts):
@@ -261,8 +261,6 @@ def _check(check: Mapping[str, Any]) -> str:
         parts.append(f"cosine {float(check['cosine']):.6f}")
     if check.get("agreement") is not None:
         parts.append(f"agreement {100 * float(check['agreement']):.1f} %")
-    if check.get("power") is not None:
-        parts.append(f"power {float(check['power']):.1e}")
     return ", ".join(parts)
 
 
@@ -299,7 +297,7 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
     """File, size and latency beside the float model's, and how the file was verified."""
     emitted = report.get("emitted")
     if not emitted:
-        console.print(Padding("nothing was emitted", (0, 1)))
+        _line(console, "nothing was emitted")
         return
     lines = [f"[bold]{escape(str(emitted.get('file', 'model.onnx')))}[/]  {size(emitted.get('bytes'))}"]
     if emitted.get("bytes") and emitted.get("float_bytes"):
@@ -324,7 +322,11 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
         lines.append(f"{name:<8}  {was}{metric(name, value, before.get(name))}")
     lines += [f"mobile    {escape(verdict)}" for verdict in emitted.get("mobile") or ()]
     for line in lines:
-        console.print(Padding(line, (0, 1)), highlight=False)
+        _line(console, line)
+
+
+def _line(console: Console, markup: str) -> None:
+    console.print(f" {markup}", highlight=False, soft_wrap=True)
 
 
 def _times(ratio: float, more: str, less: str) -> str:

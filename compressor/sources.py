@@ -1,12 +1,11 @@
 """Where data come from: files, folders, arrays and iterables, each read a block at a time.
 
 A source is either a table (columns of equal length, by name or by position, that are sliced here) or a stream
-of ready batches (what the user yields: a tensor, a tuple, a dict). batches.py checks names, dtypes and shapes.
+of ready batches (what the user yields: a tensor, a tuple, a dict). batches.py checks names, types and shapes.
 """
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from .errors import DataError, UsageError
 FILES = frozenset({".npz", ".npy", ".pt", ".pth", ".safetensors"})
 LABELS = ("y", "label", "labels", "target", "targets")
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile,
-           pickle.UnpicklingError, SafetensorError)  # fmt: skip
+           SafetensorError)  # fmt: skip
 Key = str | int
 
 
@@ -151,9 +150,11 @@ def reading(where: str | Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        text = str(error).strip().splitlines()
-        reason = text[0] if text else type(error).__name__
-        raise DataError(f"{where}: damaged, or not what its name says ({reason})") from error
+        raise DataError(f"{where}: damaged, or not what its name says ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _npz(path: Path) -> Source:
@@ -213,9 +214,11 @@ def _safetensors(path: Path) -> Source:
 def _torch_file(path: Path, arity: int) -> Source:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error) and "global" not in str(error):
-            raise  # not a pickle at all
+    except (
+        Exception
+    ) as error:  # torch's unpickler trips over foreign bytes in as many ways as there are bytes
+        if "GLOBAL" not in str(error):
+            raise DataError(f"{path}: damaged, or not what its name says ({_first_line(error)})") from error
         raise DataError(
             f"{path}: holds more than tensors, and data are never unpickled; "
             "save a tensor, or a list, tuple or dict of tensors"

@@ -90,7 +90,11 @@ class Comparison:
                 raise ContractError(
                     f"output {self._names[i]} has shape {list(got.shape)}, expected {list(ref.shape)}"
                 )
-            other = wrong[i] if wrong is not None else (ref.roll(1, 0) if ref.dim() and ref.shape[0] > 1 else None)
+            other = (
+                wrong[i]
+                if wrong is not None
+                else (ref.roll(1, 0) if ref.dim() and ref.shape[0] > 1 else None)
+            )
             for j, region in enumerate(self._regions[i]):
                 part = _slices(region, ref.dim())
                 self._sums.setdefault((i, j), _Sums()).update(
@@ -130,7 +134,9 @@ class _Sums:
         self.dot += float((a * b).sum())
         self.other += float(b.square().sum())
         if wrong is not None:
-            self.moved = max(self.moved, float(torch.nan_to_num(a - wrong.double(), 0.0, 0.0, 0.0).abs().max()))
+            self.moved = max(
+                self.moved, float(torch.nan_to_num(a - wrong.double(), 0.0, 0.0, 0.0).abs().max())
+            )
 
     def _rank(self, ref: Tensor, got: Tensor) -> None:
         if not ref.dtype.is_floating_point:
@@ -151,9 +157,9 @@ class _Sums:
             error=self.diff / scale,
             tolerance=tolerance if tolerance is not None else TOLERANCE.get(self.dtype, 0.0),
             power=self.moved / scale,
-            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else (
-                math.inf if not self.noise else -math.inf
-            ),
+            sqnr_db=10 * math.log10(self.signal / self.noise)
+            if self.noise and self.signal
+            else (math.inf if not self.noise else -math.inf),
             cosine=self.dot / norm if norm else float(self.noise == 0),
             agreement=self.equal / self.count if self.ranked and self.count else None,
             finite=self.finite,
@@ -197,7 +203,9 @@ def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] |
     twin.tensors = {name: _single(t) for name, t in twin.tensors.items()}
     for node in twin.nodes:
         if node.op == "call_function":
-            args, kwargs = pytree.tree_map(lambda a: torch.float32 if a in HALF else a, (node.args, node.kwargs))
+            args, kwargs = pytree.tree_map(
+                lambda a: torch.float32 if a in HALF else a, (node.args, node.kwargs)
+            )
             twin.set_args(node, tuple(args), dict(kwargs))
     observer = Observer(twin)
     return [observer.run([_single(t) for t in batch.inputs]) for batch in batches]
@@ -292,7 +300,9 @@ def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Ite
         yield _value_check(node, reference, value)
 
 
-def first_divergence(before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance: float) -> ValueCheck | None:
+def first_divergence(
+    before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance: float
+) -> ValueCheck | None:
     """The first value of `after` that is not what it claims to be, None when all are."""
     return next((c for c in compare_values(before, after, inputs) if not c.error <= tolerance), None)
 
@@ -310,7 +320,13 @@ def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
         scale = torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max()
         error = float(delta / scale) if scale else float(delta)
     return ValueCheck(
-        node.name, site(node), operator_name(node), source_line(node), error, _summary(expected), _summary(seen)
+        node.name,
+        site(node),
+        operator_name(node),
+        source_line(node),
+        error,
+        _summary(expected),
+        _summary(seen),
     )
 
 

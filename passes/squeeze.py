@@ -45,9 +45,9 @@ class Squeeze(Pass):
     """Convolutions and linears whose weights are nearly low-rank become two thinner operators each.
 
     energy: share of its output's variance that each layer keeps (of its squared singular values where there
-    is no calibration data); `energy=1` splits only what is exactly low-rank. macs, params: budget for the whole
-    model, as a share of what it has now; ranks are then spread so that the product of the shares kept is
-    greatest. Bare `squeeze` is `energy=0.99`, and takes nothing from what is exactly low-rank. measure: keep
+    is no calibration data); `energy=1` splits only what is exactly low-rank. macs, params: budget for the
+    whole model, as a share of what it has now; ranks are then spread so that the product of the shares kept
+    is greatest. Bare `squeeze` is `energy=0.99`, and takes nothing from what is exactly low-rank. measure: keep
     only what the target runs faster. Ranks are multiples of the target's channel multiple, or exact. Layers
     that two operators would not make a tenth cheaper stay as they are, and so do shared, computed and grouped
     weights.
@@ -236,6 +236,8 @@ class Option:
     @property
     def saved(self) -> dict[str, int]:
         new = self.layer.cost(self.form, self.rank)
+        if self.basis.mean is not None and arguments(self.layer.node)["bias"] is None:
+            new["params"] += self.layer.outs  # the bias that the mean makes
         return {name: self.layer.whole[name] - new[name] for name in new}
 
     @property
@@ -246,10 +248,9 @@ class Option:
     def __str__(self) -> str:
         layer, operator = self.layer, operator_name(self.layer.node).split(".")[1]
         wide, thin = ("x".join(map(str, k)) for k in (layer.kernel, [1] * len(layer.kernel)))
-        one, two = (wide, thin) if self.form == "outputs" else (thin, wide)
-        return f"{operator} {layer.ins} to {layer.outs}: {one} to {self.rank}, {two} to {layer.outs}".replace(
-            ":  ", ": "
-        )
+        sizes = (wide, thin) if self.form == "outputs" else (thin, wide)
+        one, two = (f"{k} to {n}".strip() for k, n in zip(sizes, (self.rank, layer.outs), strict=True))
+        return f"{operator} {layer.ins} to {layer.outs}: {one}, {two}"
 
     def facts(self) -> dict[str, Any]:
         return {

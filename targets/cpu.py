@@ -1,39 +1,22 @@
-"""ONNX Runtime on x86 and ARM processors."""
+"""ONNX Runtime's CPU provider, with and without instructions for 8-bit dot products."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from compressor.target import QuantSpec, Target
-
-# What ONNX Runtime's CPU provider fuses into QLinear operators, measured with 1.31 (kernels: QLinearConv, QGemm,
-# QLinearAdd, QLinearMul, QLinearConcat, QLinearAveragePool, QLinearGlobalAveragePool, QLinearSigmoid,
-# QLinearLeakyRelu, MatMulIntegerToFloat). u8 activations: s8 loses the fusion of ReLU.
-CPU_QUANT = QuantSpec(
-    weighted=frozenset({"conv", "linear", "addmm", "matmul"}),
-    closed=frozenset({"conv"}),
-    fuses=frozenset({"add.Tensor", "mul.Tensor", "cat", "avg_pool", "sigmoid.default", "leaky_relu.default"}),
-    absorbed=frozenset(
-        {"relu.default", "relu6.default", "hardtanh.default", "clamp.default", "clamp_min.default"}
-    ),
-    transparent=frozenset(
-        {"max_pool", "view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "slice", "select"}
-        | {"split", "chunk", "unbind", "expand", "upsample_nearest2d.vec"}
-    ),
-    rewrites=frozenset({"pool", "selection"}),
-)
+from compressor.target import QLINEAR, Target
 
 CPU = Target(
     name="cpu",
-    summary="ONNX Runtime on x86-64 with AVX-512 VNNI or AVX-VNNI, and on ARM64",
+    summary="ONNX Runtime on x86-64 with VNNI, or ARM64",
     providers=("CPUExecutionProvider",),
-    recipe="merge,fold",
-    quant=CPU_QUANT,
+    quant=QLINEAR,
 )
 
+# AVX2 and older add two 8-bit products in 16 bits, which saturate: 7-bit weights leave room.
 CPU_AVX2 = replace(
     CPU,
     name="cpu-avx2",
-    summary="ONNX Runtime on x86-64 without VNNI: 7-bit weights, because 16-bit sums saturate there",
-    quant=replace(CPU_QUANT, reduce_range=True),
+    summary="ONNX Runtime on x86-64 without VNNI (before 2019): int8 weights of 7 bits",
+    quant=replace(QLINEAR, reduce_range=True),
 )

@@ -175,13 +175,17 @@ def test_a_hugging_face_output_is_named_by_its_fields():
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
     )
     ids = torch.randint(0, 50, (1, 6))
-    graph = capture(transformers.BertModel(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    graph = capture(
+        transformers.BertModel(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
     assert graph.outputs == ("last_hidden_state", "pooler_output")
     assert [i.name for i in graph.inputs] == ["input_ids", "attention_mask"]
 
 
 def test_an_unknown_operator_is_left_as_it_is():
-    graph = capture(module(lambda x: torch.special.i0(x) + torch.linalg.det(x)[:, None, None]), (torch.randn(2, 3, 3),))
+    graph = capture(
+        module(lambda x: torch.special.i0(x) + torch.linalg.det(x)[:, None, None]), (torch.randn(2, 3, 3),)
+    )
     assert any(kind(n) == "opaque" for n in graph.nodes)
     assert any("no pass knows" in n for n in graph.notices)
 

@@ -104,7 +104,10 @@ def test_two_dynamic_axes_keep_their_names(tmp_path):
         def forward(self, ids, mask):
             return self.table(ids) * mask[..., None]
 
-    specs = [Input("ids", torch.int64, ("batch", "sequence")), Input("mask", torch.int64, ("batch", "sequence"))]
+    specs = [
+        Input("ids", torch.int64, ("batch", "sequence")),
+        Input("mask", torch.int64, ("batch", "sequence")),
+    ]
     graph = capture(Embed(), inputs=specs)
     emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
     shape = onnx.load(emitted.path).graph.output[0].type.tensor_type.shape

@@ -59,7 +59,6 @@ class Cut(Pass):
         reference = graph.copy()
         reader = [n for n in reference.nodes if n.target is aten.linear.default][1]
         mask = reference.add_tensor("mask", torch.tensor([0.0, 1, 1, 1]))
-        reference.insert
         with reference.graph.inserting_before(reader):
             masked = reference.insert(aten.mul.Tensor, (reader.args[0], mask), before=reader)
         reference.set_args(reader, (masked, *reader.args[1:]))

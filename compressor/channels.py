@@ -1,0 +1,266 @@
+"""Channel algebra: which channels of a graph can be removed together, where they stand, and what they cost.
+
+`analyse` gives every slice of every tensor axis an atom, lets `ties.py` tie and freeze them operator by operator, and
+collects the classes of tied atoms. A `Group` is one class: the smallest thing that can be removed. Nothing here edits
+a graph: `surgery.remove` does, and `oracle.masked` says what its result must compute.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.fx import Node
+
+from .atoms import Array, Atoms, Carrier
+from .ir import Graph, site
+from .ops import arguments, contractions, is_constant, kind, node_macs, shape, sizes
+from .ties import einsum_labels, read
+
+ROUNDS = 3  # readings of a graph while carriers of reshapes are given up for the next
+Key = tuple[str, int]  # (node, axis)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices of one axis of one tensor: of a parameter (`get_attr` node) or of a value."""
+
+    tensor: str
+    axis: int
+    indices: Array
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost that is a product: `base` for the whole graph, in proportion to what is kept of every axis."""
+
+    base: int
+    axes: tuple[Key, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One class of tied slices. It is removed whole or not at all.
+
+    sites: module paths of the operators that compute it. parameters, macs: what removing it alone saves.
+    reason: why it cannot be removed; empty for a group that can.
+    """
+
+    index: int
+    sites: tuple[str, ...]
+    parameters: int
+    macs: int
+    reason: str
+    algebra: Algebra = field(repr=False)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """Everything that goes when this group goes, in the order of the graph."""
+        return self.algebra.slices([self])
+
+
+class Algebra:
+    """The classes of one graph, as it was when it was read.
+
+    axes[(node, axis)]: the class of every slice; axes that cannot change are absent. groups: the classes that some
+    convolution, linear or matrix product computes or reads. families: groups that can be removed, put together where
+    they stand on the same axes, so that every width is a sum of whole families.
+    """
+
+    def __init__(self, graph: Graph, axes: dict[Key, Array], reasons: Sequence[str]) -> None:
+        self.axes = axes
+        self.macs_terms = list(_macs_terms(graph, axes))
+        self.parameter_terms = list(_parameter_terms(graph, axes))
+        count = len(reasons)
+        macs = _alone(self.macs_terms, axes, count)
+        parameters = _alone(self.parameter_terms, axes, count)
+        used = np.zeros(count, dtype=bool)
+        for key in {key for term in self.macs_terms for key in term.axes}:
+            used[axes[key]] = True
+        sites = _sites(graph, axes, count)
+        self.groups = tuple(
+            Group(c, tuple(sites[c]), int(parameters[c]), int(macs[c]), reasons[c], self)
+            for c in np.flatnonzero(used).tolist()
+        )
+        self._count = count
+
+    def removed(self, groups: Iterable[Group]) -> dict[str, dict[int, Array]]:
+        """node -> axis -> indices that go with these groups."""
+        gone = np.zeros(self._count, dtype=bool)
+        gone[[g.index for g in groups]] = True
+        found: dict[str, dict[int, Array]] = {}
+        for (name, axis), classes in self.axes.items():
+            indices = np.flatnonzero(gone[classes])
+            if len(indices):
+                found.setdefault(name, {})[axis] = indices
+        return found
+
+    def slices(self, groups: Iterable[Group]) -> list[Slice]:
+        return [
+            Slice(name, axis, indices)
+            for name, axes in self.removed(groups).items()
+            for axis, indices in axes.items()
+        ]
+
+    @cached_property
+    def families(self) -> tuple[tuple[Group, ...], ...]:
+        mark = np.zeros(self._count, dtype=np.uint64)
+        random = np.random.default_rng(0)
+        for classes in self.axes.values():
+            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64)
+        found: dict[int, list[Group]] = {}
+        for group in self.groups:
+            if not group.reason:
+                found.setdefault(int(mark[group.index]), []).append(group)
+        return tuple(tuple(groups) for groups in found.values())
+
+    def frozen(self) -> list[tuple[str, str, int]]:
+        """(site, reason, how many groups) of what cannot be removed, the most first."""
+        counts = Counter((g.sites[0] if g.sites else "", g.reason) for g in self.groups if g.reason)
+        return [(where, reason, number) for (where, reason), number in counts.most_common()]
+
+
+def analyse(graph: Graph, carrier: Carrier = "head_dim") -> Algebra:
+    """The channel algebra of a graph.
+
+    carrier: which axis carries the atoms where a reshape makes several of one (`atoms.py`). A carrier that cannot be
+    removed is given up for the next, and the graph is read again.
+    """
+    given_up: dict[Key, int] = {}
+    for _ in range(ROUNDS):
+        atoms = Atoms(carrier, given_up)
+        read(graph, atoms)
+        labels = _components(atoms.count, atoms.ties)
+        first = _first_reason(labels, atoms.frozen)
+        stuck = [
+            choice.key
+            for choice in atoms.choices
+            if given_up.get(choice.key, 0) + 1 < choice.candidates
+            and (first[labels[choice.atoms]] < len(atoms.frozen)).all()
+        ]
+        if not stuck:
+            break
+        given_up |= {key: given_up.get(key, 0) + 1 for key in stuck}
+    axes = {
+        (node.name, i): labels[axis]
+        for node, found in atoms.axes.items()
+        for i, axis in enumerate(found)
+        if not isinstance(axis, str)
+    }
+    classes, inverse = np.unique(labels, return_inverse=True)
+    reasons = ["" if first[c] == len(atoms.frozen) else atoms.frozen[first[c]][1] for c in classes]
+    return Algebra(graph, {key: inverse[labels_of] for key, labels_of in axes.items()}, reasons)
+
+
+def _components(count: int, ties: Sequence[tuple[Array, Array]]) -> Array:
+    """The smallest atom that each atom is tied to: union-find on whole arrays, hooking and pointer jumping."""
+    labels = np.arange(count, dtype=np.int64)
+    if not ties:
+        return labels
+    left, right = (np.concatenate(side) for side in zip(*ties, strict=True))
+    while True:
+        a, b = labels[left], labels[right]
+        open_ = a != b
+        if not open_.any():
+            return labels
+        left, right, a, b = left[open_], right[open_], a[open_], b[open_]
+        np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
+        while (labels != labels[labels]).any():
+            labels = labels[labels]
+
+
+def _first_reason(labels: Array, frozen: Sequence[tuple[Array, str]]) -> Array:
+    """Index of the first freeze that hit each class, len(frozen) where none did; by label."""
+    first = np.full(len(labels), len(frozen), dtype=np.int64)
+    for i in range(len(frozen) - 1, -1, -1):
+        first[labels[frozen[i][0]]] = i
+    return first
+
+
+# -------------------------------------------------------------------- costs and places
+
+
+def _macs_terms(graph: Graph, axes: Mapping[Key, Array]) -> Iterator[Term]:
+    """Every contraction as a product over axes: all of the result's, and the one that is summed over."""
+    for node in contractions(graph):
+        total = node_macs(node)
+        if not total:
+            continue
+        a, result = arguments(node), [(node.name, i) for i in range(len(shape(node)))]
+        if kind(node) == "attention":  # scores over the width of queries, then sums over that of values
+            queries, values = (sizes(a[name])[-1] for name in ("query", "value"))
+            scores = total * queries // (queries + values)
+            yield _term(axes, scores, [*result[:-1], (a["query"].name, len(result) - 1)])
+            yield _term(axes, total - scores, result)
+        elif kind(node) == "conv_transpose":
+            inputs = [(a["input"].name, i) for i in range(len(result))]
+            yield _term(axes, total, [*inputs, (a["weight"].name, 1)])
+        elif kind(node) in ("conv", "linear"):
+            yield _term(axes, total, [*result, (a["weight"].name, 1)])
+        else:
+            operand, axis = contracted(node)[0]
+            yield _term(axes, total, [*result, (operand.name, axis)])
+
+
+def _parameter_terms(graph: Graph, axes: Mapping[Key, Array]) -> Iterator[Term]:
+    for node in graph.nodes:
+        if is_constant(node) and node.users:
+            yield _term(axes, graph.tensor(node).numel(), [(node.name, i) for i in range(len(shape(node)))])
+
+
+def _term(axes: Mapping[Key, Array], base: int, keys: Iterable[Key]) -> Term:
+    return Term(base, tuple(key for key in keys if key in axes))
+
+
+def contracted(node: Node) -> list[tuple[Node, int]]:
+    """(operand, axis) of every axis that a contraction sums over. An einsum that `ties.py` does not follow has none."""
+    a, which = arguments(node), kind(node)
+    if which in ("conv", "conv_transpose", "linear"):
+        x, w = a["input"], a["weight"]
+        return [
+            (x, len(shape(x)) - 1 if which == "linear" else 1),
+            (w, 0 if which == "conv_transpose" else 1),
+        ]
+    if which == "attention":
+        return [(a[name], len(shape(a[name])) - 1) for name in ("query", "key")]
+    if which == "einsum":
+        labels = einsum_labels(node) or []
+        operands: list[Node] = list(node.args[1]) if labels else []  # type: ignore[arg-type]
+        return [
+            (operand, names.index(name))
+            for operand, names in zip(operands, labels, strict=False)
+            for name in names
+            if name not in labels[-1]
+        ]
+    left, right = node.args[which == "addmm" :][:2]
+    return [(left, len(shape(left)) - 1), (right, len(shape(right)) - 2)]  # type: ignore[arg-type, list-item]
+
+
+def _alone(terms: Sequence[Term], axes: Mapping[Key, Array], count: int) -> NDArray[np.float64]:
+    """What each class saves when it alone is removed."""
+    saved = np.zeros(count)
+    for term in terms:
+        kept = np.ones(count)
+        for key in term.axes:
+            kept *= 1 - np.bincount(axes[key], minlength=count) / len(axes[key])
+        saved += term.base * (1 - kept)
+    return np.rint(saved)
+
+
+def _sites(graph: Graph, axes: Mapping[Key, Array], count: int) -> list[list[str]]:
+    """Module paths of the contractions that compute each class; of those that read it where none does."""
+    made: list[list[str]] = [[] for _ in range(count)]
+    read_by: list[list[str]] = [[] for _ in range(count)]
+    for node in contractions(graph):
+        operands = {(operand.name, axis) for operand, axis in contracted(node)}
+        results = {(node.name, axis) for axis in range(len(shape(node)))}
+        for keys, places in ((results, made), (operands, read_by)):
+            for key in sorted(keys & axes.keys()):
+                for c in np.unique(axes[key]).tolist():
+                    if site(node) not in places[c]:
+                        places[c].append(site(node))
+    return [m or r for m, r in zip(made, read_by, strict=True)]

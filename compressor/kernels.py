@@ -1,0 +1,227 @@
+"""Which operators are one convolution of their entry, and reading that convolution off impulses.
+
+A *window* says which pixels of the entry a pixel of a value reads: its stride, the offsets along every spatial axis,
+and how far channels stay apart. Parallel branches join their windows (3x3 + 1x1 + identity), a chain adds them up
+(k x k then 1x1). Zero padding is the catch: a padded convolution may follow only what maps zero to zero at every
+pixel, or its border would see values that one convolution of the entry never pads with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .constants import DataFree, is_random
+from .features import Foreign, NotAffine
+from .ops import arguments, extents, is_tensor, kind
+
+_CHUNK = 1 << 23  # elements of one batch of impulses: 64 MB in float64
+
+
+@dataclass(frozen=True)
+class Window:
+    """How one value reads the entry: pixel o reads pixels stride * o + t for every t of `taps`, axis by axis.
+
+    blocks: channels fall into so many equal groups, each reading its own group of the entry. biased: the value is
+    not zero everywhere when the entry is.
+    """
+
+    stride: tuple[int, ...]
+    taps: tuple[frozenset[int], ...]
+    blocks: int
+    biased: bool = False
+
+    @property
+    def is_pointwise(self) -> bool:
+        return all(s == 1 for s in self.stride) and all(t == {0} for t in self.taps)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return tuple(math.gcd(*(t - min(taps) for t in taps)) or 1 for taps in self.taps)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return tuple(-min(taps) for taps in self.taps)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The kernel's size along every spatial axis."""
+        return tuple((max(t) - min(t)) // d + 1 for t, d in zip(self.taps, self.dilation, strict=True))
+
+
+def start(entry: Node) -> Window | None:
+    """The window of the entry itself; None where it is no batch of images."""
+    value = entry.meta["val"]
+    if not 3 <= value.dim() <= 5 or not isinstance(value.shape[1], int):
+        return None
+    axes = value.dim() - 2
+    return Window((1,) * axes, (frozenset({0}),) * axes, value.shape[1])
+
+
+def is_exit(window: Window, entry: Node, node: Node) -> bool:
+    """True when one convolution has this window: no negative padding, and channels that its groups divide."""
+    channels = (entry.meta["val"].shape[1], node.meta["val"].shape[1])
+    return min(window.padding) >= 0 and all(isinstance(c, int) and c % window.blocks == 0 for c in channels)
+
+
+def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    """The window of what `node` computes. Raises NotAffine or Foreign."""
+    if any(n not in known and n not in free for n in node.all_input_nodes):
+        raise Foreign
+    rule = _RULES.get(kind(node))
+    if rule is None or is_random(node):
+        raise NotAffine(node, "is random" if is_random(node) else "is not affine")
+    return rule(node, known, free)
+
+
+def probe(run: Callable[[Tensor], Tensor], channels: int, window: Window) -> tuple[Tensor, Tensor]:
+    """Kernel [out, in / blocks, size...] and bias [out] of `run`, read off impulses, in float64.
+
+    run: [N, C, spatial...] -> [N, out, spatial...], one convolution with this window. The image is just large enough
+    to hold one output pixel that reads no padding, and an impulse is put under each of its taps in turn.
+    """
+    pixel = [-(-p // s) for p, s in zip(window.padding, window.stride, strict=True)]
+    reach = [max(t) for t in window.taps]
+    image = [s * o + r + 1 for s, o, r in zip(window.stride, pixel, reach, strict=True)]
+    at: Any = (slice(None), slice(None), *pixel)
+    bias = run(torch.zeros(1, channels, *image, dtype=torch.float64))[at][0]
+    grid = [_places(*axis) for axis in zip(window.taps, window.dilation, window.stride, pixel, strict=True)]
+    taps = list(itertools.product(*grid))
+    columns = torch.empty(channels, len(taps), len(bias), dtype=torch.float64)
+    for first, last in _chunks(channels, len(taps) * max(channels, len(bias)) * math.prod(image)):
+        batch = torch.zeros(last - first, len(taps), channels, *image, dtype=torch.float64)
+        for i, place in enumerate(taps):
+            under: Any = (range(last - first), i, range(first, last), *place)
+            batch[under] = 1
+        seen = run(batch.flatten(0, 1))[at] - bias
+        columns[first:last] = seen.view(last - first, len(taps), -1)
+    kernel = columns.permute(2, 0, 1).reshape(len(bias), channels, *window.size)
+    return _grouped(kernel, window.blocks), bias
+
+
+def _places(taps: frozenset[int], dilation: int, stride: int, pixel: int) -> list[int]:
+    return [stride * pixel + t for t in range(min(taps), max(taps) + 1, dilation)]
+
+
+def _chunks(rows: int, elements: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK // elements)
+    return ((i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def _grouped(kernel: Tensor, groups: int) -> Tensor:
+    """The diagonal blocks of a dense kernel [out, in, ...]: [out, in / groups, ...]."""
+    out, ins = kernel.shape[0] // groups, kernel.shape[1] // groups
+    parts = [kernel[g * out : (g + 1) * out, g * ins : (g + 1) * ins] for g in range(groups)]
+    return torch.cat(parts)
+
+
+# -------------------------------------------------------------------- rules
+
+
+def _conv(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    bound = arguments(node)
+    if bound["input"] not in known or any(bound.get(n) in known for n in ("weight", "bias")):
+        raise NotAffine(node, "convolves with an activation")
+    window, kernel = known[bound["input"]], bound["weight"].meta["val"].shape[2:]
+    axes = len(window.stride)
+    if len(kernel) != axes or not all(isinstance(k, int) for k in kernel):
+        raise NotAffine(node, "has an unbatched input")
+    stride, dilation = (_per_axis(bound[n], axes) for n in ("stride", "dilation"))
+    padding = _padding(node, bound["padding"], kernel, dilation)
+    if any(padding) and not (window.is_pointwise and not window.biased):
+        what = "a bias" if window.biased else "a receptive field"
+        raise NotAffine(
+            node, f"pads with zeros what already has {what}, so that its border is not one convolution"
+        )
+    taps = tuple(
+        frozenset(t + s * (j * d - p) for t in old for j in range(k))
+        for old, s, k, d, p in zip(window.taps, window.stride, kernel, dilation, padding, strict=True)
+    )
+    strides = tuple(a * b for a, b in zip(window.stride, stride, strict=True))
+    biased = window.biased or bound["bias"] is not None
+    return Window(strides, taps, math.gcd(window.blocks, bound["groups"]), biased)
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * axes if len(values) == 1 else values
+
+
+def _padding(node: Node, padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if any(t % 2 for t in total):
+            raise NotAffine(node, "pads unevenly")
+        return tuple(t // 2 for t in total)
+    return _per_axis(padding, len(kernel))
+
+
+def _sum(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    region, constants = _operands(node, known)
+    _check_constants(node, constants, free)
+    windows = [known[n] for n in region]
+    if len({w.stride for w in windows}) > 1 or any(_sizes(n) != _sizes(node) for n in region):
+        raise NotAffine(node, "adds values of different sizes")
+    taps = tuple(frozenset().union(*axis) for axis in zip(*(w.taps for w in windows), strict=True))
+    literal = any(isinstance(a, (int, float)) for a in node.args[:2])
+    biased = literal or bool(constants) or any(w.biased for w in windows)
+    return Window(windows[0].stride, taps, math.gcd(*(w.blocks for w in windows)), biased)
+
+
+def _product(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    region, constants = _operands(node, known)
+    if len(region) > 1 or (kind(node) == "div" and node.args[0] not in region):
+        raise NotAffine(node, "multiplies two activations" if len(region) > 1 else "divides by an activation")
+    _check_constants(node, constants, free)
+    if _sizes(region[0]) != _sizes(node):
+        raise NotAffine(node, "repeats channels or pixels")
+    return known[region[0]]
+
+
+def _same(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    if not node.meta["val"].dtype.is_floating_point:
+        raise NotAffine(node, "gives integers")
+    return known[node.all_input_nodes[0]]
+
+
+def _batch_norm(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    bound = arguments(node)
+    if bound["training"] or bound["running_mean"] is None:
+        raise NotAffine(node, "uses the statistics of its batch")
+    old: Window = known[bound["input"]]
+    return Window(old.stride, old.taps, old.blocks, biased=True)
+
+
+def _operands(node: Node, known: Mapping[Node, Any]) -> tuple[list[Node], list[Node]]:
+    values = [v for v in arguments(node).values() if isinstance(v, Node)]
+    if not all(is_tensor(v) for v in values):
+        raise NotAffine(node, "computes with a dynamic size")
+    return [v for v in values if v in known], [v for v in values if v not in known]
+
+
+def _check_constants(node: Node, constants: list[Node], free: DataFree) -> None:
+    """A constant may differ from channel to channel, never from pixel to pixel or sample to sample."""
+    rank = node.meta["val"].dim()
+    for constant in constants:
+        dims = constant.meta["val"].dim()
+        if any(axis + rank - dims != 1 and free.varies(constant, axis) for axis in range(dims)):
+            raise NotAffine(node, "brings in a constant that differs from position to position")
+
+
+def _sizes(node: Node) -> list[Any]:
+    return extents(node.meta["val"])
+
+
+_RULES: dict[str, Callable[[Node, Mapping[Node, Any], DataFree], Window]] = {
+    "conv": _conv, "add": _sum, "sub": _sum, "mul": _product, "div": _product, "neg": _same, "cast": _same,
+    "identity": _same, "batch_norm": _batch_norm,
+}  # fmt: skip

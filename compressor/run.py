@@ -1,0 +1,423 @@
+"""One compilation, step by step: load, capture, run the passes, emit, verify, time, and describe it all in a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from . import TESTED_TORCH, __version__, data, delivery, measure, registry, report, runtime
+from . import verify as contracts
+from .capture import capture
+from .data import Batch, Data
+from .emit import Emitted
+from .errors import FileError, UnsupportedError, UsageError
+from .ir import DTYPE_NAMES, Graph, Input
+from .load import Loaded, load
+from .ops import arguments, kind
+from .pipeline import Context, Pipeline, Row, parse
+from .target import Target
+
+SAMPLES = 8  # generated held-out samples where the user gave no data
+CHECKED = 64  # held-out samples that every contract is checked on, at most
+BENCH_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that `compress` takes besides its main arguments; the command line has the same names.
+
+    kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
+    model_spec, adapter, trust_pickle, allow_missing: how a file becomes a model, see `load`.
+    evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
+    preprocess: how images become inputs. dynamic: True keeps the batch free, False fixes it, None asks the target.
+    measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
+    measurements are replayed instead of taken. command: what to write in the report.
+    """
+
+    kwargs: Mapping[str, Any] | None = None
+    inputs: Sequence[str | Input] = ()
+    model_spec: str | None = None
+    adapter: str | None = None
+    trust_pickle: bool = False
+    allow_missing: Sequence[str] = ()
+    evaluate: Any = None
+    preprocess: Any = None
+    calib_limit: int = 1024
+    dynamic: bool | None = None
+    seed: int = 0
+    tolerance: float | None = None
+    measure: bool = True
+    latency_table: str | Path | None = None
+    print_after: Sequence[str] = ()
+    stop_after: str | None = None
+    limit: Mapping[str, int] = field(default_factory=dict)
+    time: bool = False
+    command: str | None = None
+    console: Any = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise UsageError(
+                    f"unknown option '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
+                )
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class Result:
+    """output: the folder; onnx: the model in it (None after `stop_after`); report: report.json; graph: the last IR."""
+
+    output: Path | None
+    onnx: Path | None
+    report: dict[str, Any]
+    graph: Graph
+
+
+class Run:
+    """One compilation, step by step; what the steps share."""
+
+    def __init__(self, opt: Options, target: Target, spec: str) -> None:
+        self.opt, self.target = opt, target
+        table = registry.passes()
+        self.start = time.perf_counter()
+        self.notices = list(_version_notice())
+        self.scratch = Path()
+        self.evaluator: data.Evaluator | None = None
+        self.stopwatch: dict[str, float] = _latency_table(opt.latency_table)
+        self.facts: dict[str, Any] = {}
+        for name in opt.print_after:
+            if name not in table:
+                raise UsageError(f"--print-after {name}: no such pass; there are {', '.join(table)}")
+        self.pipeline = Pipeline(
+            parse(spec, table),
+            table,
+            tolerance=opt.tolerance,
+            limits=opt.limit,
+            stop_after=opt.stop_after,
+            after=self.after_pass,
+        )
+        self.notices += [f"{name} was added: a later pass needs it" for name in self.pipeline.inserted]
+
+    def after_pass(self, row: Row, graph: Graph) -> None:
+        if self.evaluator is not None:
+            row.metric = self.evaluator.of_graph(graph)
+        if row.name in self.opt.print_after:
+            print(graph.text(provenance=True))
+        if self.opt.time and self.opt.console is not None and row.seconds:
+            self.opt.console.print(f"{row.config:<24} {row.seconds:7.1f} s   peak {row.peak_mb:6.0f} MB")
+
+    def compile(self, loaded: Loaded, example: Any, calibration: Any, stage: Path | None) -> Result:
+        opt = self.opt
+        with self.step("capturing"):
+            graph = capture_model(loaded, example, opt)
+        _require_finite(graph)
+        self.notices += [*loaded.notes, *graph.notices]
+        source, statistics, held_out = streams(graph, calibration, opt, given(loaded, example))
+        self.facts = source.facts if source is not None else {}
+        if opt.evaluate is not None:
+            self.evaluator = data.evaluator(opt.evaluate, graph, preprocess=opt.preprocess)
+        with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+            self.scratch = Path(scratch)
+            baseline = self.baseline(graph) if stage is not None else None
+            ctx = Context(
+                self.target,
+                held_out,
+                statistics,
+                opt.seed,
+                measure=self.measure if opt.measure else None,
+                progress=self.progress,
+            )
+            rows = self.pipeline.run(graph, ctx)
+            self.warn(rows)
+            made = self.describe(loaded, graph, rows, (source, statistics, held_out))
+            if stage is not None:
+                made["emitted"] = self.emit(graph, stage, baseline, list(held_out), loaded)
+        made["notices"] = self.notices
+        made["latency_table"] = self.stopwatch
+        made["peak_mb"] = measure.peak_memory_mb()
+        made["seconds"] = time.perf_counter() - self.start
+        return Result(None, None, made, graph)
+
+    def baseline(self, graph: Graph) -> Emitted | None:
+        """The model as it came, as float ONNX: what size and speed are compared with."""
+        folder = self.scratch / "float"
+        folder.mkdir()
+        try:
+            with self.step("emitting the original"):
+                plain = dataclasses.replace(self.target, formats=("onnx",))
+                return delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
+        except UnsupportedError as error:
+            self.notices.append(f"no comparison with the original as ONNX: {error}")
+            return None
+
+    def emit(
+        self, graph: Graph, stage: Path, baseline: Emitted | None, batches: list[Batch], loaded: Loaded
+    ) -> dict[str, Any]:
+        spec = ",".join(map(str, self.pipeline.passes))
+        metadata = {
+            "compressor": __version__,
+            "spec": spec,
+            "model_sha256": loaded.sha256,
+            "target": self.target.name,
+        }
+        with self.step("emitting"):
+            emitted = delivery.deliver(graph, self.target, stage, metadata, self.fixed(graph))
+        provider, words = delivery.provider_of(self.target)
+        with self.step("verifying"):
+            checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
+        (stage / "signature.json").write_text(
+            json.dumps(_signature(graph, emitted, loaded, self.facts), indent=1) + "\n"
+        )
+        samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
+        made: dict[str, Any] = {
+            "file": emitted.path.name,
+            "bytes": emitted.bytes,
+            "sha256": delivery.sha256(emitted.path),
+            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir())},
+            "provider": provider,
+            "verified": f"{words}, {samples} samples",
+            "checks": [c.to_dict() for c in checks],
+            "operators": runtime.optimized_operators(emitted.path),
+        }
+        if "ort" in self.target.formats:
+            made["mobile"] = runtime.mobile_usability(emitted.path)
+        if self.evaluator is not None:
+            session = runtime.session(emitted.path, providers=[provider])
+            made["metric"] = self.evaluator.of(lambda *x: delivery.run_emitted(session, emitted.inputs, x))
+        if baseline is not None:
+            made["float_bytes"] = baseline.bytes
+        if self.opt.measure:
+            files = {"model": emitted} | ({"float": baseline} if baseline is not None else {})
+            with self.step("timing"):
+                made["latency"] = delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
+            if made["latency"].get("ratio", 1.0) < 0.97:
+                self.notices.append(
+                    f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
+                    "leave out the pass that does not pay, or tell us the model"
+                )
+        return made
+
+    def warn(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            worst = min((c.sqnr_db for c in row.checks), default=math.inf)
+            if row.status == "warned":
+                self.notices.append(
+                    f"{row.config}: output SQNR {worst:.1f} dB, under {contracts.WARN_DB:g} dB: "
+                    "check the task metric (--eval)"
+                )
+            if row.status == "not proved":
+                self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
+
+    def describe(
+        self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]
+    ) -> dict[str, Any]:
+        source, statistics, held_out = streams
+        return {
+            "schema": report.SCHEMA,
+            "compressor": __version__,
+            "versions": measure.versions(),
+            "machine": measure.machine(),
+            "command": self.opt.command or "compressor.compress(...)",
+            "seed": self.opt.seed,
+            "model": {
+                "path": str(loaded.path),
+                "sha256": loaded.sha256,
+                "stem": loaded.path.name.split(".")[0],
+            },
+            "target": {
+                "name": self.target.name,
+                "providers": list(self.target.providers),
+                "opset": self.target.opset,
+            },
+            "spec": ",".join(map(str, self.pipeline.passes)),
+            "inserted": self.pipeline.inserted,
+            "inputs": [shape_of(spec) for spec in graph.inputs],
+            "outputs": [
+                {
+                    "name": name,
+                    "dtype": _dtype(node.meta["val"].dtype),
+                    "shape": [str(s) for s in node.meta["val"].shape],
+                }
+                for name, node in zip(graph.outputs, graph.results, strict=True)
+            ],
+            "data": {
+                "calibration": _stream(statistics),
+                "held_out": _stream(held_out),
+                "facts": source.facts if source is not None else {},
+            },
+            "rows": [row.to_dict() for row in rows],
+        }
+
+    def fixed(self, graph: Graph) -> dict[str, int]:
+        """Sizes for dynamic axes that the target wants fixed, unless the user keeps them free."""
+        keep = self.opt.dynamic
+        size = self.target.fixed_batch if keep is None else (None if keep else self.target.fixed_batch or 1)
+        if size is None:
+            return {}
+        found: dict[str, int] = {}
+        for spec, tensor in zip(graph.inputs, graph.example, strict=True):
+            for axis, name in enumerate(spec.shape):
+                if isinstance(name, str):
+                    found.setdefault(name, size if axis == 0 else tensor.shape[axis])
+        return found
+
+    def measure(self, graph: Graph) -> float:
+        """Median milliseconds of one run of the graph, batch 1, one thread, on the target's provider."""
+        key = f"{self.target.name}:{graph.fingerprint()}"
+        if key not in self.stopwatch:
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
+            plain = dataclasses.replace(self.target, formats=("onnx",))
+            emitted = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
+            self.stopwatch[key] = delivery.latencies({"model": emitted}, graph.example, seconds=0.7)["model"][
+                "median_ms"
+            ]
+        return self.stopwatch[key]
+
+    @contextmanager
+    def step(self, words: str) -> Iterator[None]:
+        with self.progress(words, None):
+            yield
+
+    @contextmanager
+    def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        console = self.opt.console
+        if console is None or not console.is_terminal:
+            yield lambda n: None
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        if getattr(console, "_live", None) or getattr(console, "_live_stack", None):
+            yield lambda n: None
+            return
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda n: bar.advance(task, n)
+
+
+# -------------------------------------------------------------------- helpers
+
+
+def load_model(model: Any, opt: Options) -> Loaded:
+    if isinstance(model, (str, Path)):
+        return load(
+            model,
+            model=opt.model_spec,
+            adapter=opt.adapter,
+            trust_pickle=opt.trust_pickle,
+            allow_missing=opt.allow_missing,
+        )
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise UsageError(
+            f"a model is a torch module, an exported program or a file, not {type(model).__name__}"
+        )
+    return Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
+
+
+def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
+    specs = [data.parse_input(i) if isinstance(i, str) else i for i in opt.inputs]
+    args, kwargs = example, opt.kwargs
+    if args is None and loaded.example is not None and not specs:
+        args, kwargs = loaded.example
+    return capture(loaded.model, args, kwargs, inputs=specs)
+
+
+def _latency_table(path: str | Path | None) -> dict[str, float]:
+    """What an earlier run measured: the decisions made by it are made again."""
+    return dict(report.read_report(path).get("latency_table") or {}) if path is not None else {}
+
+
+def given(loaded: Loaded, example: Any) -> bool:
+    """True where the example inputs are the user's own and not made up from their shapes."""
+    return example is not None or loaded.example is not None
+
+
+def streams(
+    graph: Graph, source: Any, opt: Options, real_example: bool
+) -> tuple[Data | None, Data | None, Data]:
+    """All data, the part for statistics, the part that is held out; generated held-out samples without data."""
+    if source is None:
+        sizes = {} if real_example else _table_sizes(graph)
+        made = data.synthetic(graph.inputs, graph.example, samples=SAMPLES, seed=opt.seed, table_sizes=sizes)
+        return None, None, made
+    opened = data.open_data(source, graph.inputs, preprocess=opt.preprocess, limit=opt.calib_limit)
+    statistics, held_out = data.split(opened, seed=opt.seed)
+    return opened, statistics, held_out.limited(CHECKED)
+
+
+def _require_finite(graph: Graph) -> None:
+    for name in sorted(graph.parameters):
+        tensor = graph.tensors.get(name)
+        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FileError(f"parameter {name} holds NaN or inf; the model is broken before any pass")
+
+
+def _table_sizes(graph: Graph) -> dict[str, int]:
+    """Input name -> rows of the smallest table that it indexes."""
+    found: dict[str, int] = {}
+    names = dict(zip(graph.placeholders, (spec.name for spec in graph.inputs), strict=True))
+    for node in graph.nodes:
+        if kind(node) != "embedding":
+            continue
+        bound = arguments(node)
+        source = bound["indices"]
+        while source not in names and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if source in names:
+            rows = int(bound["weight"].meta["val"].shape[0])
+            found[names[source]] = min(rows, found.get(names[source], rows))
+    return found
+
+
+def _version_notice() -> Iterator[str]:
+    installed = torch.__version__.split("+")[0]
+    release = tuple(int(p) for p in installed.split(".")[:2])
+    low, high = (tuple(int(p) for p in v.split(".")) for v in TESTED_TORCH)
+    if not low <= release <= high:
+        yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype))
+
+
+def shape_of(spec: Input) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": _dtype(spec.dtype), "shape": list(spec.shape)}
+
+
+def _stream(stream: Data | None) -> dict[str, Any] | None:
+    return None if stream is None else {"description": stream.description, "samples": stream.samples}
+
+
+def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program that calls the model must know."""
+    images = [spec for spec in emitted.inputs if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)]
+    return {
+        "model": emitted.path.name,
+        "inputs": [
+            shape_of(spec) | ({"layout": "NCHW"} if spec in images else {}) for spec in emitted.inputs
+        ],
+        "outputs": [
+            {"name": name, "dtype": _dtype(node.meta["val"].dtype)}
+            for name, node in zip(graph.outputs, graph.results, strict=True)
+        ],
+        "preprocess": facts.get("preprocess"),
+        "labels": list(loaded.labels),
+    }

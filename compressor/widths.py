@@ -1,0 +1,197 @@
+"""How wide every family of channels should be under a budget: what each removal costs, what it saves, what it may be.
+
+Groups that stand on the same axes form a family, which loses its least important groups first. What removing them
+saves depends on what the layers around have kept: a convolution costs outputs times inputs. So costs are products of
+kept widths, evaluated anew for every candidate.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .channels import Algebra, Group, Key, Term
+
+ROUNDING = 1e-9  # of a share, after thousands of subtractions
+
+
+@dataclass
+class Family:
+    """Groups that stand on the same axes, least important first, and how many of them are left.
+
+    importance: of each group; their sum is what the whole family weighs against others. slices: how many slices of
+    each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
+    """
+
+    groups: list[Group]
+    importance: NDArray[np.float64]
+    slices: dict[Key, NDArray[np.int64]]
+    multiple: int = 1
+    minimum: int = 1
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = len(self.groups)
+        self.unit = min((int(counts.min()) for counts in self.slices.values()), default=1)
+        self._sums = np.concatenate([[0.0], np.cumsum(self.importance)])
+
+    @property
+    def removed(self) -> list[Group]:
+        return self.groups[: len(self.groups) - self.left]
+
+    def width(self, left: int) -> int:
+        return left * self.unit
+
+    def narrower(self, below: int) -> int | None:
+        """The largest allowed number of groups under `below`; None when the minimum is reached.
+
+        A family of two multiples or more keeps a multiple of slices; a smaller one goes group by group.
+        """
+        aligned = self.width(len(self.groups)) >= 2 * self.multiple
+        step = self.multiple // math.gcd(self.unit, self.multiple) if aligned else 1
+        left = (below - 1) // step * step
+        return left if left >= 1 and self.width(left) >= self.minimum else None
+
+    def cost(self, left: int) -> float:
+        """Importance lost on the way from what is left now to `left`, growing without bound as the family empties.
+
+        With R the importance that remains of S: S log(R now / R then). The first groups cost their own importance;
+        a family that is nearly gone is never the cheapest.
+        """
+        total = float(self._sums[-1])
+        now, then = (total - float(self._sums[len(self.groups) - n]) for n in (self.left, left))
+        if total <= 0:
+            return 0.0
+        floor = 1e-12 * total
+        return total * math.log(max(now, floor) / max(then, floor))
+
+    def gone(self, left: int) -> dict[Key, int]:
+        """Slices of every axis that go on the way to `left`."""
+        span = slice(len(self.groups) - self.left, len(self.groups) - left)
+        return {key: int(counts[span].sum()) for key, counts in self.slices.items()}
+
+
+class Costs:
+    """Totals of named cost terms, as widths shrink."""
+
+    def __init__(self, algebra: Algebra, terms: Mapping[str, Sequence[Term]]) -> None:
+        self._terms = [(name, term) for name, some in terms.items() for term in some]
+        self._of: dict[Key, list[int]] = {}
+        for i, (_, term) in enumerate(self._terms):
+            for key in set(term.axes):
+                self._of.setdefault(key, []).append(i)
+        self._size = {key: len(algebra.axes[key]) for key in self._of}
+        self._left = dict(self._size)
+        self.before = {name: sum(term.base for term in some) for name, some in terms.items()}
+        self.now: dict[str, float] = dict(self.before)
+
+    @property
+    def keys(self) -> set[Key]:
+        return set(self._of)
+
+    def share(self, name: str) -> float:
+        return self.now[name] / self.before[name] if self.before[name] else 1.0
+
+    def saved(self, gone: Mapping[Key, int]) -> dict[str, float]:
+        """What would be saved if so many more slices of these axes went."""
+        saved = dict.fromkeys(self.before, 0.0)
+        for i in {i for key in gone for i in self._of.get(key, ())}:
+            name, term = self._terms[i]
+            saved[name] += self._value(term, {}) - self._value(term, gone)
+        return saved
+
+    def apply(self, gone: Mapping[Key, int]) -> None:
+        for name, saved in self.saved(gone).items():
+            self.now[name] -= saved
+        for key, count in gone.items():
+            self._left[key] -= count
+
+    def _value(self, term: Term, gone: Mapping[Key, int]) -> float:
+        value = float(term.base)
+        for key in term.axes:
+            value *= (self._left[key] - gone.get(key, 0)) / self._size[key]
+        return value
+
+
+def families(
+    algebra: Algebra, costs: Costs, importance: NDArray[np.float64], multiple: int, minimum: int
+) -> list[Family]:
+    """The families of an algebra, with their groups in order of importance (by class)."""
+    owner = np.full(len(importance), -1)
+    for i, groups in enumerate(algebra.families):
+        owner[[g.index for g in groups]] = i
+    ordered = [sorted(groups, key=lambda g: (importance[g.index], g.index)) for groups in algebra.families]
+    slices: list[dict[Key, NDArray[np.int64]]] = [{} for _ in ordered]
+    for key in sorted(costs.keys):
+        counts = np.bincount(algebra.axes[key], minlength=len(importance))
+        for i in np.unique(owner[np.flatnonzero(counts)]).tolist():
+            if i >= 0:
+                slices[i][key] = counts[[g.index for g in ordered[i]]]
+    return [
+        Family(groups, importance[[g.index for g in groups]], found, multiple, minimum)
+        for groups, found in zip(ordered, slices, strict=True)
+    ]
+
+
+def shrink_globally(found: Sequence[Family], costs: Costs, budget: Mapping[str, float]) -> None:
+    """Narrows families, the cheapest importance per saving first, until every cost is within its share of before.
+
+    Lazy greedy: a candidate only gets worse while others shrink, so the head of the heap is looked at again and
+    taken if it still is the best. Stops where every family is at its minimum. Steps are large (a multiple of
+    channels), so at last those are taken back, the latest first, that the budget has room for.
+    """
+    heap: list[tuple[float, int]] = [(0.0, i) for i in range(len(found))]
+    steps: list[tuple[Family, int, dict[Key, int]]] = []
+    while heap and not _within(costs, budget):
+        _, i = heapq.heappop(heap)
+        left = found[i].narrower(found[i].left)
+        if left is None:
+            continue
+        gone = found[i].gone(left)
+        saved = costs.saved(gone)
+        useful = sum(saved[n] / costs.before[n] for n, share in budget.items() if costs.share(n) > share)
+        if useful <= 0:
+            continue
+        price = found[i].cost(left) / useful
+        if not heap or price <= heap[0][0]:
+            steps.append((found[i], found[i].left, gone))
+            costs.apply(gone)
+            found[i].left = left
+        heapq.heappush(heap, (price, i))
+    if _within(costs, budget):
+        _give_back(steps, costs, budget)
+
+
+def _give_back(
+    steps: Sequence[tuple[Family, int, dict[Key, int]]], costs: Costs, budget: Mapping[str, float]
+) -> None:
+    settled: set[int] = set()
+    for family, before, gone in reversed(steps):
+        back = {key: -count for key, count in gone.items()}
+        costs.apply(back)
+        if id(family) not in settled and _within(costs, budget):
+            family.left = before
+        else:
+            costs.apply(gone)
+            settled.add(id(family))
+
+
+def shrink_locally(found: Sequence[Family], costs: Costs, budget: Mapping[str, float]) -> None:
+    """Narrows every family by the same share, step by step, until every cost is within its share of before."""
+    for percent in range(1, 101):
+        for family in found:
+            target = len(family.groups) * (100 - percent) / 100
+            left = family.narrower(family.left)
+            while left is not None and left >= target and not _within(costs, budget):
+                costs.apply(family.gone(left))
+                family.left = left
+                left = family.narrower(left)
+
+
+def _within(costs: Costs, budget: Mapping[str, float]) -> bool:
+    return all(costs.share(name) <= share + ROUNDING for name, share in budget.items())

@@ -1,0 +1,398 @@
+"""Adapters disappear into the layers that they adapt: whatever is affine between x and y becomes one operator.
+
+LoRA, DoRA, IA3, OFT, VeRA, parallel convolution branches and adapters that nobody has written yet merge by one rule:
+
+    y = f(x) affine in x, token by token   ->   y = W x + b,   b = f(0),   W = f(identity) - b
+
+It is done where it pays: the operators that fall away cost more multiply-accumulates than the one that stands in for
+them, or as many and there are more of them. So a low-rank pair standing alone stays a pair.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from dataclasses import replace as copy_with
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from compressor.affine import FEATURES, KERNELS, Form, Reach, Region, probe, reach, region, replace
+from compressor.constants import DataFree, fold_constants
+from compressor.ir import Graph, operator_name, site
+from compressor.ops import CONTRACTIONS, NORMS, arguments, is_tensor, kind, shape
+from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+
+# Multiply-accumulates and operators that go, norms that stay, operators that cost nothing and go; compared in order.
+Saving = tuple[int, Fraction, int, int]
+
+_NOTHING: Saving = (0, Fraction(0), 0, 0)
+_SHARE = Fraction(1, 100)  # of an operator: what absorbing a norm's gain is worth while others still read it
+_NORM_CHAIN = frozenset({"activation", "add", "cast", "identity", "expand", "unsqueeze", "binary"})
+_JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
+_NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
+_FAR = 32  # operators between what blocks a branch and where the branch joins again
+
+
+@dataclass(frozen=True)
+class Merge(Pass):
+    """Adapters (LoRA, DoRA, IA3, OFT ... and parallel convolution branches) merge into the layers they adapt.
+
+    max_bytes: how much larger than its sources a folded constant may be. absorb_norms: also merge the gain and bias
+    of a normalisation into the linear behind it; exact, but it changes the ranges of that linear's weights.
+    """
+
+    name: ClassVar[str] = "merge"
+    contract: ClassVar[Contract] = EXACT
+
+    max_bytes: int = 1 << 28
+    absorb_norms: bool = False
+
+    def run(self, graph: Graph, ctx: Context) -> Outcome:
+        outcome = Outcome()
+        folding = fold_constants(graph, self.max_bytes, ctx.limit)
+        outcome.rewrites += [Rewrite(*made) for made in folding.made]
+        outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
+        refused: dict[str, Decline] = {}
+        writer = _Writer(graph)
+        while True:
+            plan = _Plan(graph, self.absorb_norms, frozenset(refused))
+            chosen = plan.choose()
+            room = len(chosen) if ctx.limit is None else max(0, ctx.limit - len(outcome.rewrites))
+            with ctx.progress("merge: probing", min(room, len(chosen))) as advance:
+                for one in chosen[:room]:
+                    done = writer.write(one)
+                    if isinstance(done, Rewrite):
+                        outcome.rewrites.append(done)
+                    else:
+                        refused[one.exit.name] = done
+                    advance(1)
+            graph.clean()
+            if not chosen or room < len(chosen):
+                break
+        outcome.declines += [*refused.values(), *plan.declines()]
+        return outcome
+
+
+# -------------------------------------------------------------------- what pays
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best way to compute a value: what is saved on the way to it, and the last region of that way."""
+
+    saving: Saving = _NOTHING
+    last: Region | None = None
+    before: _Best | None = None
+
+    def regions(self) -> Iterator[Region]:
+        if self.last is not None:
+            yield self.last
+        if self.before is not None:
+            yield from self.before.regions()
+
+
+class _Plan:
+    """All regions of a graph as it stands, and which of them to replace.
+
+    The values that everything to y goes through form a chain x, c1, c2 ... y. `_best` finds the cut of that chain into
+    regions and untouched operators that saves most.
+    """
+
+    def __init__(self, graph: Graph, absorb_norms: bool, refused: frozenset[str]) -> None:
+        self.graph, self.absorb_norms, self.refused = graph, absorb_norms, refused
+        self.free = DataFree(graph)
+        self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self.entries: dict[tuple[Form, Node], list[Reach]] = {}
+        self.reaches: list[Reach] = []
+        self.chosen: list[Region] = []
+        self._best_of: dict[tuple[Form, Node], _Best] = {}
+        forms = [FEATURES, KERNELS] if any(kind(n) == "conv" for n in graph.nodes) else [FEATURES]
+        for form in forms:
+            for node in graph.nodes:
+                found = reach(form, node, self.free, self.order)
+                if found is not None:
+                    self.reaches.append(found)
+                    for end in found.exits():
+                        self.entries.setdefault((form, end), []).append(found)
+
+    def choose(self) -> list[Region]:
+        """Regions worth replacing, in the graph's order; none holds an operator of another."""
+        used: set[Node] = set()
+        for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
+            for one in self._best(form, end).regions():
+                if used.isdisjoint(one.nodes):
+                    self.chosen.append(one)
+                    used.update(one.nodes)
+        self.chosen.sort(key=lambda one: self.order[one.exit])
+        return self.chosen
+
+    def _best(self, form: Form, end: Node) -> _Best:
+        key = (form, end)
+        if key not in self._best_of:
+            found = self.entries.get(key, [])
+            best = self._best(form, found[-1].entry) if found else _Best()
+            for one in reversed(found):  # of two entries that save the same, the nearer
+                where = region(one, end, self.free, self.order)
+                if end.name in self.refused or not self._pays(where):
+                    continue
+                before = self._best(form, one.entry)
+                saving = _plus(before.saving, self._saving(where))
+                if saving > best.saving:
+                    best = _Best(saving, where, before)
+            self._best_of[key] = best
+        return self._best_of[key]
+
+    def _pays(self, where: Region) -> bool:
+        macs, operators, *_ = self._saving(where)
+        if not any(kind(n) in CONTRACTIONS for n in where.dead):
+            return False
+        return macs > 0 or (macs == 0 and operators > 0 and not _tied(where))
+
+    def _saving(self, where: Region) -> Saving:
+        standing = [n for n in where.dead if _is_operator(n)]
+        norms = [n for n in where.nodes if self._is_gain(n)]
+        gone = [n for n in norms if n in where.dead]
+        idle = [n for n in standing if _is_idle(n)]
+        operators = Fraction(len(standing) - len(idle) - len(gone) - 1)
+        if self.absorb_norms:
+            operators += len(gone) + _SHARE * (len(norms) - len(gone))
+        return where.dead_macs - where.macs, operators, -len(gone), len(idle)
+
+    def _is_gain(self, node: Node) -> bool:
+        """True for batch norm, and for the gain or bias written out behind a normalisation without its own."""
+        if kind(node) == "batch_norm":
+            return True
+        if kind(node) not in ("mul", "add"):
+            return False
+        values = [n for n in node.all_input_nodes if n not in self.free]
+        if len(values) != 1 or len(node.all_input_nodes) != 2:
+            return False
+        source = _through_casts(values[0])
+        return self._is_gain(source) if kind(node) == "add" else _is_normalised(source)
+
+    # ---------------------------------------------------------------- what does not
+
+    def declines(self) -> Iterator[Decline]:
+        """Regions that stay, and branches that something on them keeps from merging, each with the reason."""
+        covered = {n for one in self.chosen for n in one.nodes}
+        for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
+            where = self._narrowest(form, end)
+            if end in covered or end.name in self.refused or not self._is_worth_a_word(where):
+                continue
+            covered |= set(where.nodes)
+            yield Decline.at(end, self._why_not(where))
+        seen: set[Node] = set()
+        for found in self.reaches:
+            for join, reason in _blocked_joins(found, self.order):
+                if join not in seen:
+                    seen.add(join)
+                    yield Decline.at(join, reason)
+
+    def _is_worth_a_word(self, where: Region) -> bool:
+        """True where a reader of the report may have expected a merge."""
+        macs, operators, *_ = self._saving(where)
+        if macs == 0 and operators > 0 and _tied(where):
+            return True
+        if _contractions(where.nodes) < 2:
+            return False
+        return _contractions(where.dead) > 1 or kind(where.exit) in _JOINS
+
+    def _narrowest(self, form: Form, end: Node) -> Region:
+        """The region with the nearest entry among those with the most contractions."""
+        regions = [region(found, end, self.free, self.order) for found in reversed(self.entries[form, end])]
+        return max(regions, key=lambda one: _contractions(one.nodes))
+
+    def _why_not(self, where: Region) -> str:
+        for node in where.nodes:
+            outside = [u for u in node.users if u not in where.nodes]
+            if node is not where.exit and outside:
+                reader = "the output" if outside[0].op == "output" else f"{site(outside[0])}"
+                return f"{_at(node)} inside it is also read by {reader}, so that merging would save nothing"
+        cost, now = where.macs, where.dead_macs
+        if cost == now and (tied := _tied(where)):
+            return f"merging would untie {tied[0].target}, which is read elsewhere, and save no multiply-accumulate"
+        count = _contractions(where.nodes)
+        return (
+            f"one {where.form.name} would cost {cost:,} multiply-accumulates a sample, "
+            f"these {count} cost {now:,}: they stay"
+        )
+
+
+def _contractions(nodes: Iterable[Node]) -> int:
+    return sum(kind(n) in CONTRACTIONS for n in nodes)
+
+
+def _plus(a: Saving, b: Saving) -> Saving:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+def _at(node: Node) -> str:
+    return f"{operator_name(node).removesuffix('.default')} at {site(node)}"
+
+
+def _is_operator(node: Node) -> bool:
+    return node.op == "call_function" and kind(node) not in ("size", "getitem")
+
+
+def _is_idle(node: Node) -> bool:
+    """True for an operator that hands its first operand through: an identity, a cast or a reshape to the same."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if source is None or not is_tensor(source) or not is_tensor(node):
+        return False
+    same = source.meta["val"].dtype == node.meta["val"].dtype and str(shape(source)) == str(shape(node))
+    return same and kind(node) in (
+        "identity",
+        "cast",
+        "view",
+        "flatten",
+        "slice",
+        "expand",
+        "squeeze",
+        "unsqueeze",
+    )
+
+
+def _tied(where: Region) -> list[Node]:
+    """Weights of the region's contractions that something outside also reads."""
+    weights = (
+        n
+        for c in where.nodes
+        if c in where.dead and kind(c) in CONTRACTIONS
+        for n in c.all_input_nodes
+        if n.op == "get_attr" and n.meta["val"].dim() > 1
+    )
+    return [w for w in dict.fromkeys(weights) if any(u not in where.dead for u in w.users)]
+
+
+def _through_casts(node: Node) -> Node:
+    while kind(node) in ("cast", "identity"):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_normalised(node: Node) -> bool:
+    """True for x * rsqrt(mean(x^2) + eps) however it is written, and for a norm without gain."""
+    if kind(node) in NORMS:
+        return arguments(node).get("weight") is None
+    if kind(node) not in ("mul", "div"):
+        return False
+    return any(_leads_to_reduction(n) for n in node.all_input_nodes)
+
+
+def _leads_to_reduction(node: Node) -> bool:
+    for _ in range(8):
+        if kind(node) == "reduce":
+            return True
+        if kind(node) not in _NORM_CHAIN or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node, str]]:
+    """(join, reason) for bottlenecks that leave the region through an operator that is not affine, and come back."""
+    axis = found.form.axis
+    width = found.entry.meta["val"].shape[axis]
+    for blocker, reason in found.blocked.items():
+        if found.form is KERNELS and kind(blocker) != "conv":
+            continue  # every residual block has an activation; only convolutions that just miss are worth a word
+        after = {blocker}
+        waiting = {u for u in blocker.users if u.op == "call_function"}
+        while waiting and len(after) < _FAR:
+            node = min(waiting, key=order.__getitem__)
+            waiting.remove(node)
+            others = [n for n in node.all_input_nodes if n in found.known]
+            if kind(node) in _JOINS and others:
+                before = [n for n in blocker.all_input_nodes if n in found.known]
+                if any(_narrows(n, axis, width) for n in (*after, *before)):
+                    yield node, reason
+                break
+            after.add(node)
+            waiting |= {u for u in node.users if u.op == "call_function"}
+
+
+def _narrows(node: Node, axis: int, width: int) -> bool:
+    """True for a contraction with a constant that has fewer outputs than the region's entry has features."""
+    if kind(node) not in _NARROWING or not any(n.op == "get_attr" for n in node.all_input_nodes):
+        return False
+    size = shape(node)[axis] if is_tensor(node) else width
+    return isinstance(size, int) and size < width
+
+
+# -------------------------------------------------------------------- doing it
+
+
+class _Writer:
+    """Replaces regions, and shares tensors between those that come out the same."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.now: dict[Node, Node] = {}  # exit of a replaced region -> what computes it now
+        self.made: dict[tuple[Any, ...], list[Node]] = {}
+
+    def write(self, where: Region) -> Rewrite | Decline:
+        where = copy_with(where, entry=self.now.get(where.entry, where.entry))
+        operator = probe(self.graph, where)
+        if isinstance(operator, str):
+            return Decline.at(where.exit, operator)
+        tied, named = _tied(where), _named(where.exit)
+        weight = self._tensor(where, f"{site(named)}.weight", operator.weight)
+        bias = (
+            self._tensor(where, f"{site(named)}.bias", operator.bias) if operator.bias is not None else None
+        )
+        new = replace(self.graph, where, weight, bias, before=named)
+        if new is None:
+            return Decline.at(where.exit, "one convolution in its place would have another output size")
+        self.now[where.exit] = new
+        gone = Counter(operator_name(n).split(".")[-2] for n in where.dead if _is_operator(n))
+        names = ", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(gone.items()))
+        sizes = "x".join(map(str, operator.weight.shape))
+        what = f"{names} into one {operator_name(new).split('.')[1]} {sizes}"
+        own = [w for w in tied if w is not weight]
+        if own:
+            what += (
+                f"; {own[0].target} is shared with {_other_reader(own[0], where)}, this site now has its own"
+            )
+        return Rewrite(site(named), what)
+
+    def _tensor(self, where: Region, name: str, value: Tensor) -> Node:
+        """The node of an equal tensor of the region, or of an earlier replacement; a new one where there is none."""
+        key = (tuple(value.shape), value.dtype, tuple(value.flatten()[:8].tolist()))
+        inside = [n for node in where.nodes for n in node.all_input_nodes if n.op == "get_attr"]
+        for node in (*dict.fromkeys(inside), *self.made.get(key, ())):
+            tensor = self.graph.tensor(node)
+            if tensor.dtype == value.dtype and tensor.shape == value.shape and torch.equal(tensor, value):
+                return node
+        turned = next((t for n in inside if _equal_turned(t := self.graph.tensor(n), value)), None)
+        node = self.graph.add_tensor(name, turned.t() if turned is not None else value)
+        if any(str(n.target) in self.graph.parameters for n in inside):
+            self.graph.parameters |= {str(node.target)}
+        self.made.setdefault(key, []).append(node)
+        return node
+
+
+def _named(end: Node) -> Node:
+    """The operator that gives a region its name: the last one that does something."""
+    while _is_idle(end):
+        end = end.all_input_nodes[0]
+    return end
+
+
+def _equal_turned(tensor: Tensor, value: Tensor) -> bool:
+    if (
+        tensor.dim() != 2
+        or value.dim() != 2
+        or tensor.dtype != value.dtype
+        or tensor.shape != value.shape[::-1]
+    ):
+        return False
+    return torch.equal(tensor.t(), value)
+
+
+def _other_reader(weight: Node, where: Region) -> str:
+    return next(site(u) for u in weight.users if u not in where.dead)

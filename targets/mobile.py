@@ -1,0 +1,14 @@
+"""ONNX Runtime on phones: shapes fixed, both of its file formats."""
+
+from __future__ import annotations
+
+from compressor.target import QLINEAR, Target
+
+MOBILE = Target(
+    name="mobile",
+    summary="ONNX Runtime on Android and iOS: batch 1, static shapes, .onnx and .ort",
+    providers=("CPUExecutionProvider",),
+    fixed_batch=1,
+    formats=("onnx", "ort"),
+    quant=QLINEAR,
+)
