@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -168,7 +168,9 @@ def probe(graph: Graph, where: Region) -> Operator | str:
     if where.form is FEATURES:
         weight, bias = _probe_features(run)
     else:
-        weight, bias = kernels.probe(run, where.entry.meta["val"].shape[1], where.state)
+        weight, bias = kernels.probe(
+            lambda value, basis: run(value, basis=basis), where.entry.meta["val"].shape[1], where.state
+        )
     wrong = _disagreement(run, weight, bias)
     if not wrong <= _CHECK:
         return f"what was probed differs from the operators by {wrong:.0e} on random inputs"
@@ -198,6 +200,16 @@ def replace(graph: Graph, where: Region, weight: Node, bias: Node | None, *, bef
     return new
 
 
+class Basis(Protocol):
+    """What is known of a value that is made of basis vectors; see `Rows` and `kernels.Impulses`."""
+
+    def keeps(self, node: Node) -> bool:
+        """True when the operator hands the basis vectors through."""
+
+    def response(self, graph: Graph, node: Node) -> Tensor | None:
+        """What an operator makes of the basis vectors, in float64, where its weight tells; else None."""
+
+
 class Evaluation:
     """Runs the operators of one region in float64, whatever dtype the model computes in."""
 
@@ -207,27 +219,26 @@ class Evaluation:
         self._last = {n: user for user in where.nodes for n in user.all_input_nodes}
 
     def __call__(
-        self, value: Tensor, symbols: Mapping[Any, int] | None = None, rows: slice | None = None
+        self, value: Tensor, symbols: Mapping[Any, int] | None = None, basis: Basis | None = None
     ) -> Tensor:
         """The exit's value for a float64 value of the entry.
 
-        symbols: a number for every dynamic size, the example's own by default. rows: `value` holds these rows of
-        the identity, one a token, then zeros: what a linear makes of them is a slice of its weight.
+        symbols: a number for every dynamic size, the example's own by default. basis: says that `value` is made of
+        basis vectors, so that what an operator makes of them can be read off its weight instead of computed.
         """
         symbols = symbols if symbols is not None else self.symbols()
         env: dict[Node, Any] = {self.region.entry: value}
-        basis = {self.region.entry}
+        pure = {self.region.entry}
         for node in self.region.nodes:
-            if rows is not None and self._keeps_basis(node, basis):
-                basis.add(node)
-            columns = self._columns(node, basis, rows) if rows is not None else None
-            if columns is None:
-                env[node] = _widen(self._execute(node, env, symbols))
-            else:
-                shape = self.concrete(node, symbols)
-                flat = torch.zeros(math.prod(shape[:-1]), shape[-1], dtype=torch.float64)
-                flat[: len(columns)] = columns
-                env[node] = flat.view(shape)
+            known = None
+            if basis is not None and node.all_input_nodes and node.all_input_nodes[0] in pure:
+                known = basis.response(self.graph, node)
+                pure |= {node} if basis.keeps(node) else set()
+            if known is None:
+                known = _widen(self._execute(node, env, symbols))
+            elif self.region.form is FEATURES:
+                known = _on_tokens(known, self.concrete(node, symbols))
+            env[node] = known
             for source in node.all_input_nodes:
                 if self._last[source] is node:
                     env.pop(source, None)
@@ -261,25 +272,39 @@ class Evaluation:
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator, misc]
 
-    def _keeps_basis(self, node: Node, basis: set[Node]) -> bool:
-        """True for casts and reshapes of the tokens: each row of the identity is still one row."""
-        if kind(node) not in ("cast", "identity", "view", "flatten") or node.all_input_nodes[0] not in basis:
-            return False
-        width: int = self.region.entry.meta["val"].shape[-1]
-        return node.meta["val"].shape[-1] == width
 
-    def _columns(self, node: Node, basis: set[Node], rows: slice) -> Tensor | None:
-        """What a linear that reads the identity itself makes of these rows of it: columns of its weight, plus bias."""
-        names = {"linear": ("input", "weight", "bias"), "addmm": ("mat1", "mat2", "self")}.get(kind(node))
-        bound = arguments(node) if names is not None and not node.kwargs else {}
-        if names is None or bound.get(names[0]) not in basis:
+@dataclass(frozen=True)
+class Rows:
+    """Rows `first` to `last` of the identity, one a token: a linear makes columns of its weight of them."""
+
+    width: int
+    first: int
+    last: int
+
+    def keeps(self, node: Node) -> bool:
+        """True for casts and reshapes of the tokens: each row of the identity is still one row."""
+        size = node.meta["val"].shape[-1] if is_tensor(node) else 0
+        return kind(node) in ("cast", "identity", "view", "flatten") and size == self.width
+
+    def response(self, graph: Graph, node: Node) -> Tensor | None:
+        """[rows, out] in float64, for a linear with constant weight; None for everything else."""
+        names = {"linear": ("weight", "bias"), "addmm": ("mat2", "self")}.get(kind(node))
+        bound = arguments(node)
+        if names is None or bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1:
             return None
-        weight, bias = bound[names[1]], bound[names[2]]
+        weight, bias = bound[names[0]], bound[names[1]]
         if any(n is not None and n.op != "get_attr" for n in (weight, bias)):
             return None
-        table = self.graph.tensor(weight)
+        table, rows = graph.tensor(weight), slice(self.first, self.last)
         columns = (table[:, rows].T if kind(node) == "linear" else table[rows]).double()
-        return columns if bias is None else columns + self.graph.tensor(bias).double()
+        return columns if bias is None else columns + graph.tensor(bias).double()
+
+
+def _on_tokens(rows: Tensor, shape: list[int]) -> Tensor:
+    """Rows put on the first tokens of a value of this shape, the other tokens zero."""
+    flat = torch.zeros(math.prod(shape[:-1]), shape[-1], dtype=torch.float64)
+    flat[: len(rows)] = rows
+    return flat.view(shape)
 
 
 def _probe_features(run: Evaluation) -> tuple[Tensor, Tensor]:
@@ -294,7 +319,7 @@ def _probe_features(run: Evaluation) -> tuple[Tensor, Tensor]:
         last = min(first + tokens, width)
         rows = torch.zeros(tokens, width, dtype=torch.float64)
         rows[range(last - first), range(first, last)] = 1
-        seen = run(rows.view(shape), symbols, slice(first, last)).reshape(-1, out)
+        seen = run(rows.view(shape), symbols, Rows(width, first, last)).reshape(-1, out)
         weight[:, first:last] = (seen[: last - first] - bias).T
     return weight, bias
 

@@ -76,7 +76,7 @@ def verify(
     session = runtime.session(onnx)
     observer = contracts.Observer(graph)
     count = len(graph.outputs)
-    comparison = contracts.Comparison(observer.names[:count], observer.regions[:count])
+    comparison = contracts.Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     inputs = delivery.session_inputs(session, graph.inputs)
     for batch in batches:
         seen = delivery.run_emitted(session, inputs, batch.inputs)

@@ -179,6 +179,7 @@ def explain(error: BaseException) -> str:
         return f"there is no module {error.name} (is it installed, and the command run in the right folder?)."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<")]
-    return f"{text} ({Path(outside[-1].filename).name}:{outside[-1].lineno})." if outside else f"{text}."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{text} ({Path(own[-1].filename).name}:{own[-1].lineno})." if own else f"{text}."

@@ -59,7 +59,14 @@ def _directory(file: BinaryIO, name: str) -> list[zipfile.ZipInfo]:
         file.seek(-_END, io.SEEK_END)
         if file.read(4) != b"PK\x05\x06" or (infos and min(info.header_offset for info in infos)):
             raise zipfile.BadZipFile("its directory is not that of the whole file")
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OverflowError,
+        struct.error,
+        OSError,
+    ) as error:
         what = str(error).rstrip(".").lower() or type(error).__name__
         raise FileError(f"{name} is damaged ({what}): it may have been cut short. Fetch it again.") from None
     return infos

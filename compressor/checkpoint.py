@@ -6,14 +6,14 @@ weights (`ema`, `state_dict_ema`) beside the raw ones, as a whole pickled module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from .errors import FileError
-from .pickles import to_tensor
+from .pickles import BROKEN, TOO_MUCH, to_tensor
 from .unpickle import Record
 
 # Where checkpoints keep weights; averaged ones first: they are what the training code itself evaluates.
@@ -66,25 +66,29 @@ class Contents:
     architecture: str | None = None
 
     def summary(self) -> str:
-        """`a state dict: 138 tensors, 272,474 values; 10 labels (cat, dog, ...)`."""
+        """`a state dict: 138 tensors, 272,474 values; 10 labels (cat, dog, owl, ... 7 more)`."""
         tensors = self.places[0].tensors
         text = (
             f"{self.kind}: {len(tensors)} tensors, {sum(item.numel() for item in tensors.values()):,} values"
         )
         if self.labels:
-            more = ", ..." if len(self.labels) > _SHOWN else ""
-            text += f"; {len(self.labels)} labels ({', '.join(self.labels[:_SHOWN])}{more})"
+            text += f"; {len(self.labels)} labels ({printable(self.labels)})"
         return text
 
 
 def contents(value: Any, name: str) -> Contents:
     """Look through what `pickles.read` gave; `name` is for messages. FileError where no tensor has a name."""
-    places = tuple(_places(value, "", {}, 0))
+    try:
+        places = tuple(_places(value, "", {}, 0))
+    except (*BROKEN, *TOO_MUCH) as error:
+        raise FileError(
+            f"{name} is damaged: what it holds makes no sense ({type(error).__name__})."
+        ) from error
     if not places:
         what = value.path if isinstance(value, Record) else type(value).__name__
-        raise FileError(f"{name} holds no weights: it is a {what} without any named tensors.")
+        raise FileError(f"{name} holds no weights: it is a {printable([what])} without any named tensors.")
     top = _fields(value)
-    path = places[0].class_path
+    path = places[0].class_path and printable([places[0].class_path])
     if path:
         kind = (
             f"a whole module, {path}" if isinstance(value, Record) else f"a checkpoint of the module {path}"
@@ -96,6 +100,12 @@ def contents(value: Any, name: str) -> Contents:
     nested = (top.get(place) for place in _PLACES)
     labels = next((found for item in (value, *nested) if (found := _labels(item))), ())
     return Contents(kind, places, labels, _architecture(top, path))
+
+
+def printable(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first few of many names, safe to print: what a file calls its parts may hold any character."""
+    first = ("".join(char if char.isprintable() else "?" for char in name)[:120] for name in names[:shown])
+    return ", ".join(first) + (f", ... {len(names) - shown} more" if len(names) > shown else "")
 
 
 def module_weights(module: Record) -> dict[str, Tensor]:

@@ -93,6 +93,8 @@ def shape_only(node: Node, operand: Node) -> bool:
     name = operator_name(node)
     if kind(node) == "create_like":
         return not name.startswith(("aten.tril.", "aten.triu."))
+    if kind(node) == "copy":
+        return operand is not node.args[1]
     return name in _LIKE_OTHER and operand is not node.args[0]
 
 

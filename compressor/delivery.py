@@ -117,7 +117,7 @@ def check_emitted(
     session = runtime.session(emitted.path, providers=[provider])
     observer = Observer(graph)
     count = len(graph.outputs)
-    comparison = Comparison(observer.names[:count], observer.regions[:count])
+    comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     for inputs in _varied(graph, batches):
         seen = run_emitted(session, emitted.inputs, inputs)
         reference = observer.run(inputs)[:count]
@@ -131,7 +131,10 @@ def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
     """ContractError where the file's numbers are not the graph's."""
     rounded = is_integer(graph) or any(t.dtype in verify.HALF for t in graph.tensors.values())
     for check in checks:
-        good = check.sqnr_db >= verify.SIMULATION_DB if rounded else check.error <= check.tolerance
+        if check.discrete:
+            good = check.error <= (5 if rounded else 1) * check.tolerance
+        else:
+            good = check.sqnr_db >= verify.SIMULATION_DB if rounded else check.error <= check.tolerance
         if not check.finite or not good:
             wanted = f"at least {verify.SIMULATION_DB:g} dB" if rounded else f"at most {check.tolerance:.0e}"
             raise ContractError(

@@ -341,6 +341,8 @@ def _getitem(step: Step) -> Layout:
 def _cat(step: Step) -> Layout:
     """Values side by side along one axis of features: cat, and slice_scatter (one overwrites a part of the other)."""
     values = step.first if kind(step.node) == "cat" else list(step.bound.values())[:2]
+    if kind(step.node) == "slice_scatter" and extents(values[1].meta["val"]) == step.sizes:
+        return _copy(step)
     region, constants = _operands(step, values)
     dim = step.bound["dim"] % len(step.sizes)
     for layout in region:
@@ -350,6 +352,13 @@ def _cat(step: Step) -> Layout:
         axes, tables = [layout[i] for layout in region], [(c, i) for c in constants]
         result.append(run(size) if i == dim else _broadcast(step, axes, tables, size))
     return tuple(result)
+
+
+def _copy(step: Step) -> Layout:
+    """The second operand, at the size of the first."""
+    if not step.reads(step.bound["src"]):
+        raise step.fail()
+    return _aligned(step, [step.known[step.bound["src"]]], [], step.sizes)
 
 
 def _stack(step: Step) -> Layout:
@@ -376,5 +385,5 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "repeat_interleave": _along, "slice": _changed, "narrow": _changed, "pad": _pad, "select": _select,
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
     "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
-    "slice_scatter": _cat, "batch_norm": _batch_norm,
+    "slice_scatter": _cat, "copy": _copy, "batch_norm": _batch_norm,
 }  # fmt: skip

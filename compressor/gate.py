@@ -26,10 +26,22 @@ from .capture import load_program
 from .errors import FileError
 from .expressions import SOURCE, Refused, check_expression, check_guard, check_operator
 
-_LEGACY = "serialized_exported_program.json"  # torch 2.7 and older
-_LEGACY_PICKLES = ("serialized_state_dict.", "serialized_constants.", "serialized_example_inputs.")
+_LEGACY = "serialized_exported_program.json"  # torch 2.7 and older: a flat archive
+# what a member holds, by its name; torch reads no others
+_PROGRAM = re.compile(r"models/[\w\-]+\.json|" + re.escape(_LEGACY))
+_TENSOR_TABLE = re.compile(r"data/(weights|constants)/[\w\-]+_config\.json")
+_PICKLE = re.compile(
+    r"data/(sample_inputs|weights|constants)/[\w\-]+\.pt"
+    r"|serialized_(state_dict|constants|example_inputs)\.(pt|json)"
+)
+_PLAIN = re.compile(
+    r"archive_format|archive_version|version|byteorder|\.[\w/]+|extra/.*"
+    r"|data/weights/weight_\d+|data/constants/tensor_\d+"
+)
 _MAX_ELEMENTS = 1 << 40  # of one stored tensor
 _TRANSFORMERS = re.compile(r"transformers\.(modeling_outputs|cache_utils|models\.\w+\.modeling_\w+)")
+_FACTORIES = (None, "list", "dict", "set", "tuple", "int", "float", "str", "bool")
+_MANY_DIGITS = re.compile(r"\d{8}")  # torch counts up to the number in a symbol's name
 
 
 def is_program(names: list[str]) -> bool:
@@ -44,7 +56,7 @@ def open_program(data: bytes, name: str, *, trust: bool = False) -> ExportedProg
     Raises FileError for a damaged or refused file, and for one that torch cannot load.
     """
     found = archive.members(io.BytesIO(data), memoryview(data), name)
-    if _LEGACY not in found:
+    if _LEGACY not in found or any("/" in key for key in found):
         found = _as_torch_sees_it(data, found, name)
     if not trust:
         try:
@@ -82,17 +94,20 @@ def _as_torch_sees_it(data: bytes, found: dict[str, memoryview], name: str) -> d
 
 
 def _check(found: Mapping[str, memoryview]) -> set[str]:
-    """Check every member that torch reads; answer the modules whose pytree types it needs. Raises Refused."""
+    """Check every member; answer the modules whose pytree types the program needs. Raises Refused."""
     modules: set[str] = set()
     for key, view in found.items():
-        if key.startswith("data/aotinductor/"):
-            raise Refused("it holds a compiled library (AOTInductor)")
-        if key.startswith(("data/weights/", "data/constants/")) and key.endswith(".json"):
+        if _TENSOR_TABLE.fullmatch(key):
             _check_tensors(found, key, _json(view, key))
-        elif key.startswith("models/") or key == _LEGACY:
-            _walk(_json(view, key), "", modules)
-        elif key.startswith("data/sample_inputs/") or key.endswith(".pt") or key.startswith(_LEGACY_PICKLES):
+        elif _PROGRAM.fullmatch(key):
+            _walk(_json(view, key), ("", ""), modules)
+        elif _PICKLE.fullmatch(key):
             _check_pickle(view, key)
+        elif not _PLAIN.fullmatch(key):
+            what = (
+                "a compiled library" if key.startswith("data/aotinductor/") else "no part of a plain program"
+            )
+            raise Refused(f"its member {key[:60]!r} is {what}")
     return modules
 
 
@@ -116,7 +131,7 @@ def _check_pickle(view: memoryview, key: str) -> None:
 
 def _check_tensors(found: Mapping[str, memoryview], key: str, table: Any) -> None:
     """Check the table of weights or constants: each one stored as plain bytes, no shorter than its shape."""
-    _walk(table, "", set())
+    _walk(table, ("", ""), set())
     folder = key.rsplit("/", 1)[0]
     entries = table.get("config") if isinstance(table, dict) else None
     if not isinstance(entries, dict):
@@ -130,41 +145,58 @@ def _check_tensors(found: Mapping[str, memoryview], key: str, table: Any) -> Non
             raise Refused(f"{fqn!r} in it is an object, not a tensor")
         stored = found.get(f"{folder}/{path}")
         elements = 1
-        for size in meta.get("sizes", ()):
+        for size in meta["sizes"] if isinstance(meta.get("sizes"), list) else ():
             length = size.get("as_int") if isinstance(size, dict) else None
             elements *= length if isinstance(length, int) and length >= 0 else _MAX_ELEMENTS
         if stored is None or elements >= _MAX_ELEMENTS or (elements and not len(stored)):
             raise Refused(f"the tensor {fqn!r} is larger than what is stored of it")
 
 
-def _walk(value: Any, key: str, modules: set[str]) -> None:
-    """Check every string of a JSON tree by the name of the field that it stands in."""
+def _walk(value: Any, keys: tuple[str, str], modules: set[str]) -> None:
+    """Check every string of a JSON tree by the field that it stands in: keys = (outer field, field)."""
+    outer, key = keys
     if isinstance(value, dict):
-        if key == "metadata":
+        if key == "metadata" and all(isinstance(item, str) for item in value.values()):
             return  # stack traces and provenance: kept as text, never compiled
         for inner, item in value.items():
             _plain(inner)
             if inner in ("as_custom_obj", "custom_obj") or (inner == "custom_obj_values" and item):
                 raise Refused("it holds a custom object, not only tensors")
-            _walk(item, inner, modules)
+            if inner == "range_constraints" and any(map(_MANY_DIGITS.search, item)):
+                raise Refused("it numbers its symbolic sizes beyond any count")
+            _walk(item, (key, inner), modules)
     elif isinstance(value, list):
         for item in value:
-            _walk(item, key, modules)
+            _walk(item, keys, modules)
     elif isinstance(value, str):
         if key in ("in_spec", "out_spec"):
-            _walk_spec(_json(memoryview(value.encode()), key), modules)
-        else:
+            _check_spec(value, modules)
+        elif not (outer == "arg" and key in ("as_string", "as_strings")):  # operands are quoted by torch
             _RULES.get(key, _plain)(value)
 
 
+def _check_spec(text: str, modules: set[str]) -> None:
+    """Check a pytree spec, which is JSON: the keys below its root become names of arguments."""
+    spec = _json(memoryview(text.encode()), text[:40])
+    _walk_spec(spec, modules)
+    root = spec[1] if isinstance(spec, list) and len(spec) == 2 and isinstance(spec[1], dict) else {}
+    for child in root.get("children_spec") or ():
+        context = child.get("context") if isinstance(child, dict) else None
+        names = _json(memoryview(context.encode()), context) if isinstance(context, str) else None
+        for name in names if isinstance(names, list) else ():
+            _identifier(str(name))
+
+
 def _walk_spec(value: Any, modules: set[str]) -> None:
-    """Check a pytree spec (JSON, with JSON in it): keys become argument names, contexts may name modules."""
+    """Check types and contexts at every depth (there is JSON within its strings): some name modules."""
     if isinstance(value, list):
         for item in value:
             _walk_spec(item, modules)
     elif isinstance(value, dict):
         if "__enum__" in value or value.get("default_factory_module", "builtins") not in ("builtins", None):
             raise Refused("a pytree in it would import a module")
+        if value.get("default_factory_name") not in _FACTORIES:
+            raise Refused("a pytree in it would call a function")
         module = str(value.get("type")).rpartition(".")[0]
         if _TRANSFORMERS.fullmatch(module):
             modules.add(module)
@@ -188,10 +220,6 @@ def _identifier(text: str) -> None:
         raise Refused(f"{text[:60]!r} in it is no name of a value")
 
 
-def _free(text: str) -> None:
-    """Text that torch keeps as text."""
-
-
 _RULES: dict[str, Callable[[str], None]] = {
     "name": _identifier,
     "as_name": _identifier,
@@ -201,8 +229,6 @@ _RULES: dict[str, Callable[[str], None]] = {
     "as_operator": check_operator,
     "expr_str": check_expression,
     "guards_code": check_guard,
-    "as_string": _free,
-    "as_strings": _free,
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import pickles
 from .architecture import guarded, library
 from .capture import quiet
+from .checkpoint import printable
 from .errors import FileError, UsageError
 
 _CHUNK = 1 << 24
@@ -69,9 +70,9 @@ def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str,
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{what}_keys", ()))
         named = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
         if named:
-            notes.append(f"{len(named)} {what} weights, by consent ({_some(named)})")
+            notes.append(f"{len(named)} {what} weights, by consent ({printable(named)})")
         if rest := [key for key in keys if key not in named]:
-            problems.append(f"{len(rest)} {what} ({_some(rest)})")
+            problems.append(f"{len(rest)} {what} ({printable(rest)})")
     if problems:
         raise FileError(
             f"{folder} does not fit its own architecture, {type(model).__name__}: weights {'; '.join(problems)}. "
@@ -100,7 +101,7 @@ def adapt(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
     missing, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     wrong = sorted(key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key]))
     problems = [
-        f"{len(keys)} {what} ({_some(keys)})"
+        f"{len(keys)} {what} ({printable(keys)})"
         for keys, what in ((missing, "missing"), (unused, "not used"), (wrong, "not taken over"))
         if keys
     ]
@@ -130,10 +131,6 @@ def files(folder: Path) -> list[Path]:
 
 def _auto(spec: str) -> Any:
     return library("transformers", spec).AutoModel
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def _config(folder: Path) -> Any:

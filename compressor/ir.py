@@ -135,10 +135,13 @@ class Graph:
 
     @torch.no_grad()
     def values(self, *inputs: Tensor) -> Iterator[tuple[Node, Any]]:
-        """Runs the graph and yields (node, value) in topological order; a value is freed after its last reader."""
+        """Runs the graph and yields (node, value) in topological order; a value is freed after its last reader.
+
+        Floats are cast to the precision that the graph takes.
+        """
         env: dict[Node, Any] = {}
         last = _last_uses(self.graph)
-        feed = iter(inputs)
+        feed = iter([_as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 env[node] = next(feed)
@@ -165,7 +168,7 @@ class Graph:
             return tuple(args[0])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
         if getattr(node.target, "overloadpacket", None) in _ACCUMULATING and _all_half((args, kwargs)):
-            args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            args, kwargs = pytree.tree_map(_widened, (args, kwargs))
             return node.target(*args, **kwargs).half()  # type: ignore[operator]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -352,16 +355,23 @@ class Graph:
 
 # Computed in float32 and rounded where everything is float16: that is how accelerators sum up, and ten to thirty times
 # faster than PyTorch's half-precision kernels for processors.
-_ACCUMULATING = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul mm bmm addmm
-    baddbmm einsum scaled_dot_product_attention""".split()
-)
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_ACCUMULATING = frozenset(getattr(torch.ops.aten, name) for name in (*_CONVOLUTIONS, *_PRODUCTS))
+
+
+def _as_declared(tensor: Tensor, spec: Input) -> Tensor:
+    both = tensor.dtype.is_floating_point and spec.dtype.is_floating_point
+    return tensor.to(spec.dtype) if both else tensor
 
 
 def _all_half(values: Any) -> bool:
-    dtypes = {t.dtype for t in pytree.tree_leaves(values) if isinstance(t, Tensor)}
-    return dtypes == {torch.float16}
+    floats = {t.dtype for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()}
+    return floats == {torch.float16}
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
 
 def operator_name(node: Node) -> str:

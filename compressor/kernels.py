@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from .constants import DataFree, is_random
 from .features import Foreign, NotAffine
+from .ir import Graph
 from .ops import arguments, extents, is_tensor, kind
 
 _CHUNK = 1 << 23  # elements of one batch of impulses: 64 MB in float64
@@ -81,7 +82,9 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     return rule(node, known, free)
 
 
-def probe(run: Callable[[Tensor], Tensor], channels: int, window: Window) -> tuple[Tensor, Tensor]:
+def probe(
+    run: Callable[[Tensor, Impulses | None], Tensor], channels: int, window: Window
+) -> tuple[Tensor, Tensor]:
     """Kernel [out, in / blocks, size...] and bias [out] of `run`, read off impulses, in float64.
 
     run: [N, C, spatial...] -> [N, out, spatial...], one convolution with this window. The image is just large enough
@@ -89,21 +92,87 @@ def probe(run: Callable[[Tensor], Tensor], channels: int, window: Window) -> tup
     """
     pixel = [-(-p // s) for p, s in zip(window.padding, window.stride, strict=True)]
     reach = [max(t) for t in window.taps]
-    image = [s * o + r + 1 for s, o, r in zip(window.stride, pixel, reach, strict=True)]
+    image = tuple(s * o + r + 1 for s, o, r in zip(window.stride, pixel, reach, strict=True))
     at: Any = (slice(None), slice(None), *pixel)
-    bias = run(torch.zeros(1, channels, *image, dtype=torch.float64))[at][0]
+    bias = run(torch.zeros(1, channels, *image, dtype=torch.float64), None)[at][0]
     grid = [_places(*axis) for axis in zip(window.taps, window.dilation, window.stride, pixel, strict=True)]
-    taps = list(itertools.product(*grid))
-    columns = torch.empty(channels, len(taps), len(bias), dtype=torch.float64)
-    for first, last in _chunks(channels, len(taps) * max(channels, len(bias)) * math.prod(image)):
-        batch = torch.zeros(last - first, len(taps), channels, *image, dtype=torch.float64)
-        for i, place in enumerate(taps):
-            under: Any = (range(last - first), i, range(first, last), *place)
-            batch[under] = 1
-        seen = run(batch.flatten(0, 1))[at] - bias
-        columns[first:last] = seen.view(last - first, len(taps), -1)
+    places = tuple(itertools.product(*grid))
+    columns = torch.empty(channels, len(places), len(bias), dtype=torch.float64)
+    for first, last in _chunks(channels, len(places) * max(channels, len(bias)) * math.prod(image)):
+        impulses = Impulses(first, last, places, image)
+        seen = run(impulses.value(channels), impulses)[at] - bias
+        columns[first:last] = seen.view(last - first, len(places), -1)
     kernel = columns.permute(2, 0, 1).reshape(len(bias), channels, *window.size)
     return _grouped(kernel, window.blocks), bias
+
+
+@dataclass(frozen=True)
+class Impulses:
+    """A batch of images [(last - first) * places, C, image...]: one channel of each is 1 at one place."""
+
+    first: int
+    last: int
+    places: tuple[tuple[int, ...], ...]
+    image: tuple[int, ...]
+
+    def value(self, channels: int) -> Tensor:
+        batch = torch.zeros(
+            self.last - self.first, len(self.places), channels, *self.image, dtype=torch.float64
+        )
+        for i, place in enumerate(self.places):
+            under: Any = (range(len(batch)), i, range(self.first, self.last), *place)
+            batch[under] = 1
+        return batch.flatten(0, 1)
+
+    def keeps(self, node: Node) -> bool:
+        return kind(node) in ("cast", "identity")
+
+    def response(self, graph: Graph, node: Node) -> Tensor | None:
+        """What a convolution with constant weight makes of the impulses: its taps, each where it meets the impulse."""
+        bound = arguments(node)
+        if kind(node) != "conv" or any(
+            bound[n] is not None and bound[n].op != "get_attr" for n in ("weight", "bias")
+        ):
+            return None
+        weight = _columns_of(graph.tensor(bound["weight"]), bound["groups"], slice(self.first, self.last))
+        kernel, axes = weight.shape[2:], len(self.image)
+        stride, dilation = (_per_axis(bound[n], axes) for n in ("stride", "dilation"))
+        geometry = list(
+            zip(stride, _padding(node, bound["padding"], kernel, dilation), dilation, strict=True)
+        )
+        shape = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, (s, p, d) in zip(self.image, kernel, geometry, strict=True)
+        ]
+        result = torch.zeros(
+            self.last - self.first, len(self.places), len(weight), *shape, dtype=torch.float64
+        )
+        for i, place in enumerate(self.places):
+            for pixel in itertools.product(*map(range, shape)):
+                offsets = [q + p - s * o for q, o, (s, p, _) in zip(place, pixel, geometry, strict=True)]
+                taps = [t // d for t, (_, _, d) in zip(offsets, geometry, strict=True)]
+                exact = all(t % d == 0 for t, (_, _, d) in zip(offsets, geometry, strict=True))
+                if exact and all(0 <= t < k for t, k in zip(taps, kernel, strict=True)):
+                    target: Any = (slice(None), i, slice(None), *pixel)
+                    source: Any = (slice(None), slice(None), *taps)
+                    result[target] = weight[source].T
+        if bound["bias"] is not None:
+            result += graph.tensor(bound["bias"]).double().view(-1, *[1] * axes)
+        return result.flatten(0, 1)
+
+
+def _columns_of(weight: Tensor, groups: int, channels: slice) -> Tensor:
+    """Dense kernel [out, channels, ...] of a grouped one, in float64: zero where a group reads another's channels."""
+    if groups == 1:
+        return weight[:, channels].double()
+    outs, ins = weight.shape[0] // groups, weight.shape[1]
+    dense = torch.zeros(
+        weight.shape[0], channels.stop - channels.start, *weight.shape[2:], dtype=torch.float64
+    )
+    for channel in range(channels.start, channels.stop):
+        rows = slice(channel // ins * outs, (channel // ins + 1) * outs)
+        dense[rows, channel - channels.start] = weight[rows, channel % ins].double()
+    return dense
 
 
 def _places(taps: frozenset[int], dilation: int, stride: int, pixel: int) -> list[int]:

@@ -61,8 +61,8 @@ def load(
     Raises FileError for the file, UsageError for the other arguments.
     """
     path = Path(path).expanduser()
-    _check_exists(path)
     try:
+        _check_exists(path)
         if path.is_dir():
             loaded = _load_folder(path, model, allow_missing)
         elif (kind := sniff(path)) == "pt2":

@@ -92,6 +92,7 @@ _ROWS: dict[str, str] = {
     "flip": "flip.default",
     "pad": "pad.default constant_pad_nd.default",
     "slice_scatter": "slice_scatter.default",
+    "copy": "copy.default",
     "pixel_shuffle": "pixel_shuffle.default",
     "pixel_unshuffle": "pixel_unshuffle.default",
     "channel_shuffle": "channel_shuffle.default",

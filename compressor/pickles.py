@@ -26,8 +26,9 @@ from .unpickle import Global, Machine, Malformed, Record, Stream, as_key
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ALIGNMENT = 16
-_BROKEN = (Malformed, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError)
-_TOO_MUCH = (RecursionError, MemoryError, RuntimeError)
+# what reading a file of any other shape than the expected raises
+BROKEN = (Malformed, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError)
+TOO_MUCH = (RecursionError, MemoryError, RuntimeError)
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -71,10 +72,10 @@ def read(path: Path) -> Any:
             if bytes(data[:4]) == archive.MAGIC:
                 return _read_zip(file, data, path.name)
             return _read_stream(mapped, data, path.name)
-        except _BROKEN as error:
-            why = str(error) or type(error).__name__
+        except BROKEN as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
             raise FileError(f"{path.name} is damaged, or no file that torch wrote: {why}.") from error
-        except _TOO_MUCH as error:
+        except TOO_MUCH as error:
             why = type(error).__name__
             raise FileError(f"{path.name} is refused: it describes no model ({why}).") from error
 
@@ -202,7 +203,7 @@ def _tensor(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int
     if len(size) != len(stride) or any(not isinstance(number, int) or number < 0 for number in numbers):
         raise Malformed("a tensor in it has an impossible shape")
     if any(rest[2:]):  # conjugated or negated views
-        raise Malformed(f"a tensor in it is flagged {rest[2]!r}")
+        raise Malformed("a tensor in it is a conjugated or negated view")
     empty = torch.empty(0, dtype=storage.dtype)
     if not math.prod(size):
         return empty.reshape(size)

@@ -211,7 +211,7 @@ class Pipeline:
             status, checks = judge.step(graph, contract, outcome, where)
             if status != "unchanged":
                 row.contract, row.status = contract.name, _worse(row.status, status)
-                row.checks += checks
+                row.checks = sorted([*row.checks, *checks], key=lambda c: (c.finite, -c.error))
         row.params, row.macs, row.bytes = parameters(graph), macs(graph), bytes_of(graph)
         return row
 

@@ -187,7 +187,7 @@ def insert_pairs(plan: Placement, ranges: Mapping[Node, Range]) -> None:
     for value, users in readers.items():
         pair = _pair(plan.graph, value, params[plan.owner[value]])
         for user in users:
-            _redirect(plan.graph, user, value, pair)
+            redirect(plan.graph, user, value, pair)
 
 
 def _quantise_operands(
@@ -218,33 +218,33 @@ def _quantise_operands(
             graph, bound.weight, quantise_weight(weight, scales, bound.axis, spec), scales, bound.axis
         )
         twins.append((scales, twin))
-    _redirect(graph, node, bound.weight, twin)
+    redirect(graph, node, bound.weight, twin)
     if bias is not None:
         sums = scales * activation
-        _redirect(graph, node, bias, _constant(graph, bias, quantise_bias(graph.tensor(bias), sums), sums, 0))
+        redirect(graph, node, bias, _constant(graph, bias, quantise_bias(graph.tensor(bias), sums), sums, 0))
 
 
 def _constant(graph: Graph, source: Node, integers: Tensor, scales: Tensor, axis: int) -> Node:
-    """A float constant as integers behind a dequantiser."""
-    limits = torch.iinfo(integers.dtype)
-    stored = graph.add_tensor(
-        f"{source.target}_{'int32' if integers.dtype == torch.int32 else 'int8'}", integers
-    )
+    """A float constant as integers behind a dequantiser; int8 with zero points, which some fusions look for."""
+    limits, bits = torch.iinfo(integers.dtype), integers.dtype.itemsize * 8
+    stored = graph.add_tensor(f"{source.target}_int{bits}", integers)
     factors = graph.add_tensor(f"{source.target}_scale", scales)
-    zeros = graph.add_tensor(f"{source.target}_zero_point", torch.zeros_like(scales, dtype=integers.dtype))
+    zeros = None
+    if bits == 8:
+        zeros = graph.add_tensor(f"{source.target}_zero_point", torch.zeros_like(scales, dtype=torch.int8))
     arguments = (stored, factors, zeros, axis, limits.min, limits.max, integers.dtype)
-    return graph.insert(_quantised.dequantize_per_channel.default, arguments, before=_behind(source))
+    return graph.insert(_quantised.dequantize_per_channel.default, arguments, before=behind(source))
 
 
 def _pair(graph: Graph, value: Node, p: Params) -> Node:
     """A quantiser and a dequantiser behind `value`; the dequantiser."""
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
-    before = _behind(value)
+    before = behind(value)
     integers = graph.insert(_quantised.quantize_per_tensor.default, (value, *arguments), before=before)
     return graph.insert(_quantised.dequantize_per_tensor.default, (integers, *arguments), before=before)
 
 
-def _behind(node: Node) -> Node:
+def behind(node: Node) -> Node:
     """The node in front of which something that reads `node` can stand; inputs and constants come first in a graph."""
     following = node.next
     while following.op in ("placeholder", "get_attr"):
@@ -252,7 +252,7 @@ def _behind(node: Node) -> Node:
     return following
 
 
-def _redirect(graph: Graph, user: Node, old: Node, new: Node) -> None:
+def redirect(graph: Graph, user: Node, old: Node, new: Node) -> None:
     """One reader of `old` reads `new`, which is not the same value: nothing is entered into the journal."""
     args, kwargs = map_arg((user.args, user.kwargs), lambda n: new if n is old else n)
     graph.set_args(user, args, kwargs)

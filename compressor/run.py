@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class Run:
         self.evaluator: data.Evaluator | None = None
         self.stopwatch: dict[str, float] = _latency_table(opt.latency_table)
         self.facts: dict[str, Any] = {}
+        self.bar = _progress_bar(opt.console)
         for name in opt.print_after:
             if name not in table:
                 raise UsageError(f"--print-after {name}: no such pass; there are {', '.join(table)}")
@@ -290,26 +291,34 @@ class Run:
             ]
         return self.stopwatch[key]
 
-    @contextmanager
-    def step(self, words: str) -> Iterator[None]:
-        with self.progress(words, None):
-            yield
+    def step(self, words: str) -> AbstractContextManager[Callable[[int], None]]:
+        return self.progress(words, None)
 
     @contextmanager
     def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        console = self.opt.console
-        if console is None or not console.is_terminal:
+        """A line with a bar while the block runs, below those of the blocks round it; yields `advance(n)`."""
+        if self.bar is None:
             yield lambda n: None
             return
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        if not self.bar.tasks:
+            self.bar.start()
+        task = self.bar.add_task(title, total=total)
+        try:
+            yield lambda n: self.bar.advance(task, n)  # type: ignore[union-attr]
+        finally:
+            self.bar.remove_task(task)
+            if not self.bar.tasks:
+                self.bar.stop()
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        if getattr(console, "_live", None) or getattr(console, "_live_stack", None):
-            yield lambda n: None
-            return
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda n: bar.advance(task, n)
+
+def _progress_bar(console: Any) -> Any:
+    """rich's bars on a terminal; None elsewhere."""
+    if console is None or not console.is_terminal:
+        return None
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 # -------------------------------------------------------------------- helpers

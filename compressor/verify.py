@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ POWER = 100.0  # a check counts as proof when a wrong answer would have shown at
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EMITTED = 1e-4  # emitted float model against the graph
 SIMULATION_DB = 30.0  # emitted integer model against its simulation
+FLIPS = 0.02  # share of whole numbers that may differ where the floats that they were made from agree: ties
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Check:
 
     error and power are relative to max|reference|; sqnr_db is infinite where nothing differs; agreement is the share
     of equal top-1 indices along the last axis (of equal elements for integers), None where that means nothing.
+    discrete: whole numbers or truth values; their error is the share that differs.
     """
 
     output: str
@@ -66,6 +68,7 @@ class Check:
     cosine: float
     agreement: float | None
     finite: bool
+    discrete: bool = False
 
     @property
     def proves(self) -> bool:
@@ -78,10 +81,13 @@ class Check:
 class Comparison:
     """Streams pairs of outputs and sums up what differs, per output and slice, in float64."""
 
-    def __init__(self, names: Sequence[str], regions: Sequence[Sequence[Region]]) -> None:
+    def __init__(
+        self, names: Sequence[str], regions: Sequence[Sequence[Region]], flips: Sequence[float] = ()
+    ) -> None:
         self._sums: dict[tuple[int, int], _Sums] = {}
         self._names = list(names)
         self._regions = [[{}, *r] for r in regions]
+        self._flips = [*flips, *[0.0] * len(self._names)]
 
     def update(self, reference: Outputs, seen: Outputs, wrong: Outputs | None = None) -> None:
         """wrong: what an answer that must fail would have been; the reference of another sample if None."""
@@ -104,7 +110,7 @@ class Comparison:
     def checks(self, tolerance: float | None = None) -> list[Check]:
         """One Check an output and slice, worst error first. tolerance None: by the output's dtype."""
         found = [
-            sums.check(self._names[i], _region_text(self._regions[i][j]), tolerance)
+            sums.check(self._names[i], _region_text(self._regions[i][j]), tolerance, self._flips[i])
             for (i, j), sums in self._sums.items()
         ]
         return sorted(found, key=lambda c: (c.finite, -c.error, c.sqnr_db))
@@ -148,14 +154,19 @@ class _Sums:
             self.equal += int((ref.argmax(1) == got.argmax(1)).sum())
             self.count += ref.shape[0]
 
-    def check(self, name: str, region: str, tolerance: float | None) -> Check:
+    def check(self, name: str, region: str, tolerance: float | None, flips: float) -> Check:
         scale = self.scale or 1.0
         norm = math.sqrt(self.signal * self.other)
+        discrete = not self.dtype.is_floating_point
+        if discrete:
+            tolerance = flips
+        elif tolerance is None:
+            tolerance = TOLERANCE[self.dtype]
         return Check(
             output=name,
             slice=region,
-            error=self.diff / scale,
-            tolerance=tolerance if tolerance is not None else TOLERANCE.get(self.dtype, 0.0),
+            error=1 - self.equal / max(self.count, 1) if discrete else self.diff / scale,
+            tolerance=tolerance,
             power=self.moved / scale,
             sqnr_db=10 * math.log10(self.signal / self.noise)
             if self.noise and self.signal
@@ -163,6 +174,7 @@ class _Sums:
             cosine=self.dot / norm if norm else float(self.noise == 0),
             agreement=self.equal / self.count if self.ranked and self.count else None,
             finite=self.finite,
+            discrete=discrete,
         )
 
 
@@ -176,9 +188,11 @@ class Observer:
         self.graph = graph
         self.nodes = list(graph.results)
         self.names = list(graph.outputs)
-        for name, node in zip(graph.outputs, graph.results, strict=True):
+        self.flips = [0.0] * len(self.names)
+        for i, (name, node) in enumerate(zip(graph.outputs, graph.results, strict=True)):
             if is_tensor(node) and not node.meta["val"].dtype.is_floating_point:
                 feeders = _float_feeders(node)
+                self.flips[i] = FLIPS if feeders else 0.0
                 self.nodes += feeders
                 self.names += [f"{name} (from {site(f)})" for f in feeders]
         self.regions = [regions(n) for n in self.nodes]
@@ -201,6 +215,7 @@ def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] |
         return None
     twin = graph.copy()
     twin.tensors = {name: _single(t) for name, t in twin.tensors.items()}
+    twin.inputs = tuple(replace(i, dtype=torch.float32) if i.dtype in HALF else i for i in twin.inputs)
     for node in twin.nodes:
         if node.op == "call_function":
             args, kwargs = pytree.tree_map(
@@ -208,7 +223,7 @@ def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] |
             )
             twin.set_args(node, tuple(args), dict(kwargs))
     observer = Observer(twin)
-    return [observer.run([_single(t) for t in batch.inputs]) for batch in batches]
+    return [observer.run(batch.inputs) for batch in batches]
 
 
 def half_tolerance(graph: Graph, precise: Sequence[Outputs], before: Sequence[Outputs]) -> float:
@@ -231,7 +246,7 @@ def compare(
     """Checks of outputs that `observe` kept; names and slices come from `graph`."""
     observer = Observer(graph)
     width = min(len(observer.names), *(len(r) for r in (*reference, *seen)))
-    comparison = Comparison(observer.names[:width], observer.regions[:width])
+    comparison = Comparison(observer.names[:width], observer.regions[:width], observer.flips)
     for i, (ref, got) in enumerate(zip(reference, seen, strict=True)):
         comparison.update(ref[:width], got[:width], wrong[i][:width] if wrong is not None else None)
     return comparison.checks(tolerance)
@@ -247,7 +262,7 @@ def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
         if not check.finite:
             raise ContractError(f"{place} has NaN or inf where the reference has none")
         if contract is BOUNDED:
-            if check.sqnr_db < FAIL_DB:
+            if check.sqnr_db < FAIL_DB and not check.discrete:
                 raise ContractError(
                     f"{place} is at {check.sqnr_db:.1f} dB SQNR of the original, under the floor of {FAIL_DB:g} dB"
                 )
@@ -256,8 +271,8 @@ def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
                 f"{place} differs by {check.error:.2e} of its scale, {check.tolerance:.0e} is allowed"
             )
     if contract is BOUNDED:
-        return "warned" if any(c.sqnr_db < WARN_DB for c in checks) else "proved"
-    return "proved" if all(c.proves for c in checks if not c.slice) else "not proved"
+        return "warned" if any(c.sqnr_db < WARN_DB for c in checks if not c.discrete) else "proved"
+    return "proved" if all(c.proves for c in checks if not c.slice and not c.discrete) else "not proved"
 
 
 # -------------------------------------------------------------------- values inside

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .checkpoint import Contents, Weights
+from .checkpoint import Contents, Weights, printable
 from .errors import FileError
 
 _COUNTER = "num_batches_tracked"  # of batch norm: no output depends on it
 _AVERAGED = "ema"
-_SHOWN = 3
 _DOT = re.compile(r"\.")
 _DEPTH, _PREFIXES = 3, 16  # prefixes tried: how many names deep, how many of the commonest
 
@@ -56,7 +55,7 @@ def fill(model: nn.Module, found: Contents, name: str, allow: Sequence[str] = ()
         (unused, "in the file, but not used"),
     ):
         if named := _consented(keys, renamed, allow):
-            notes.append(f"{len(named)} tensors {what}, by consent: {_some(named)}")
+            notes.append(f"{len(named)} tensors {what}, by consent: {printable(named)}")
             keys[:] = [key for key in keys if key not in named]
     if missing or unused or different:
         raise FileError(_misfit(name, model, missing, [renamed[key] for key in unused], different))
@@ -196,12 +195,12 @@ def _misfit(
 ) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} missing ({_some(missing)})")
+        parts.append(f"{len(missing)} missing ({printable(missing)})")
     if unused:
-        parts.append(f"{len(unused)} not used ({_some(unused)})")
+        parts.append(f"{len(unused)} not used ({printable(unused)})")
     if different:
         shown = [f"{key}: {why}" for key, why in different.items()]
-        parts.append(f"{len(different)} different ({_some(shown)})")
+        parts.append(f"{len(different)} different ({printable(shown)})")
     classes = {match[1] for why in different.values() if (match := re.match(r"\[(\d+)", why))}
     hint = ""
     if len(classes) == 1 and len(different) <= 2 and not (missing or unused):
@@ -221,11 +220,6 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
     return float(low), float(high)
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f", ... {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(item.lstrip("\0") for item in items[:_SHOWN]) + more
 
 
 def _short(dtype: torch.dtype) -> str:

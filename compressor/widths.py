@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .channels import Algebra, Group, Key, Term
 
 ROUNDING = 1e-9  # of a share, after thousands of subtractions
+Step = tuple["Family", int, dict[Key, int]]  # whose, how many groups were left before it, slices that it took
 
 
 @dataclass
@@ -142,55 +143,56 @@ def shrink_globally(found: Sequence[Family], costs: Costs, budget: Mapping[str, 
     """Narrows families, the cheapest importance per saving first, until every cost is within its share of before.
 
     Lazy greedy: a candidate only gets worse while others shrink, so the head of the heap is looked at again and
-    taken if it still is the best. Stops where every family is at its minimum. Steps are large (a multiple of
-    channels), so at last those are taken back, the latest first, that the budget has room for.
+    taken if it still is the best. Stops where every family is at its minimum.
     """
     heap: list[tuple[float, int]] = [(0.0, i) for i in range(len(found))]
-    steps: list[tuple[Family, int, dict[Key, int]]] = []
+    steps: list[Step] = []
     while heap and not _within(costs, budget):
         _, i = heapq.heappop(heap)
         left = found[i].narrower(found[i].left)
         if left is None:
             continue
-        gone = found[i].gone(left)
-        saved = costs.saved(gone)
+        saved = costs.saved(found[i].gone(left))
         useful = sum(saved[n] / costs.before[n] for n, share in budget.items() if costs.share(n) > share)
         if useful <= 0:
             continue
         price = found[i].cost(left) / useful
         if not heap or price <= heap[0][0]:
-            steps.append((found[i], found[i].left, gone))
-            costs.apply(gone)
-            found[i].left = left
+            steps.append(_step(found[i], left, costs))
         heapq.heappush(heap, (price, i))
-    if _within(costs, budget):
-        _give_back(steps, costs, budget)
-
-
-def _give_back(
-    steps: Sequence[tuple[Family, int, dict[Key, int]]], costs: Costs, budget: Mapping[str, float]
-) -> None:
-    settled: set[int] = set()
-    for family, before, gone in reversed(steps):
-        back = {key: -count for key, count in gone.items()}
-        costs.apply(back)
-        if id(family) not in settled and _within(costs, budget):
-            family.left = before
-        else:
-            costs.apply(gone)
-            settled.add(id(family))
+    _give_back(steps, costs, budget)
 
 
 def shrink_locally(found: Sequence[Family], costs: Costs, budget: Mapping[str, float]) -> None:
-    """Narrows every family by the same share, step by step, until every cost is within its share of before."""
+    """Narrows every family by the same share, percent by percent, until every cost is within its share of before."""
+    steps: list[Step] = []
     for percent in range(1, 101):
         for family in found:
             target = len(family.groups) * (100 - percent) / 100
             left = family.narrower(family.left)
             while left is not None and left >= target and not _within(costs, budget):
-                costs.apply(family.gone(left))
-                family.left = left
+                steps.append(_step(family, left, costs))
                 left = family.narrower(left)
+    _give_back(steps, costs, budget)
+
+
+def _step(family: Family, left: int, costs: Costs) -> Step:
+    before, gone = family.left, family.gone(left)
+    costs.apply(gone)
+    family.left = left
+    return family, before, gone
+
+
+def _give_back(steps: Sequence[Step], costs: Costs, budget: Mapping[str, float]) -> None:
+    """Steps are as large as a multiple of channels: those that the budget has room for are undone, latest first."""
+    final: set[int] = set()  # families with a later step that stands
+    for family, before, gone in reversed(steps if _within(costs, budget) else ()):
+        costs.apply({key: -count for key, count in gone.items()})
+        if id(family) not in final and _within(costs, budget):
+            family.left = before
+        else:
+            costs.apply(gone)
+            final.add(id(family))
 
 
 def _within(costs: Costs, budget: Mapping[str, float]) -> bool:

@@ -3,9 +3,10 @@
 from compressor.pipeline import Pass
 
 from .fold import Fold
+from .fp16 import Fp16
 from .int8 import Int8
 from .merge import Merge
 from .prune import Prune
 from .squeeze import Squeeze
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Fold, Int8)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Fold, Int8, Fp16)}

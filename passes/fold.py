@@ -133,6 +133,8 @@ def _handed_through(graph: Graph, node: Node) -> Node | None:
         return None
     if which in ("identity", "cast"):
         return None if is_random(node) else first
+    if which in ("slice_scatter", "copy"):
+        return bound["src"]
     if which in _RESHAPES:
         return _before(node, _RESHAPES, lambda source: _alike(source, node))
     if which in _PERMUTES:

@@ -23,7 +23,7 @@ from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, arguments, is_static, is_tensor, kind, shape
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.place import Placement, listed, place
-from compressor.quantize import Range, calibrate, insert_pairs
+from compressor.quantize import calibrate, insert_pairs
 from compressor.target import QuantSpec
 
 aten = torch.ops.aten
@@ -56,7 +56,8 @@ class Int8(Pass):
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
-        if ctx.calibration is None:
+        data = ctx.calibration
+        if data is None:
             raise UsageError(
                 "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
             )
@@ -66,12 +67,13 @@ class Int8(Pass):
         yield prepared
         left = None if ctx.limit is None else ctx.limit - len(prepared.rewrites)
         candidates = place(graph, spec, None, self.ignore, left)
-        ranges = self._calibrate(graph, candidates, ctx)
+        with ctx.progress("calibrating int8", data.samples) as advance:
+            ranges = calibrate(graph, candidates.owner, data, self._cut, advance)
         plan = place(graph, spec, ranges, self.ignore, left)
         outcome = _outcome(graph, plan)
         insert_pairs(plan, ranges)
         graph.clean()
-        outcome.facts |= facts | {"calibration": f"{self._method} of {ctx.calibration.samples} samples"}
+        outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
 
     def _spec(self, ctx: Context) -> QuantSpec:
@@ -81,15 +83,12 @@ class Int8(Pass):
         )
 
     @property
-    def _method(self) -> str:
-        return "extremes" if self.calibration == "minmax" else f"{self.percentile:g} % percentiles"
+    def _cut(self) -> float:
+        return self.percentile if self.calibration == "percentile" else 100.0
 
-    def _calibrate(self, graph: Graph, candidates: Placement, ctx: Context) -> dict[Node, Range]:
-        data = ctx.calibration
-        assert data is not None
-        percentile = self.percentile if self.calibration == "percentile" else 100.0
-        with ctx.progress("calibrating int8", data.samples) as advance:
-            return calibrate(graph, candidates.owner, data, percentile, advance)
+    @property
+    def _method(self) -> str:
+        return "extremes" if self._cut == 100 else f"{self._cut:g} % percentiles"
 
 
 def _outcome(graph: Graph, plan: Placement) -> Outcome:

@@ -99,7 +99,7 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         "--passes merge,prune(macs=0.5) --target mobile --calib c.npz --calib-limit 64 --eval e.npz --model m:f "
         "--adapter lora --input x:f32[?,3] --input y:i64[?] --preprocess imagenet --trust-pickle "
         "--allow-missing head.* --static --output out --seed 3 --tolerance 1e-3 --print-after merge "
-        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure"
+        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json"
     )
     code, _, err = run(model, *words.split())
     assert (code, err) == (0, "")
@@ -113,6 +113,7 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         **{"preprocess": "imagenet", "trust_pickle": True, "allow_missing": ("head.*",), "dynamic": False},
         **{"output": "out", "seed": 3, "tolerance": 1e-3, "print_after": ("merge",), "stop_after": "fold"},
         **{"limit": {"fold": 2, "merge": 0}, "time": True, "measure": False},
+        "latency_table": "r.json",
     }
 
 

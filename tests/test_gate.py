@@ -172,31 +172,61 @@ def parameter_name(members, mark):
 
 
 def operator_on_files(members, mark):
-    flags = ({"as_bool": True}, {"as_int": 4})
-    _insert(members, "torch.ops.aten.from_file.default", {"as_string": mark}, "made", *flags)
-
-
-def _insert(members, target, argument, name, *more):
-    """A node that nothing reads, with the shape of the input."""
-    schema = (
-        torch.ops.aten.relu.default._schema if "relu" in target else torch.ops.aten.from_file.default._schema
-    )
-    arguments = zip(schema.arguments, (argument, *more), strict=False)
+    """A node that maps a file, and makes it if there is none."""
+    arguments = {"filename": {"as_string": mark}, "shared": {"as_bool": True}, "size": {"as_int": 4}}
     node = {
-        "target": target,
-        "inputs": [{"name": item.name, "arg": value, "kind": 1} for item, value in arguments],
-        "outputs": [{"as_tensor": {"name": name}}],
+        "target": "torch.ops.aten.from_file.default",
+        "inputs": [{"name": name, "arg": value, "kind": 1} for name, value in arguments.items()],
+        "outputs": [{"as_tensor": {"name": "made"}}],
         "metadata": {},
         "is_hop_single_tensor_return": None,
-        "name": name,
+        "name": "made",
     }
 
     def change(table):
         graph = table["graph_module"]["graph"]
-        graph["nodes"].insert(2, node)
-        graph["tensor_values"][name] = graph["tensor_values"]["x"]
+        graph["nodes"].insert(0, node)
+        graph["tensor_values"]["made"] = graph["tensor_values"]["x"]
 
     edit(members, MODEL, change)
+
+
+class WithMode(nn.Module):
+    def forward(self, x, mode):
+        return x.relu() if mode == "relu" else x
+
+
+def exported(model, *args):
+    buffer = io.BytesIO()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, args, strict=False), buffer)
+    return buffer.getvalue()
+
+
+def constant_input(members, mark):
+    """A text argument of forward() is compared, between quotes, in the guards that torch generates."""
+    members.clear()
+    members |= parts(exported(WithMode(), torch.ones(3, 3, 8, 8), "relu"))
+    text = json.dumps(f"' or __import__('os').mkdir('{mark}') or '").encode()
+    members[MODEL] = members[MODEL].replace(b'{"as_string": "relu"}', b'{"as_string": ' + text + b"}")
+
+
+def value_called_metadata(members, mark):
+    """Metadata is free text; but values may be called so too."""
+    sizes = [{"as_expr": {"expr_str": f"__import__('os').mkdir('{mark}')", "hint": None}}]
+
+    def change(table):
+        values = table["graph_module"]["graph"]["tensor_values"]
+        values["metadata"] = values.pop("relu") | {"sizes": sizes}
+
+    edit(members, MODEL, change)
+    members[MODEL] = members[MODEL].replace(b'"name": "relu"', b'"name": "metadata"')
+
+
+def sample_inputs_in_capitals(members, mark):
+    """torch's zip reader finds members whatever their case."""
+    del members[SAMPLES]
+    members["archive/DATA/sample_inputs/MODEL.PT"] = saved(((Bomb(mark),), {}))
 
 
 def imported_factory(members, mark):
@@ -228,14 +258,15 @@ def _evil(mark):
 ATTACKS = [
     sample_inputs, legacy_sample_inputs, pickled_weight, pickled_constant, opaque_constant, symbolic_expression,
     text_in_expression, guard, value_name, argument_name, parameter_name, operator_on_files, imported_factory,
-    imported_enum,
+    imported_enum, constant_input, value_called_metadata, sample_inputs_in_capitals,
 ]  # fmt: skip
 
 
-def run_without_gate(data):
+def run_without_gate(data, attack):
     """What a user of plain torch does: load, and call."""
     try:
-        torch.export.load(io.BytesIO(data)).module().forward(torch.randn(3, 3, 8, 8))
+        module = torch.export.load(io.BytesIO(data)).module()
+        module.forward(torch.randn(3, 3, 8, 8), *["relu"] * (attack is constant_input))
     except Exception as error:  # most attacks break the model after they have struck
         return error
 
@@ -254,7 +285,7 @@ def test_attack_is_live_and_refused(attack, honest, tmp_path, monkeypatch):
     assert "\n" not in str(info.value)
     assert not mark.exists()
 
-    error = run_without_gate(data)
+    error = run_without_gate(data, attack)
     assert mark.exists(), error
 
 
@@ -271,6 +302,11 @@ def test_honest_program_loads_with_its_example(honest, program, tmp_path):
 def test_rewritten_honest_archive_still_loads(honest):
     """The attacks above fail for what they changed, not for the way in which this file rewrites archives."""
     open_program(archive_of(parts(honest)), "model.pt2")
+
+
+def test_honest_text_argument():
+    found = open_program(exported(WithMode(), torch.ones(2, 3), "relu"), "model.pt2")
+    assert found.module()(-torch.ones(2, 3), "relu").sum() == 0
 
 
 def test_compiled_library_is_refused(honest):

@@ -471,7 +471,7 @@ def test_torchvision_without_its_compiled_part_is_explained(tmp_path, source, ne
         ("ultralytics", r"a checkpoint of the module mynet\.Net", "--model mynet:Net"),
         (
             "lightning",
-            r"a Lightning checkpoint: 9 tensors, 151 values; 5 labels \(a, b, c, \.\.\.\)",
+            r"a Lightning checkpoint: 9 tensors, 151 values; 5 labels \(a, b, c, \.\.\. 2 more\)",
             "--model path/to/your",
         ),
         ("timm", "a checkpoint: 9 tensors", "--model timm:net"),

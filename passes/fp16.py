@@ -1,0 +1,372 @@
+"""Half precision: weights and activations become float16 where the numbers allow it.
+
+What the numbers allow is tried on data, operator by operator: every value must end well inside the range of float16,
+and the operator, computed in half precision on halved operands, must give what it gave. So a norm, a softmax or a
+table of positions stays in single precision where it has to, and only there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import Node
+
+from compressor.ir import Graph, operator_name, site
+from compressor.ops import CONTRACTIONS, is_constant, is_tensor, kind, shape
+from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.quantize import behind, redirect
+
+aten = torch.ops.aten
+HALF, SINGLE = torch.float16, torch.float32
+LARGEST = 65504.0  # of float16
+HEADROOM = 4.0  # for other data than the calibration data
+LOWEST, HUGE = -1e8, 1e30  # numbers beyond these stand for infinity: -1e9 or -3.4e38 in an attention mask
+MASKED = LARGEST / 2  # what stands for them in half precision: two of them still add up to a finite number
+TRIED = 4  # samples that operators are tried on; ranges are those of all
+TOLERANCE = 2.0**-7  # largest change of an operator's output, relative to its scale: 16 roundings of float16
+_SIZES = ("size", "getitem", "assertion")  # read no values
+
+
+@dataclass(frozen=True)
+class Fp16(Pass):
+    """Weights and activations become float16; integers stay what they are.
+
+    An operator stays in single precision where its values come near the end of the range of float16, or where half
+    precision moves its output by more than 0.8 % of its scale, on the calibration data (made-up inputs if none).
+    io: inputs and outputs `keep` their dtype, or become `half`. ignore: modules that stay in single precision.
+    """
+
+    name: ClassVar[str] = "fp16"
+    contract: ClassVar[Contract] = BOUNDED
+    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "fold", "int8")
+
+    io: Literal["keep", "half"] = "keep"
+    ignore: tuple[str, ...] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> Outcome:
+        survey = _Survey(graph, self.ignore)
+        data = ctx.calibration or ctx.held_out
+        with ctx.progress("trying half precision", None):
+            for count, batch in enumerate(data):
+                if not count:
+                    survey.watch(_first(graph, batch.inputs), trial=True)
+                survey.watch(batch.inputs, trial=False)
+        reasons = survey.verdicts()
+        half = [node for node in survey.candidates if node not in reasons][: ctx.limit]
+        chosen = _worthwhile(half, kept=self.io == "keep")
+        casts = _convert(graph, chosen, survey.sentinels, self.io) if chosen else 0
+        declines = [Decline.at(node, reason) for node, reason in reasons.items()]
+        facts = {
+            "half": len(chosen),
+            "single": len(survey.candidates) - len(chosen),
+            "casts": casts,
+            "why": dict(Counter(kind(node) for node in reasons).most_common(10)),
+            "tried_on": data.description,
+        }
+        return Outcome(
+            [Rewrite(site(n), f"{operator_name(n)} in half precision") for n in chosen], declines, facts
+        )
+
+
+# -------------------------------------------------------------------- what the numbers allow
+
+
+class _Survey:
+    """Ranges of all values over all batches, and every operator's trial in half precision on one."""
+
+    def __init__(self, graph: Graph, ignore: Sequence[str]) -> None:
+        self.graph = graph
+        self.candidates = [n for n in graph.nodes if _computes_floats(n)]
+        self.peak: dict[Node, float] = {}
+        self.sentinels: set[Node] = set()
+        self._failed: dict[Node, str] = {}
+        for node in self.candidates:
+            reason = _fixed(node, ignore)
+            if reason:
+                self._failed[node] = reason
+        self._twin = graph.copy()
+        twins = {n.name: n for n in self._twin.nodes}
+        self._twins = {n: twins[n.name] for n in self.candidates}
+        for twin in self._twins.values():
+            _halve_literals(self._twin, twin)
+
+    def watch(self, inputs: Sequence[Tensor], trial: bool) -> None:
+        """Notes the range of every value; with `trial`, computes every operator in half precision as well."""
+        live: dict[Node, Any] = {}
+        left: dict[Node, int] = {}
+        for node, value in self.graph.values(*inputs):
+            live[node], left[node] = value, len(node.users)
+            if node.op != "get_attr" or node not in self.peak:
+                self._note(node, value)
+            if trial and node in self._twins and node not in self._failed:
+                self._try(node, live)
+            for source in node.all_input_nodes:
+                left[source] -= 1
+                if not left[source]:
+                    live.pop(source)
+
+    def verdicts(self) -> dict[Node, str]:
+        """Operator -> why it stays in single precision."""
+        found: dict[Node, str] = {}
+        for node in self.candidates:
+            widest = max([node, *node.all_input_nodes], key=lambda n: self.peak.get(n, 0.0))
+            if node not in self._failed and self.peak.get(widest, 0.0) > LARGEST / HEADROOM:
+                where = "its values reach" if widest is node else "it reads values up to"
+                found[node] = f"{where} {self.peak[widest]:.3g}, and half precision ends at {LARGEST:g}"
+            elif node in self._failed:
+                found[node] = self._failed[node]
+        return found
+
+    def _note(self, node: Node, value: Any) -> None:
+        for tensor in _floats(value):
+            peak = _largest(tensor)
+            if not peak < -LOWEST:
+                sentinel = _sentinel(tensor)
+                if bool(sentinel.any()):
+                    self.sentinels.add(node)
+                peak = _largest(tensor[~sentinel])
+            self.peak[node] = max(self.peak.get(node, 0.0), peak)
+
+    def _try(self, node: Node, live: dict[Node, Any]) -> None:
+        """Fails an operator that half precision changes, and what it reads where rounding that is what changes it."""
+        twin = self._twins[node]
+        rounded = {n: pytree.tree_map(_halved, live[n]) for n in node.all_input_nodes}
+        widened = {n: pytree.tree_map(_widened, value) for n, value in rounded.items()}
+        operands = dict(zip(twin.all_input_nodes, rounded.values(), strict=True))
+        try:
+            seen = self._twin.execute(twin, operands)
+        except RuntimeError as error:
+            self._failed[node] = f"it has no half-precision kernel: {str(error).splitlines()[0][:120]}"
+            return
+        if any(t.dtype == SINGLE for t in _floats(seen)):
+            self._failed[node] = "it gives single precision whatever it reads"
+            return
+        from_operands = _moved(live[node], self.graph.execute(node, widened))
+        moved = max(from_operands, _moved(live[node], seen))
+        if not moved <= TOLERANCE:
+            self._failed[node] = f"half precision moves it by {moved:.1%} of its scale"
+        if not from_operands <= TOLERANCE:
+            self._demand(node, f"{operator_name(node)} at {site(node)} needs more digits of it")
+
+    def _demand(self, node: Node, why: str) -> None:
+        """Fails what a node reads, and what that was made from, back to the last contractions."""
+        edge, seen = list(node.all_input_nodes), set()
+        while edge:
+            source = edge.pop()
+            if source in seen or source.op != "call_function" or kind(source) in CONTRACTIONS:
+                continue
+            seen.add(source)
+            edge += source.all_input_nodes
+            if source in self._twins:
+                self._failed.setdefault(source, why)
+
+
+def _first(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The first samples of a batch, where its size is free."""
+    axes = [spec.shape[0] if spec.shape else None for spec in graph.inputs]
+    batch = next((axis for axis in axes if isinstance(axis, str)), None)
+    return [
+        t[:TRIED] if axis is not None and axis == batch else t for t, axis in zip(inputs, axes, strict=True)
+    ]
+
+
+def _computes_floats(node: Node) -> bool:
+    """An operator that reads or gives float32 tensors."""
+    if node.op != "call_function" or kind(node) in _SIZES:
+        return False
+    return any(_gives_float(n) for n in (node, *node.all_input_nodes))
+
+
+def _gives_float(node: Node) -> bool:
+    return any(True for _ in _floats(node.meta.get("val")))
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.dtype == SINGLE]
+
+
+def _fixed(node: Node, ignore: Sequence[str]) -> str:
+    """Why an operator is not even tried."""
+    neighbours = [kind(n) for n in (node, *node.all_input_nodes)] + [
+        k for k in map(kind, node.users) if k == "quantize"
+    ]
+    if "quantize" in neighbours or "dequantize" in neighbours:
+        return "it belongs to an integer section"
+    if kind(node) == "opaque":
+        return "no pass knows this operator"
+    if any(fnmatch(site(node), p) or fnmatch(site(node), f"{p}.*") for p in ignore):
+        return "left in single precision as asked"
+    return ""
+
+
+def _halved(value: Any) -> Any:
+    """A float32 tensor in float16, with sentinels that stand for infinity as numbers; everything else as it is."""
+    if not isinstance(value, Tensor) or value.dtype != SINGLE:
+        return value
+    sentinel = _sentinel(value) & value.isfinite()
+    return (
+        torch.where(sentinel, value.sign() * MASKED, value).to(HALF)
+        if bool(sentinel.any())
+        else value.to(HALF)
+    )
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == HALF else value
+
+
+def _moved(reference: Any, seen: Any) -> float:
+    """max|seen - reference| / max|reference| of the worst tensor; infinite where integers or infinities differ."""
+    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(seen), strict=True)
+    return max((_change(a, b) for a, b in pairs if isinstance(a, Tensor) and a.numel()), default=0.0)
+
+
+def _change(reference: Tensor, seen: Tensor) -> float:
+    if not reference.is_floating_point():
+        return 0.0 if torch.equal(reference, seen) else torch.inf
+    seen = seen.to(reference.dtype)
+    scale, difference = _largest(reference), _largest(seen - reference)
+    if not (scale < -LOWEST and difference < -LOWEST):  # there are sentinels, infinities or NaN
+        apart = _sentinel(reference)
+        alike = (seen.sign() == reference.sign()) & (seen.abs() >= MASKED / 2)
+        alike = torch.where(reference.isnan(), seen.isnan(), alike)
+        if not bool(alike[apart].all()) or not bool(seen[~apart].isfinite().all()):
+            return torch.inf
+        scale, difference = _largest(reference[~apart]), _largest((seen - reference)[~apart])
+    if scale == 0:
+        return torch.inf if difference else 0.0
+    return difference / scale
+
+
+def _sentinel(tensor: Tensor) -> Tensor:
+    """Where a value stands for minus infinity, or is infinite or NaN."""
+    return ~(tensor > LOWEST) | ~(tensor < HUGE)
+
+
+def _largest(tensor: Tensor) -> float:
+    """max|t|, NaN where one is in it; 0 of nothing."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high)) if low == low else float("nan")
+
+
+# -------------------------------------------------------------------- writing it into the graph
+
+
+def _halve_literals(graph: Graph, node: Node) -> None:
+    """Dtypes and numbers among an operator's arguments, as half precision wants them."""
+    formals = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+    numbers = {
+        a.name for a in formals if str(a.type) in ("number", "Optional[number]")
+    }  # not a size or an axis
+
+    def halve(value: Any, number: bool) -> Any:
+        if value is SINGLE:
+            return HALF
+        if isinstance(value, float) or (number and isinstance(value, int)):
+            return max(-MASKED, min(MASKED, value)) if LARGEST < abs(value) < float("inf") else value
+        return value
+
+    args = tuple(halve(a, f.name in numbers) for a, f in zip(node.args, formals, strict=False))
+    kwargs = {name: halve(a, name in numbers) for name, a in node.kwargs.items()}
+    if kind(node) == "create":
+        kwargs["dtype"] = HALF
+    graph.set_args(node, args + node.args[len(args) :], kwargs)
+
+
+def _worthwhile(half: list[Node], kept: bool) -> list[Node]:
+    """Without islands of cheap operators: casts on all sides of them would gain nothing.
+
+    An island counts as cheap without a contraction and without a matrix of weights; kept: inputs and outputs are in
+    single precision, so that they are shores too.
+    """
+    left, chosen = dict.fromkeys(half), set()
+    while left:
+        island, edge = set(), [next(iter(left))]
+        worth = False
+        while edge:
+            node = edge.pop()
+            island.add(node)
+            left.pop(node, None)
+            neighbours = [_source(n) for n in (*node.all_input_nodes, *_readers(node))]
+            worth |= kind(node) in CONTRACTIONS or any(
+                is_constant(n) and len(shape(n)) > 1 for n in neighbours
+            )
+            worth |= not kept and any(n.op in ("placeholder", "output") for n in neighbours)
+            edge += [n for n in neighbours if n in left]
+        chosen |= island if worth else set()
+    return [node for node in half if node in chosen]
+
+
+def _readers(node: Node) -> list[Node]:
+    return [r for user in node.users for r in (_readers(user) if kind(user) == "getitem" else [user])]
+
+
+def _source(node: Node) -> Node:
+    """The operator whose value a node is: through `getitem`."""
+    return _source(node.args[0]) if kind(node) == "getitem" else node  # type: ignore[arg-type]
+
+
+def _convert(graph: Graph, chosen: Sequence[Node], sentinels: set[Node], io: str) -> int:
+    """Gives every chosen operator half-precision literals, weights and operands; returns how many casts that took."""
+    ends = {*graph.placeholders, graph.output} if io == "half" else set()
+    half = {*chosen, *ends}
+    values = [n for n in graph.nodes if is_tensor(n) and _gives_float(n)]
+    if io == "half":
+        _halve_inputs(graph)
+    for node in chosen:
+        _halve_literals(graph, node)
+    casts = 0
+    for value in values:
+        readers = [u for u in value.users if kind(u) not in _SIZES]
+        if value.op == "get_attr":
+            _halve_constant(graph, value, [u for u in readers if u in half], len(readers))
+            continue
+        made_half = _source(value) in half
+        wrong = [u for u in readers if (u in half) != made_half]
+        if wrong:
+            casts += 1
+            cast = _cast(graph, value, SINGLE if made_half else HALF, value in sentinels)
+            for user in wrong:
+                redirect(graph, user, value, cast)
+    graph.reinfer()
+    return casts
+
+
+def _halve_inputs(graph: Graph) -> None:
+    graph.inputs = tuple(replace(spec, dtype=HALF) if spec.dtype == SINGLE else spec for spec in graph.inputs)
+    graph.example = tuple(_halved(tensor) for tensor in graph.example)
+    for node in graph.placeholders:
+        value = node.meta["val"]
+        if value.dtype == SINGLE:
+            with graph.fake_mode:
+                node.meta["val"] = value.to(HALF)
+
+
+def _halve_constant(graph: Graph, node: Node, readers: list[Node], count: int) -> None:
+    """A constant in float16 for those who want it; in place of the float32 one where that is everybody."""
+    if not readers:
+        return
+    halved = _halved(graph.tensor(node))
+    if len(readers) == count:
+        graph.set_tensor(node, halved)
+        return
+    copy = graph.add_tensor(f"{node.target}_half", halved)
+    for user in readers:
+        redirect(graph, user, node, copy)
+
+
+def _cast(graph: Graph, value: Node, dtype: torch.dtype, sentinel: bool) -> Node:
+    """`value` in another precision, right behind it; numbers that stand for infinity stay numbers."""
+    before = behind(value)
+    if sentinel and dtype is HALF:
+        value = graph.insert(aten.clamp.default, (value, -MASKED, MASKED), before=before)
+    return graph.insert(aten.to.dtype, (value, dtype), before=before)

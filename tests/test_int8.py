@@ -1,0 +1,369 @@
+"""The int8 pass: exact rewrites, what ONNX Runtime makes of the pairs, accuracy, and when it refuses."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressor import runtime
+from compressor.capture import capture
+from compressor.data import Data, open_data
+from compressor.emit import emit
+from compressor.errors import UsageError
+from compressor.ir import Graph, operator_name
+from compressor.ops import kind
+from compressor.pipeline import BOUNDED, EXACT, Context, Decline, Outcome, Pipeline, parse
+from compressor.target import QLINEAR, Target
+from passes.fold import Fold
+from passes.int8 import REWRITES, Int8, Match
+from targets import TARGETS
+from targets.cpu import CPU
+from targets.gpu import GPU
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+class Net(nn.Module):
+    """Layers by name, and a function over them."""
+
+    def __init__(self, forward: Callable, **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor):
+        return self.function(self, x)
+
+
+def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
+
+
+def graph_of(model: nn.Module, *shape: int, dynamic: bool = True) -> Graph:
+    torch.manual_seed(0)
+    return capture(model.eval(), torch.randn(shape or (8, 3, 16, 16)), dynamic=dynamic)
+
+
+def data(graph: Graph, count: int = 32) -> Data:
+    draw = torch.Generator().manual_seed(1)
+    shape = (count, *graph.example[0].shape[1:])
+    return open_data([(torch.randn(shape, generator=draw),)], graph.inputs)
+
+
+def context(graph: Graph, target: Target = CPU, **options) -> Context:
+    return Context(target, data(graph, 8), data(graph), **options)
+
+
+def compiled(
+    graph: Graph, config: Int8 | None = None, ctx: Context | None = None
+) -> tuple[Graph, list[Outcome]]:
+    copy = graph.copy()
+    outcomes = list((config or Int8()).run(copy, ctx or context(graph)))
+    copy.check()
+    return copy, outcomes
+
+
+def noise(expected: Tensor, seen: Tensor) -> float:
+    """Share of the signal's energy, in dB below it."""
+    return -10 * math.log10(float((expected - seen).square().sum() / expected.square().sum()) or 1e-30)
+
+
+def in_runtime(graph: Graph, path: Path, inputs: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """First output of the emitted graph, and the operators that ONNX Runtime's optimiser leaves."""
+    file = emit(graph, path / "model.onnx").path
+    (output, *_) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    return torch.from_numpy(output), runtime.optimized_operators(file)
+
+
+# ---------------------------------------------------------------- the whole line
+
+
+def test_a_small_network_is_all_integer(tmp_path):
+    def forward(net, x):
+        x = F.max_pool2d(F.relu6(net.a(x)), 2)
+        x = F.relu(net.b(x) + net.skip(x))
+        x = torch.cat([F.relu(net.c(x)), net.d(x)], 1)
+        return net.head(F.relu(net.hidden(x.mean((2, 3)))))
+
+    layers = {"a": conv(3, 8), "b": conv(8, 8), "skip": conv(8, 8, 1), "c": conv(8, 8), "d": conv(8, 8)}
+    graph = graph_of(Net(forward, **layers, hidden=nn.Linear(16, 16), head=nn.Linear(16, 5)))
+    after, (prepared, outcome) = compiled(graph)
+    (inputs,) = next(iter(data(graph, 64))).inputs
+    (expected,), (simulated,) = graph.run(inputs), after.run(inputs)
+    seen, operators = in_runtime(after, tmp_path, inputs)
+    assert not runtime.float_operators_inside(tmp_path / "model.onnx")
+    assert (operators["QLinearConv"], operators["QLinearAdd"], operators["QLinearConcat"]) == (5, 1, 1)
+    assert (operators["QLinearAveragePool"], operators["QGemm"]) == (1, 2)
+    assert noise(expected, simulated) > 27 and noise(simulated, seen) > 35
+    assert prepared.contract is EXACT and Int8.contract is BOUNDED
+    assert outcome.facts["integer"]["conv2d"] == 5 and not outcome.facts["float"]
+    assert len(outcome.rewrites) == 5 + 2 + 3
+
+
+def test_a_transformer_block_multiplies_integers_and_adds_floats(tmp_path):
+    def forward(net, x):
+        query, key, value = (
+            layer(x).unflatten(2, (2, 16)).transpose(1, 2) for layer in (net.q, net.k, net.v)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = net.first(x + net.o(mixed))
+        return net.second(x + net.down(F.gelu(net.up(x))))
+
+    sizes = {"q": (32, 32), "k": (32, 32), "v": (32, 32), "o": (32, 32), "up": (32, 64), "down": (64, 32)}
+    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    graph = graph_of(Net(forward, **layers, first=nn.LayerNorm(32), second=nn.LayerNorm(32)), 8, 12, 32)
+    after, (_, outcome) = compiled(graph)
+    assert outcome.facts["integer"] == {"linear": 6}
+    assert sum(kind(n) == "quantize" for n in after.nodes) == 4  # q, k and v read one
+    (inputs,) = next(iter(data(graph, 4))).inputs
+    seen, operators = in_runtime(after, tmp_path, inputs)
+    assert operators["MatMulIntegerToFloat"] == 6
+    assert noise(graph.run(inputs)[0], seen) > 30
+    assert [d.reason for d in outcome.declines] == ["the target has no integer kernel for it"]  # attention
+
+
+def test_boxes_and_scores_keep_their_own_scales(tmp_path):
+    """One scale over both passes every check on the whole tensor, and finds nothing."""
+
+    def forward(net, x):
+        x = F.silu(net.stem(x))
+        return torch.cat([net.boxes(x).flatten(2), net.scores(x).flatten(2)], 1)
+
+    model = Net(forward, stem=conv(3, 16), boxes=conv(16, 4, 1), scores=conv(16, 80, 1))
+    with torch.no_grad():
+        model.boxes.weight *= 300
+    graph = graph_of(model)
+    after, (_, outcome) = compiled(graph)
+    (inputs,) = next(iter(data(graph, 8))).inputs
+    (expected,), (simulated,) = graph.run(inputs), after.run(inputs)
+    seen, operators = in_runtime(after, tmp_path, inputs)
+    assert operators["Concat"] == 1 and "QLinearConcat" not in operators
+    assert operators["QLinearConv"] == 3 and operators["QLinearMul"] == 1
+    assert any("with one scale the narrower would keep few levels" in d.reason for d in outcome.declines)
+    for part in (slice(0, 4), slice(4, 84)):
+        assert noise(expected[:, part], seen[:, part]) > 27
+    step = float(expected.max() - expected.min()) / 255  # what one scale would have done
+    shared = torch.round(expected / step) * step
+    assert noise(expected, shared) > 30 and noise(expected[:, 4:], shared[:, 4:]) < 10
+    assert noise(simulated, seen) > 30
+
+
+# ---------------------------------------------------------------- exact rewrites
+
+
+def rewritten(graph: Graph, name: str) -> tuple[Graph, list[Match | Decline]]:
+    copy = graph.copy()
+    found = list(REWRITES[name](copy, QLINEAR))
+    for match in found:
+        if isinstance(match, Match):
+            copy.replace_uses(match.node, match.build())
+    copy.clean()
+    copy.check()
+    return copy, found
+
+
+def same(graph: Graph, other: Graph) -> bool:
+    expected, seen = graph.run(*graph.example)[0], other.run(*graph.example)[0]
+    return bool((expected - seen).abs().max() <= 1e-6 * expected.abs().max()) and expected.shape == seen.shape
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        lambda net, x: x.mean((2, 3)),
+        lambda net, x: x.mean([-1, -2], keepdim=True),
+        lambda net, x: F.adaptive_avg_pool2d(x, 1),
+        lambda net, x: F.adaptive_avg_pool2d(x, (4, 2)),
+        lambda net, x: F.adaptive_avg_pool2d(x, (16, 16)) * 2,
+    ],
+)
+def test_means_over_space_become_average_pools(pooled):
+    graph = graph_of(Net(pooled))
+    after, found = rewritten(graph, "pool")
+    assert len(found) == 1 and same(graph, after)
+    assert not {operator_name(n) for n in after.nodes} & {"aten.mean.dim", "aten.adaptive_avg_pool2d.default"}
+
+
+def test_means_that_no_pool_computes_stay():
+    for other in (
+        lambda net, x: x.mean((1, 2)),
+        lambda net, x: x.mean(3),
+        lambda net, x: x.mean((2, 3), dtype=torch.float64),
+    ):
+        assert rewritten(graph_of(Net(other)), "pool")[1] == []
+    _, (uneven,) = rewritten(graph_of(Net(lambda net, x: F.adaptive_avg_pool2d(x, 5))), "pool")
+    assert isinstance(uneven, Decline) and "[16, 16] does not divide into [5, 5]" in uneven.reason
+    free = capture(Net(lambda net, x: x.mean((2, 3))), torch.randn(2, 3, 8, 8), inputs=[replace_shape("x")])
+    _, (dynamic,) = rewritten(free, "pool")
+    assert isinstance(dynamic, Decline) and "dynamic" in dynamic.reason
+
+
+def replace_shape(name: str):
+    from compressor.ir import Input
+
+    return Input(name, torch.float32, ("batch", 3, "height", "width"))
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "strides"),
+    [
+        (lambda net, x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3)), [2, 2]),
+        (lambda net, x: F.pad(x[:, :, ::3], (0, 0, 0, 0, 0, 5)), [3, 1]),
+        (lambda net, x: F.pad(x[:, :, 0:16:5, ::2][:, :, :, ::2], (0, 0, 0, 0, 1, 0)), [5, 4]),
+        (lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 1)), [1, 1]),
+    ],
+)
+def test_a_shortcut_of_slices_and_zeros_becomes_a_selection(shortcut, strides):
+    graph = graph_of(Net(shortcut))
+    after, found = rewritten(graph, "selection")
+    assert len(found) == 1 and same(graph, after)
+    (conv2d,) = (n for n in after.nodes if kind(n) == "conv")
+    assert conv2d.args[3] == strides
+    weight = conv2d.args[1]
+    after.set_tensor(weight, after.tensor(weight).roll(1, 0))  # the wrong channels
+    assert not same(graph, after)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda net, x: F.pad(x[:, :, ::2], (0, 0, 0, 0, 2, 2), value=1.0),
+        lambda net, x: F.pad(x[:, :, ::2], (1, 1, 0, 0, 2, 2)),
+        lambda net, x: F.pad(x[:, :, ::2], (0, 0, 0, 0, -1, 2)),
+        lambda net, x: F.pad(x[:, :, ::2], (1, 1, 1, 1), mode="reflect"),
+    ],
+)
+def test_pads_that_are_no_selection_stay(other):
+    assert rewritten(graph_of(Net(other)), "selection")[1] == []
+
+
+def test_a_slice_that_starts_later_is_left_in_front_of_the_selection():
+    graph = graph_of(Net(lambda net, x: F.pad(x[:, :, 1::2, :9:2], (0, 0, 0, 0, 2, 3))))
+    after, _ = rewritten(graph, "selection")
+    assert same(graph, after) and any(kind(n) == "slice" for n in after.nodes)
+
+
+def test_silu_behind_a_convolution_becomes_a_product():
+    graph = graph_of(Net(lambda net, x: F.silu(net.a(x)) + F.silu(x), a=conv(3, 3)))
+    after, found = rewritten(graph, "gate")
+    assert len(found) == 1 and same(graph, after)
+    assert sum(operator_name(n) == "aten.silu.default" for n in after.nodes) == 1
+
+
+def test_the_stopwatch_decides_where_the_table_cannot():
+    def forward(net, x):
+        x = F.relu(net.a(x))
+        return F.relu(net.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))).mean((2, 3))
+
+    graph = graph_of(Net(forward, a=conv(3, 4), b=nn.Conv2d(4, 8, 3, 2, 1)))
+    seen: list[bool] = []
+
+    def clock(slow: bool) -> Callable[[Graph], float]:
+        def measure(trial: Graph) -> float:
+            selects = sum(kind(n) == "conv" for n in trial.nodes) == 3
+            seen.append(selects)
+            assert any(kind(n) == "quantize" for n in trial.nodes)
+            return 2.0 if selects == slow else 1.0
+
+        return measure
+
+    for slow in (False, True):
+        after, (prepared, outcome) = compiled(graph, ctx=context(graph, measure=clock(slow)))
+        assert any(kind(n) == "pad" for n in after.nodes) == slow
+        assert any("average pool" in r.what for r in prepared.rewrites)
+        assert (outcome.facts["rewritten_ms"], outcome.facts["as_it_was_ms"]) == ((2, 1) if slow else (1, 2))
+    assert seen == [True, False] * 2
+    plain = graph_of(Net(lambda net, x: net.a(x).mean((2, 3)), a=conv(3, 4)))
+    compiled(plain, ctx=context(plain, measure=lambda g: pytest.fail("nothing is in doubt")))
+
+
+# ---------------------------------------------------------------- options and refusals
+
+
+def test_no_data_no_int8():
+    graph = graph_of(Net(lambda net, x: net.a(x), a=conv(3, 4)))
+    with pytest.raises(UsageError, match="--calib"):
+        list(Int8().run(graph, Context(CPU, data(graph))))
+
+
+def test_options_come_from_the_spec_string():
+    (one,) = parse("int8(calibration=minmax,ignore=head+layer1.*,reduce_range=true)", {"int8": Int8})
+    assert one == Int8(calibration="minmax", ignore=("head", "layer1.*"), reduce_range=True)
+    for wrong in ("calibration=max", "percentile=30", "reduce_range=7"):
+        with pytest.raises(UsageError):
+            parse(f"int8({wrong})", {"int8": Int8})
+
+
+def test_options_do_what_they_say():
+    graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
+    default, _ = compiled(graph)
+    extremes, (_, outcome) = compiled(graph, Int8(calibration="minmax"))
+    cut, _ = compiled(graph, Int8(percentile=99.0))
+    scales = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (cut, default, extremes)]
+    assert all(a < b <= c for a, b, c in zip(*scales, strict=True))
+    assert outcome.facts["calibration"] == "extremes of 32 samples"
+    seven, _ = compiled(graph, Int8(reduce_range=True))
+    assert [g.tensors["a.weight_int8"].abs().max() for g in (default, seven)] == [127, 64]
+    old, _ = compiled(graph, ctx=context(graph, TARGETS["cpu-avx2"]))
+    assert torch.equal(old.tensors["a.weight_int8"], seven.tensors["a.weight_int8"])
+    part, (_, outcome) = compiled(graph, Int8(ignore=("b",)))
+    assert [d.reason for d in outcome.declines] == ["left float as asked"] and "b.weight" in part.tensors
+    first, _ = compiled(graph, ctx=context(graph, limit=1))
+    assert "a.weight_int8" in first.tensors and "b.weight" in first.tensors
+
+
+def test_symmetric_pairs_for_tensorrt(tmp_path):
+    graph = graph_of(Net(lambda net, x: F.relu(net.b(F.relu(net.a(x)))), a=conv(3, 4), b=conv(4, 4)))
+    after, _ = compiled(graph, ctx=context(graph, GPU))
+    pairs = [n for n in after.nodes if kind(n) == "quantize"]
+    assert len(pairs) == 2 and all(n.args[2:] == (0, -128, 127, torch.int8) for n in pairs)
+    assert after.tensors["a.bias"].dtype == torch.float32
+    seen, _ = in_runtime(after, tmp_path, graph.example[0])
+    assert noise(graph.run(*graph.example)[0], seen) > 30
+
+
+def test_the_pipeline_holds_the_pass_to_its_contracts():
+    graph = graph_of(
+        Net(
+            lambda net, x: net.b(net.n(net.a(x)).relu()).mean((2, 3)),
+            a=conv(3, 4),
+            n=nn.BatchNorm2d(4),
+            b=conv(4, 4),
+        )
+    )
+    pipeline = Pipeline([Int8()], {"fold": Fold, "int8": Int8})
+    assert pipeline.inserted == ["fold"]
+    rows = pipeline.run(graph, context(graph))
+    assert [(r.name, r.status) for r in rows[1:]] == [("fold", "proved"), ("int8", "proved")]
+    assert rows[-1].bytes < rows[0].bytes / 2
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="the trained models are not beside the checkout")
+def test_resnet20_keeps_its_accuracy_and_is_all_integer(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SHARED / "models"))
+    cifar = __import__("cifar_resnet")
+    model, images, labels = cifar.load("resnet20")
+    graph = capture(model, images[:2])
+    calibration = open_data([(cifar.calibration(256)[0],)], graph.inputs)
+    Fold().run(graph, Context(CPU, calibration))
+    after, _ = compiled(graph, ctx=Context(CPU, calibration, calibration))
+    (expected,), (simulated,) = graph.run(images), after.run(images)
+    seen, operators = in_runtime(after, tmp_path, images)
+    assert operators["QLinearConv"] == 21 and operators["QLinearAdd"] == 9 and operators["QGemm"] == 1
+    assert not runtime.float_operators_inside(tmp_path / "model.onnx")
+    assert noise(expected, seen) > 28 and noise(simulated, seen) > 35
+    top1 = [float((logits.argmax(1) == labels).float().mean()) for logits in (expected, seen)]
+    assert top1[0] == pytest.approx(0.9225) and top1[1] > top1[0] - 0.005
+    sys.modules.pop("cifar_resnet")
