@@ -171,6 +171,8 @@ def probe(graph: Graph, where: Region) -> Operator | str:
         weight, bias = kernels.probe(
             lambda value, basis: run(value, basis=basis), where.entry.meta["val"].shape[1], where.state
         )
+    if not _fits(graph, where, weight):
+        return f"one {where.form.name} in its place would have another output size"
     wrong = _disagreement(run, weight, bias)
     if not wrong <= _CHECK:
         return f"what was probed differs from the operators by {wrong:.0e} on random inputs"
@@ -180,24 +182,24 @@ def probe(graph: Graph, where: Region) -> Operator | str:
     return Operator(weight, bias if bool(bias.any()) else None)
 
 
-def replace(graph: Graph, where: Region, weight: Node, bias: Node | None, *, before: Node) -> Node | None:
-    """Puts one operator in the region's place; None, and no change, where its output would have another size.
+def replace(graph: Graph, where: Region, weight: Node, bias: Node | None, *, before: Node) -> Node:
+    """Puts the operator that was probed in the region's place.
 
     before: the operator of the region whose place and provenance the new one takes.
     """
-    if where.form is FEATURES:
-        target: Any = torch.ops.aten.linear.default
-        args: tuple[Any, ...] = (where.entry, weight, bias) if bias is not None else (where.entry, weight)
-    else:
-        window, target = where.state, _CONVOLUTIONS[where.entry.meta["val"].dim()]
-        geometry = [list(v) for v in (window.stride, window.padding, window.dilation)]
-        args = (where.entry, weight, bias, *geometry, window.blocks)
-    new = graph.insert(target, args, before=before)
-    if extents(new.meta["val"]) != extents(where.exit.meta["val"]):
-        graph.erase(new)
-        return None
+    target, geometry = _operator(where)
+    args = (where.entry, weight, bias, *geometry)
+    new = graph.insert(target, args if geometry or bias is not None else args[:2], before=before)
     graph.replace_uses(where.exit, new)
     return new
+
+
+def _operator(where: Region) -> tuple[Any, list[Any]]:
+    """The ATen operator of a region's form, and the arguments that follow entry, weight and bias."""
+    if where.form is FEATURES:
+        return torch.ops.aten.linear.default, []
+    window, dims = where.state, where.entry.meta["val"].dim()
+    return _CONVOLUTIONS[dims], [*map(list, (window.stride, window.padding, window.dilation)), window.blocks]
 
 
 class Basis(Protocol):
@@ -340,18 +342,21 @@ def _room(run: Evaluation, width: int) -> dict[Any, int]:
 
 def _disagreement(run: Evaluation, weight: Tensor, bias: Tensor) -> float:
     """Largest difference between the region and its replacement on random inputs, relative to the largest value."""
-    where = run.region
-    shape = run.concrete(where.entry, run.symbols())
+    shape = run.concrete(run.region.entry, run.symbols())
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if where.form is FEATURES:
-        ours = torch.nn.functional.linear(value, weight, bias)
-    else:
-        window, convolve = where.state, _CONVOLUTIONS[value.dim()]
-        geometry = [list(v) for v in (window.stride, window.padding, window.dilation)]
-        ours = convolve(value, weight, bias, *geometry, window.blocks)
-    theirs = run(value)
+    target, geometry = _operator(run.region)
+    theirs, ours = run(value), target(value, weight, bias, *geometry)
     scale = float(theirs.abs().max()) or 1.0
-    return math.inf if ours.shape != theirs.shape else float((ours - theirs).abs().max()) / scale
+    return float((ours - theirs).abs().max()) / scale
+
+
+def _fits(graph: Graph, where: Region, weight: Tensor) -> bool:
+    """True when the operator's output has the sizes of the exit, whatever the dynamic sizes are."""
+    target, geometry = _operator(where)
+    entry = where.entry.meta["val"]
+    with graph.fake_mode, torch.no_grad():
+        made = target(entry, torch.empty(weight.shape, dtype=entry.dtype), None, *geometry)
+    return extents(made) == extents(where.exit.meta["val"])
 
 
 def _is_float(node: Node) -> bool:

@@ -13,9 +13,10 @@ from torch.export import ExportedProgram
 from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
 from .delivery import CPU
+from .load import peek, sniff
 from .ops import kind, macs
 from .registry import passes, targets
-from .run import Options, Result, Run, capture_model, given, load_model, shape_of, streams
+from .run import Options, Result, Run, capture_model, dtype_name, given, load_model, shape_of, streams
 from .target import Target
 
 __all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
@@ -96,11 +97,16 @@ def verify(
 
 
 def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
-    """Facts about an ONNX file or about a model: inputs, outputs, operators, parameters, MACs, bytes."""
+    """Facts about an ONNX file or a model: inputs, outputs, operators, parameters, MACs, bytes.
+
+    Of a checkpoint without its architecture: what tensors it holds.
+    """
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
         return _inspect_onnx(path)
     opt = Options.of(options)
+    if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
+        return _inspect_weights(path)
     graph = capture_model(load_model(path, opt), None, opt)
     counts: dict[str, int] = {}
     for node in graph.nodes:
@@ -145,6 +151,18 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
+
+
+def _inspect_weights(path: Path) -> dict[str, Any]:
+    found = peek(path)
+    tensors = found.places[0].tensors if found.places else {}
+    return {
+        "path": str(path),
+        "kind": found.summary() if found.places else found.kind,
+        "architecture": found.architecture,
+        "labels": list(found.labels),
+        "tensors": {name: f"{dtype_name(t.dtype)}{list(t.shape)}" for name, t in sorted(tensors.items())},
+    }
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .errors import CompressorError, UnsupportedError, UsageError
 from .inplace import in_place, rename_in_place, restore_batch_norm
 from .ir import Graph, Input, operator_name, unsupported
 from .ops import kind
-from .pytrees import key_name, leaves, path_name, plain
+from .pytrees import distinct, key_name, leaves, path_name, plain
 
 
 def capture(
@@ -53,10 +53,12 @@ def capture(
         specs = _program_specs(program, names, inputs)
     else:
         positional, keywords = _bind(args, kwargs, inputs, model)
-        program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
+        with _evaluating(model):
+            program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
     example = _example(program)
     graph = _flatten(program, specs, example)
     graph.notices += notices
+    _refuse_complex(graph)
     _normalise(graph, program)
     graph.notices += [
         f"{operator_name(n)} at {n.name}: an operator that no pass knows; it is left as it is"
@@ -90,6 +92,18 @@ def reexport(graph: Graph) -> ExportedProgram:
         return torch.export.export(
             graph.module.eval(), tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
         )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that the caller's module and each part of it was in."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager
@@ -151,33 +165,31 @@ def _export(
     dynamic: bool,
     notices: list[str],
 ) -> tuple[ExportedProgram, tuple[Input, ...]]:
-    model.eval()
-    formals = list(inspect.signature(model.forward).parameters)
+    formals = _formals(model, len(args))
     paths = [path_name(k, formals) for k, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     tensors = [v for _, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not tensors:
         raise UsageError("the example holds no tensor input")
     named = {spec.name: spec for spec in overrides}
-    shapes = [_axes(path, t, named, tensors[0], dynamic) for path, t in zip(paths, tensors, strict=True)]
-    args, kwargs = _widen(args, kwargs, shapes)
+    first = next((t for t in tensors if t.dim()), tensors[0])  # a scalar has no batch
+    shapes = [_axes(path, t, named, first, dynamic) for path, t in zip(paths, tensors, strict=True)]
     try:
-        program = _run_export(model, args, kwargs, shapes)
+        program = _run_export(model, *_widen(args, kwargs, shapes), shapes)
     except (CompressorError, KeyboardInterrupt):
         raise
-    except Exception as first:
+    except Exception as error:
         if not any(isinstance(s, str) for shape in shapes for s in shape):
-            raise _explain(first) from first
-        static = [tuple(t.shape) for _, t in leaves((args, kwargs)) if isinstance(t, Tensor)]
+            raise _explain(error) from error
+        shapes = [tuple(t.shape) for t in tensors]
         try:
-            program = _run_export(model, args, kwargs, static)
+            program = _run_export(model, args, kwargs, shapes)
         except Exception as second:
             raise _explain(second) from second
-        shapes = list(static)
+        fixed = first.shape[0] if first.dim() else 1
         notices.append(
-            f"the batch axis is fixed to {static[0][0]}: the model cannot keep it dynamic ({_first_line(first)})"
+            f"the batch axis is fixed to {fixed}: the model cannot keep it dynamic ({_first_line(error)})"
         )
-    fresh = [t for _, t in leaves((args, kwargs)) if isinstance(t, Tensor)]
-    return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, fresh, shapes, strict=True))
+    return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, tensors, shapes, strict=True))
 
 
 def _axes(
@@ -224,13 +236,21 @@ def _run_export(
         return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
 
 
-def _signature_shapes(model: nn.Module, spec: tuple[tuple, dict]) -> Any:
+def _signature_shapes(model: nn.Module, spec: tuple[tuple, dict]) -> dict[str, Any]:
+    """By formal, as the exporter wants them: what `*args` and `**kwargs` take up stands below their names."""
     args, kwargs = spec
-    return tuple(args) if not kwargs else {**_positional_names(model, args), **kwargs}
+    return inspect.signature(model.forward).bind(*args, **kwargs).arguments
 
 
-def _positional_names(model: nn.Module, args: tuple) -> dict[str, Any]:
-    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+def _formals(model: nn.Module, count: int) -> list[str]:
+    """Names of `count` positional arguments: `x`, then `args.0`, `args.1` where forward takes `*args`."""
+    names: list[str] = []
+    for formal in inspect.signature(model.forward).parameters.values():
+        if formal.kind is formal.VAR_POSITIONAL:
+            names += [f"{formal.name}.{i}" for i in range(count - len(names))]
+        elif formal.kind in (formal.POSITIONAL_ONLY, formal.POSITIONAL_OR_KEYWORD):
+            names.append(formal.name)
+    return names
 
 
 @contextmanager
@@ -353,7 +373,7 @@ def _flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     _drop_constant_inputs(graph)
-    outputs = _name_outputs(graph, program)
+    outputs = distinct(_name_outputs(graph, program), [spec.name for spec in specs])
     tensors, parameters = _unify_tensors(module)
     for node in list(graph.nodes):
         if kind(node) == "assertion":
@@ -361,6 +381,19 @@ def _flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence
                 raise unsupported(node, "an assertion whose value is read")
             graph.erase_node(node)
     return Graph(graph, tensors, specs, outputs, example, parameters)
+
+
+def _refuse_complex(graph: Graph) -> None:
+    values = [
+        *zip([f"input {i.name}" for i in graph.inputs], graph.placeholders, strict=True),
+        *zip([f"output {name}" for name in graph.outputs], graph.results, strict=True),
+    ]
+    for what, node in values:
+        if node.meta["val"].dtype.is_complex:
+            raise UnsupportedError(
+                f"{what} is complex, which ONNX has no type for: pass real and imaginary part, as in "
+                "torch.view_as_real"
+            )
 
 
 def _drop_constant_inputs(graph: fx.Graph) -> None:
@@ -383,7 +416,12 @@ def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
             names = [n if not n[:1].isdigit() else f"output_{n}" for n in names]
         else:
             names = ["output"]
-    kept = [(n, v) for n, v in zip(names, flat, strict=True) if isinstance(v, Node)]
+    # sizes (`x.shape[0]`) are known to the caller, and left out like the constants beside them
+    kept = [
+        (n, v)
+        for n, v in zip(names, flat, strict=True)
+        if isinstance(v, Node) and isinstance(v.meta.get("val"), Tensor)
+    ]
     if not kept:
         raise UnsupportedError("the model returns no tensor")
     out.args = (tuple(v for _, v in kept),)

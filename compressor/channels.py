@@ -258,9 +258,10 @@ def _sites(graph: Graph, axes: Mapping[Key, Array], count: int) -> list[list[str
     for node in contractions(graph):
         operands = {(operand.name, axis) for operand, axis in contracted(node)}
         results = {(node.name, axis) for axis in range(len(shape(node)))}
+        where = site(node)
         for keys, places in ((results, made), (operands, read_by)):
             for key in sorted(keys & axes.keys()):
                 for c in np.unique(axes[key]).tolist():
-                    if site(node) not in places[c]:
-                        places[c].append(site(node))
+                    if where not in places[c]:
+                        places[c].append(where)
     return [m or r for m, r in zip(made, read_by, strict=True)]

@@ -163,7 +163,8 @@ def _value(value: Any, key: str = "") -> str:
         return _FORMATS[key](value)
     if isinstance(value, (list, tuple, set, frozenset)):
         ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return "+".join(_value(one) for one in ordered) if value else "none"
+        joined = ("," if key == "shape" else "+").join(_value(one) for one in ordered)
+        return f"[{joined}]" if key == "shape" else joined or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -145,12 +145,15 @@ def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
 
 def session_inputs(session: Any, specs: Sequence[Input]) -> tuple[Input, ...]:
     """The session's inputs in the order of `specs`; TargetError where the names differ."""
-    shapes = {i.name: i.shape for i in session.get_inputs()}
-    if set(shapes) != {spec.name for spec in specs}:
+    taken = {i.name: i for i in session.get_inputs()}
+    if set(taken) != {spec.name for spec in specs}:
         raise TargetError(
-            f"the ONNX model takes {', '.join(shapes)}; the model takes {', '.join(s.name for s in specs)}"
+            f"the ONNX model takes {', '.join(taken)}; the model takes {', '.join(s.name for s in specs)}"
         )
-    return tuple(Input(s.name, s.dtype, tuple(shapes[s.name])) for s in specs)
+    halves = {"tensor(float16)": torch.float16}
+    return tuple(
+        Input(s.name, halves.get(taken[s.name].type, s.dtype), tuple(taken[s.name].shape)) for s in specs
+    )
 
 
 def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -171,7 +174,8 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
 
 def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     return tuple(
-        torch.from_numpy(np.ascontiguousarray(a)) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays
+        # not np.ascontiguousarray, which gives a scalar an axis
+        torch.from_numpy(np.require(a, requirements="C")) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays
     )
 
 

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from .capture import quiet, reexport
 from .errors import CompressorError, UnsupportedError
-from .ir import Graph, Input, unsupported
+from .ir import Graph, Input, as_declared, unsupported
 from .ops import arguments, is_tensor, kind
 
 EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf cannot hold 2 GiB
@@ -287,5 +287,6 @@ def _rename_values(model: onnx_ir.Model, graph: Graph) -> None:
 
 
 def feeds(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Numpy arrays by input name, for a runtime."""
-    return {spec.name: t.detach().cpu().numpy() for spec, t in zip(inputs, tensors, strict=True)}
+    """Numpy arrays by input name, for a runtime; floats in the precision of the input."""
+    cast = {spec.name: as_declared(t, spec) for spec, t in zip(inputs, tensors, strict=True)}
+    return {name: t.detach().cpu().numpy() for name, t in cast.items()}

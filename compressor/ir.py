@@ -141,7 +141,7 @@ class Graph:
         """
         env: dict[Node, Any] = {}
         last = _last_uses(self.graph)
-        feed = iter([_as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
+        feed = iter([as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 env[node] = next(feed)
@@ -360,7 +360,8 @@ _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "sca
 _ACCUMULATING = frozenset(getattr(torch.ops.aten, name) for name in (*_CONVOLUTIONS, *_PRODUCTS))
 
 
-def _as_declared(tensor: Tensor, spec: Input) -> Tensor:
+def as_declared(tensor: Tensor, spec: Input) -> Tensor:
+    """A float tensor in the precision of an input; everything else as it is."""
     both = tensor.dtype.is_floating_point and spec.dtype.is_floating_point
     return tensor.to(spec.dtype) if both else tensor
 

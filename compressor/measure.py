@@ -171,8 +171,13 @@ _NUMPY: dict[str, type] = {
 
 
 def _ordered(session: ort.InferenceSession, feeds: Feeds) -> dict[str, np.ndarray]:
-    names = [spec.name for spec in session.get_inputs()]
-    feed = dict(feeds) if isinstance(feeds, Mapping) else dict(zip(names, feeds, strict=False))
+    """Feeds by the session's names, floats in the precision that it takes."""
+    types = {spec.name: _NUMPY.get(spec.type) for spec in session.get_inputs()}
+    feed = dict(feeds) if isinstance(feeds, Mapping) else dict(zip(types, feeds, strict=False))
+    for name, array in feed.items():
+        wanted = types.get(name)
+        if array.dtype.kind == "f" and wanted is not None and np.issubdtype(wanted, np.floating):
+            feed[name] = array.astype(wanted, copy=False)
     runtime.run(session, feed)  # says clearly what does not fit, before the clock runs
     return feed
 

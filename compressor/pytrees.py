@@ -29,6 +29,20 @@ def key_name(key: Any) -> str:
     return str(key)
 
 
+def distinct(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """The names with `_1`, `_2` ... added where one is taken or was there before: ONNX has one space of names."""
+    seen = set(taken)
+    found = []
+    for name in names:
+        free, count = name, 0
+        while free in seen or (free != name and free in names):
+            count += 1
+            free = f"{name}_{count}"
+        seen.add(free)
+        found.append(free)
+    return found
+
+
 def plain(tree: Any) -> Any:
     """Dataclasses as dicts: their pytree path has no field names otherwise."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):

@@ -237,7 +237,7 @@ def _declines(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 def _rewrites(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     for row in rows:
-        found = Counter(rewrite["what"] for rewrite in row.get("rewrites") or ())
+        found = Counter(rewrite["what"].split(" (")[0] for rewrite in row.get("rewrites") or ())
         facts = [f"{number} x {what}" for what, number in found.most_common(6)]
         if len(found) > len(facts):
             facts.append(f"and {len(found) - len(facts)} other kinds")

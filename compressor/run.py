@@ -253,7 +253,7 @@ class Run:
             "outputs": [
                 {
                     "name": name,
-                    "dtype": _dtype(node.meta["val"].dtype),
+                    "dtype": dtype_name(node.meta["val"].dtype),
                     "shape": [str(s) for s in node.meta["val"].shape],
                 }
                 for name, node in zip(graph.outputs, graph.results, strict=True)
@@ -403,12 +403,12 @@ def _version_notice() -> Iterator[str]:
         yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def shape_of(spec: Input) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": _dtype(spec.dtype), "shape": list(spec.shape)}
+    return {"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": list(spec.shape)}
 
 
 def _stream(stream: Data | None) -> dict[str, Any] | None:
@@ -424,7 +424,7 @@ def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[st
             shape_of(spec) | ({"layout": "NCHW"} if spec in images else {}) for spec in emitted.inputs
         ],
         "outputs": [
-            {"name": name, "dtype": _dtype(node.meta["val"].dtype)}
+            {"name": name, "dtype": dtype_name(node.meta["val"].dtype)}
             for name, node in zip(graph.outputs, graph.results, strict=True)
         ],
         "preprocess": facts.get("preprocess"),

@@ -32,6 +32,7 @@ MASKED = LARGEST / 2  # what stands for them in half precision: two of them stil
 TRIED = 4  # samples that operators are tried on; ranges are those of all
 TOLERANCE = 2.0**-7  # largest change of an operator's output, relative to its scale: 16 roundings of float16
 _SIZES = ("size", "getitem", "assertion")  # read no values
+_INTEGERS = ("quantize", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _first(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _computes_floats(node: Node) -> bool:
     """An operator that reads or gives float32 tensors."""
-    if node.op != "call_function" or kind(node) in _SIZES:
+    if node.op != "call_function" or kind(node) in (*_SIZES, *_INTEGERS):
         return False
     return any(_gives_float(n) for n in (node, *node.all_input_nodes))
 
@@ -194,10 +195,9 @@ def _floats(value: Any) -> list[Tensor]:
 
 def _fixed(node: Node, ignore: Sequence[str]) -> str:
     """Why an operator is not even tried."""
-    neighbours = [kind(n) for n in (node, *node.all_input_nodes)] + [
-        k for k in map(kind, node.users) if k == "quantize"
-    ]
-    if "quantize" in neighbours or "dequantize" in neighbours:
+    if any(kind(n) == "dequantize" for n in node.all_input_nodes) or any(
+        kind(n) == "quantize" for n in node.users
+    ):
         return "it belongs to an integer section"
     if kind(node) == "opaque":
         return "no pass knows this operator"

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from compressor.errors import UsageError
 from compressor.ir import Graph, operator_name, site
-from compressor.ops import CONTRACTIONS, arguments, is_static, is_tensor, kind, shape
+from compressor.ops import CONTRACTIONS, arguments, is_static, is_tensor, kind, macs, shape
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.place import Placement, listed, place
 from compressor.quantize import calibrate, insert_pairs
@@ -28,6 +28,7 @@ from compressor.target import QuantSpec
 
 aten = torch.ops.aten
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
+FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 _END = 2**31  # an end beyond this slices to the end of the axis
 
 
@@ -257,13 +258,16 @@ def _worthwhile(
 ) -> tuple[set[str], dict[str, Any]]:
     """The rewrites to make, and what the stopwatch said of those in doubt, which all stay or all go.
 
-    Timed on quantised trials whose ranges come from one batch: speed does not depend on scales.
+    In doubt are those that the target wants timed, if they add work worth mentioning. They are timed on quantised
+    trials whose ranges come from one batch: speed does not depend on scales.
     """
     wanted = {
         name for name in spec.rewrites if any(isinstance(m, Match) for m in REWRITES[name](graph, spec))
     }
     sure = wanted - spec.timed
-    if ctx.measure is None or wanted == sure:
+    rewritten = graph.copy()
+    _rewrite(rewritten, spec, wanted, None)
+    if ctx.measure is None or wanted == sure or macs(rewritten) <= (1 + FREE) * macs(graph):
         return wanted, {}
 
     def time(names: set[str]) -> float:

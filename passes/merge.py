@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from compressor.affine import FEATURES, KERNELS, Form, Reach, Region, probe, reach, region, replace
-from compressor.constants import DataFree, fold_constants
+from compressor.constants import DataFree, fold_constants, is_random
 from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, NORMS, arguments, is_tensor, kind, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
@@ -58,8 +58,8 @@ class Merge(Pass):
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
         refused: dict[str, Decline] = {}
-        writer = _Writer(graph)
         while True:
+            writer = _Writer(graph)
             plan = _Plan(graph, self.absorb_norms, frozenset(refused))
             chosen = plan.choose()
             room = len(chosen) if ctx.limit is None else max(0, ctx.limit - len(outcome.rewrites))
@@ -72,9 +72,11 @@ class Merge(Pass):
                         refused[one.exit.name] = done
                     advance(1)
             graph.clean()
+            if not chosen:
+                outcome.declines += plan.declines()
             if not chosen or room < len(chosen):
                 break
-        outcome.declines += [*refused.values(), *plan.declines()]
+        outcome.declines += refused.values()
         return outcome
 
 
@@ -181,11 +183,16 @@ class _Plan:
         """Regions that stay, and branches that something on them keeps from merging, each with the reason."""
         covered = {n for one in self.chosen for n in one.nodes}
         for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
-            where = self._narrowest(form, end)
-            if end in covered or end.name in self.refused or not self._is_worth_a_word(where):
+            if end in covered or end.name in self.refused:
                 continue
-            covered |= set(where.nodes)
-            yield Decline.at(end, self._why_not(where))
+            regions = [
+                region(found, end, self.free, self.order) for found in reversed(self.entries[form, end])
+            ]
+            expected = [one for one in regions if self._is_expected(one)]
+            if expected:  # the nearest entry among those with the most contractions
+                where = max(expected, key=lambda one: _contractions(one.nodes))
+                covered |= set(where.nodes)
+                yield Decline.at(end, self._why_not(where))
         seen: set[Node] = set()
         for found in self.reaches:
             for join, reason in _blocked_joins(found, self.order):
@@ -193,7 +200,7 @@ class _Plan:
                     seen.add(join)
                     yield Decline.at(join, reason)
 
-    def _is_worth_a_word(self, where: Region) -> bool:
+    def _is_expected(self, where: Region) -> bool:
         """True where a reader of the report may have expected a merge."""
         macs, operators, *_ = self._saving(where)
         if macs == 0 and operators > 0 and _tied(where):
@@ -201,11 +208,6 @@ class _Plan:
         if _contractions(where.nodes) < 2:
             return False
         return _contractions(where.dead) > 1 or kind(where.exit) in _JOINS
-
-    def _narrowest(self, form: Form, end: Node) -> Region:
-        """The region with the nearest entry among those with the most contractions."""
-        regions = [region(found, end, self.free, self.order) for found in reversed(self.entries[form, end])]
-        return max(regions, key=lambda one: _contractions(one.nodes))
 
     def _why_not(self, where: Region) -> str:
         for node in where.nodes:
@@ -309,7 +311,7 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
             others = [n for n in node.all_input_nodes if n in found.known]
             if kind(node) in _JOINS and others:
                 before = [n for n in blocker.all_input_nodes if n in found.known]
-                if any(_narrows(n, axis, width) for n in (*after, *before)):
+                if any(_narrows(n, axis, width) for n in (*before, *(after if is_random(blocker) else ()))):
                     yield node, reason
                 break
             after.add(node)
@@ -342,38 +344,41 @@ class _Writer:
             return Decline.at(where.exit, operator)
         tied, named = _tied(where), _named(where.exit)
         weight = self._tensor(where, f"{site(named)}.weight", operator.weight)
-        bias = (
-            self._tensor(where, f"{site(named)}.bias", operator.bias) if operator.bias is not None else None
-        )
-        new = replace(self.graph, where, weight, bias, before=named)
-        if new is None:
-            return Decline.at(where.exit, "one convolution in its place would have another output size")
-        self.now[where.exit] = new
+        bias = None if operator.bias is None else self._tensor(where, f"{site(named)}.bias", operator.bias)
+        new = self.now[where.exit] = replace(self.graph, where, weight, bias, before=named)
         gone = Counter(operator_name(n).split(".")[-2] for n in where.dead if _is_operator(n))
         names = ", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(gone.items()))
         sizes = "x".join(map(str, operator.weight.shape))
         what = f"{names} into one {operator_name(new).split('.')[1]} {sizes}"
-        own = [w for w in tied if w is not weight]
-        if own:
-            what += (
-                f"; {own[0].target} is shared with {_other_reader(own[0], where)}, this site now has its own"
-            )
+        for old in [w for w in tied if w is not weight][:1]:
+            reader = next(site(user) for user in old.users if user not in where.dead)
+            what += f"; {old.target} is shared with {reader}, this site now has its own"
         return Rewrite(site(named), what)
 
     def _tensor(self, where: Region, name: str, value: Tensor) -> Node:
         """The node of an equal tensor of the region, or of an earlier replacement; a new one where there is none."""
         key = (tuple(value.shape), value.dtype, tuple(value.flatten()[:8].tolist()))
-        inside = [n for node in where.nodes for n in node.all_input_nodes if n.op == "get_attr"]
-        for node in (*dict.fromkeys(inside), *self.made.get(key, ())):
-            tensor = self.graph.tensor(node)
-            if tensor.dtype == value.dtype and tensor.shape == value.shape and torch.equal(tensor, value):
+        inside = dict.fromkeys(n for node in where.nodes for n in node.all_input_nodes if n.op == "get_attr")
+        for node in (*inside, *self.made.get(key, ())):
+            if _equal(self.graph.tensor(node), value):
                 return node
-        turned = next((t for n in inside if _equal_turned(t := self.graph.tensor(n), value)), None)
-        node = self.graph.add_tensor(name, turned.t() if turned is not None else value)
+        found = next((n for n in inside if n.target == name and n.users.keys() <= where.dead), None)
+        if found is not None:  # the layer goes, its name stays
+            self.graph.set_tensor(found, value)
+        else:
+            tensors = (self.graph.tensor(n) for n in inside)
+            turned = next(
+                (t.t() for t in tensors if t.dim() == value.dim() == 2 and _equal(t.t(), value)), value
+            )
+            found = self.graph.add_tensor(name, turned)
         if any(str(n.target) in self.graph.parameters for n in inside):
-            self.graph.parameters |= {str(node.target)}
-        self.made.setdefault(key, []).append(node)
-        return node
+            self.graph.parameters |= {str(found.target)}
+        self.made.setdefault(key, []).append(found)
+        return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _named(end: Node) -> Node:
@@ -381,18 +386,3 @@ def _named(end: Node) -> Node:
     while _is_idle(end):
         end = end.all_input_nodes[0]
     return end
-
-
-def _equal_turned(tensor: Tensor, value: Tensor) -> bool:
-    if (
-        tensor.dim() != 2
-        or value.dim() != 2
-        or tensor.dtype != value.dtype
-        or tensor.shape != value.shape[::-1]
-    ):
-        return False
-    return torch.equal(tensor.t(), value)
-
-
-def _other_reader(weight: Node, where: Region) -> str:
-    return next(site(u) for u in weight.users if u not in where.dead)

@@ -8,7 +8,7 @@ readers (`compressor/oracle.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -150,26 +150,34 @@ def _reasons(algebra: Algebra) -> dict[str, int]:
 
 
 def _importance(graph: Graph, algebra: Algebra, criterion: str, seed: int) -> Floats:
-    """Importance of every class: its share of each weight axis that it stands on, summed.
+    """Importance of every class: the geometric mean of its shares of what writes it and of what reads it.
 
-    Shares make layers comparable; the sum makes a channel that many layers read weigh as much as in all of them.
+    A share is relative to the whole weight, so layers compare; shares are summed over all weights, so a channel that
+    many layers read weighs as much as in all of them.
     """
     size = 1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1)
     if criterion == "random":
         return np.random.default_rng(seed).random(size)
-    norms = _shares(algebra, size, _weights(graph, 1 if criterion == "l1" else 2))
+    norms = list(_weights(graph, 1 if criterion == "l1" else 2))
+    writes, written = _shares(algebra, size, [(key, values) for key, values in norms if key[1] == 0])
+    reads, read = _shares(algebra, size, [(key, values) for key, values in norms if key[1] == 1])
+    importance = np.where(written & read, np.sqrt(writes * reads), writes + reads)
     if criterion != "bn":
-        return norms
-    scales = _shares(algebra, size, _scales(graph))
-    return np.where(scales > 0, scales, norms)  # channels without batch norm count by their weights
+        return importance
+    scales, scaled = _shares(algebra, size, _scales(graph))
+    return np.where(scaled, scales, importance)  # channels without batch norm count by their weights
 
 
-def _shares(algebra: Algebra, size: int, parts: Iterator[tuple[Key, Floats]]) -> Floats:
-    total = np.zeros(size)
+def _shares(
+    algebra: Algebra, size: int, parts: Iterable[tuple[Key, Floats]]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Shares of each class in these slices, summed, and which classes have any."""
+    total, seen = np.zeros(size), np.zeros(size, dtype=bool)
     for key, values in parts:
-        if key in algebra.axes and values.sum() > 0:
-            total += np.bincount(algebra.axes[key], values / values.sum(), minlength=size)
-    return total
+        if key in algebra.axes:
+            seen[algebra.axes[key]] = True
+            total += np.bincount(algebra.axes[key], values / (values.sum() or 1.0), minlength=size)
+    return total, seen
 
 
 def _weights(graph: Graph, exponent: int) -> Iterator[tuple[Key, Floats]]:

@@ -281,8 +281,12 @@ def test_the_stopwatch_decides_where_the_table_cannot():
         assert any("average pool" in r.what for r in prepared.rewrites)
         assert (outcome.facts["rewritten_ms"], outcome.facts["as_it_was_ms"]) == ((2, 1) if slow else (1, 2))
     assert seen == [True, False] * 2
-    plain = graph_of(Net(lambda net, x: net.a(x).mean((2, 3)), a=conv(3, 4)))
-    compiled(plain, ctx=context(plain, measure=lambda g: pytest.fail("nothing is in doubt")))
+    wide = graph_of(
+        Net(forward, a=conv(3, 4), b=nn.Conv2d(4, 8, 31, 2, 15))
+    )  # the selection is nothing beside it
+    plain = graph_of(Net(lambda net, x: F.silu(net.a(x)).mean((2, 3)), a=conv(3, 4)))
+    for certain in (wide, plain):
+        compiled(certain, ctx=context(certain, measure=lambda g: pytest.fail("nothing is in doubt")))
 
 
 # ---------------------------------------------------------------- options and refusals

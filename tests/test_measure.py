@@ -84,7 +84,8 @@ def test_models_are_measured_in_turns(tmp_path, monkeypatch):
 
 
 def fake_session(name: str, order: list[str]):
-    return SimpleNamespace(run=lambda *_: order.append(name), get_inputs=lambda: [SimpleNamespace(name="x")])
+    inputs = [SimpleNamespace(name="x", type="tensor(float)")]
+    return SimpleNamespace(run=lambda *_: order.append(name), get_inputs=lambda: inputs)
 
 
 def test_latency_sums_up_all_runs():

@@ -1,0 +1,533 @@
+"""Fold: batch norm, constants, identities and dead code; each near miss stays and says why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import torchvision_model, with_power
+
+from compressor.capture import capture
+from compressor.data import open_data
+from compressor.ir import Graph
+from compressor.ops import kind
+from compressor.pipeline import Context, Outcome
+from compressor.target import Target
+from compressor.verify import compare_values
+from passes.fold import Fold, fold_behind, fold_in_front
+
+TOLERANCE = 1e-5
+aten = torch.ops.aten
+
+
+def context(graph: Graph, limit: int | None = None) -> Context:
+    held_out = open_data([graph.example], graph.inputs)
+    return Context(Target("cpu", "", ("CPUExecutionProvider",)), held_out, limit=limit)
+
+
+def fold(graph: Graph, limit: int | None = None, **options: Any) -> tuple[Graph, Outcome]:
+    """A folded copy, checked: invariants, numbers, every value that it claims to have kept, an idle second run."""
+    after = graph.copy()
+    outcome = Fold(**options).run(after, context(after, limit))
+    after.check()
+    assert max((c.error for c in compare_values(graph, after, graph.example)), default=0) < TOLERANCE
+    assert error(graph, after, *graph.example) < TOLERANCE
+    if limit is None:
+        again, text = after.copy(), after.text()
+        assert Fold(**options).run(again, context(again)).rewrites == []
+        assert again.text() == text
+    return after, outcome
+
+
+def error(before: Graph, after: Graph, *inputs: Tensor) -> float:
+    """Largest difference over all outputs, each relative to its largest value."""
+    pairs = zip(before.run(*inputs), after.run(*inputs), strict=True)
+    return max(float((a.double() - b.double()).abs().max() / a.double().abs().max()) for a, b in pairs)
+
+
+def operators(graph: Graph) -> Counter[str]:
+    return Counter(kind(n) for n in graph.nodes if n.op == "call_function")
+
+
+def captured(model: nn.Module, *example: Tensor) -> Graph:
+    return capture(with_power(model, *example), example)
+
+
+class Function(nn.Module):
+    """A model of one expression, with parameters `a` and `b` of a shape."""
+
+    def __init__(self, function: Callable[..., Any], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b = nn.Parameter(torch.rand(shape)), nn.Parameter(torch.rand(shape))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def function(body: Callable[..., Any], *example: Tensor, shape: tuple[int, ...] = (4,)) -> Graph:
+    return capture(Function(body, *shape).eval(), example)
+
+
+# ------------------------------------------------------------------------- batch norm
+
+
+CARRIERS = [
+    (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (4, 9)),
+    (nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), (4, 8, 8)),
+    (nn.Conv2d(4, 6, 3, padding="same"), nn.BatchNorm2d(6, affine=False), (4, 8, 8)),
+    (nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.BatchNorm2d(8), (4, 9, 9)),
+    (nn.Conv2d(4, 8, 3, groups=4, dilation=2), nn.BatchNorm2d(8), (4, 9, 9)),
+    (nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), (2, 5, 5, 5)),
+    (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (4, 6)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), nn.BatchNorm2d(6), (4, 5, 5)),
+    (
+        nn.ConvTranspose2d(4, 6, 3, groups=2, padding=1, output_padding=1, stride=2),
+        nn.BatchNorm2d(6),
+        (4, 5, 5),
+    ),
+    (nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), (4, 5, 5)),
+    (nn.ConvTranspose3d(4, 4, 2, groups=2), nn.BatchNorm3d(4), (4, 3, 3, 3)),
+    (nn.Linear(4, 6), nn.BatchNorm1d(6), (4,)),
+    (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), (4,)),
+]
+
+
+def name(carrier: nn.Module) -> str:
+    return f"{type(carrier).__name__}-{getattr(carrier, 'groups', 1)}"
+
+
+@pytest.mark.parametrize("carrier, norm, shape", CARRIERS, ids=[name(c[0]) for c in CARRIERS])
+def test_batch_norm_folds_into_what_it_reads(
+    carrier: nn.Module, norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    before = captured(nn.Sequential(carrier, norm, nn.ReLU()), torch.randn(3, *shape))
+    after, outcome = fold(before)
+    assert operators(after) == operators(before) - Counter(batch_norm=1)
+    assert [r.site for r in outcome.rewrites] == ["1"] and outcome.declines == []
+    assert after.tensors.keys() == {"0.weight", "0.bias"} <= after.parameters
+    x = torch.randn(5, *shape)
+    assert error(before, after, x) < TOLERANCE
+    wrong = after.copy()
+    node = next(n for n in wrong.nodes if n.target == "0.weight")
+    wrong.set_tensor(node, before.tensors["0.weight"])
+    assert error(before, wrong, x) > 100 * TOLERANCE
+
+
+def test_graph_before_and_after() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    before = captured(model, torch.randn(2, 3, 8, 8))
+    after, outcome = fold(before)
+    assert before.text().splitlines()[5:] == [
+        "%input_1: f32[batch, 3, 8, 8] = input",
+        "%conv2d: f32[batch, 4, 8, 8] = aten.conv2d.default(%input_1, %_0_weight, None, [1, 1], [1, 1])",
+        "%batch_norm: f32[batch, 4, 8, 8] = aten.batch_norm.default(%conv2d, %_1_weight, %_1_bias, %_1_running_mean, "
+        "%_1_running_var, False, 0.1, 1e-05, False)",
+        "return %batch_norm",
+    ]
+    assert after.text().splitlines() == [
+        "%_0_bias: f32[4] = 0.bias",
+        "%_0_weight: f32[4, 3, 3, 3] = 0.weight",
+        "%input_1: f32[batch, 3, 8, 8] = input",
+        "%conv2d_default: f32[batch, 4, 8, 8] = aten.conv2d.default(%input_1, %_0_weight, %_0_bias, [1, 1], [1, 1])",
+        "return %conv2d_default",
+    ]
+    assert outcome.rewrites[0].what == "batch_norm into conv2d in front of it (0)"
+    # the name of the convolution is gone: no value of the new graph has an old name and another meaning
+    assert after.journal.equal == {"batch_norm": "conv2d_default"}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_formula_behind(groups: int) -> None:
+    weight, bias = torch.randn(8, 4 // groups, 3, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    scale, shift = torch.randn(2, 8, dtype=torch.float64)
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    expected = F.conv2d(x, weight, bias, groups=groups) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    folded = fold_behind(weight, bias, scale, shift, None)
+    torch.testing.assert_close(F.conv2d(x, *folded, groups=groups), expected, rtol=0, atol=1e-12)
+    assert (F.conv2d(x, weight, folded[1], groups=groups) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_formula_in_front(groups: int) -> None:
+    weight, bias = torch.randn(8, 4 // groups, 3, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    scale, shift = torch.randn(2, 4, dtype=torch.float64)
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    expected = F.conv2d(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), weight, bias, groups=groups)
+    folded = fold_in_front(weight, bias, scale, shift, groups)
+    torch.testing.assert_close(F.conv2d(x, *folded, groups=groups), expected, rtol=0, atol=1e-12)
+    assert (F.conv2d(x, folded[0], bias, groups=groups) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "norm, carrier, shape",
+    [
+        (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), (4, 8, 8)),
+        (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2, padding="valid", bias=False), (4, 8, 8)),
+        (nn.BatchNorm1d(4), nn.Linear(4, 6), (4,)),
+    ],
+)
+def test_batch_norm_folds_into_what_reads_it(
+    norm: nn.Module, carrier: nn.Module, shape: tuple[int, ...]
+) -> None:
+    before = captured(nn.Sequential(nn.ReLU(), norm, carrier), torch.randn(3, *shape))
+    after, _ = fold(before)
+    assert "batch_norm" not in operators(after)
+    assert error(before, after, torch.randn(5, *shape)) < TOLERANCE
+
+
+def test_two_batch_norms_in_a_row() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6))
+    after, outcome = fold(captured(model, torch.randn(3, 4, 8, 8)))
+    assert operators(after) == {"conv": 1} and len(outcome.rewrites) == 2
+
+
+def test_shared_weights_get_copies_and_it_is_said() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norms[1](self.conv(torch.relu(self.norms[0](self.conv(x)))))
+
+    before = captured(Shared(), torch.randn(2, 4, 6, 6))
+    after, outcome = fold(before)
+    assert operators(after) == {"conv": 2, "activation": 1}
+    assert outcome.rewrites[0].what.endswith(
+        "conv.weight is shared with conv, this site now has its own copy"
+    )
+    assert after.tensors.keys() == {"conv.weight", "conv.bias", "conv.weight_1", "conv.bias_1"}
+    assert error(before, after, torch.randn(5, 4, 6, 6)) < TOLERANCE
+
+
+def test_a_module_called_twice_goes_on_sharing() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(torch.relu(self.body(x)))
+
+    after, outcome = fold(captured(Twice(), torch.randn(2, 4, 6, 6)))
+    assert len(outcome.rewrites) == 2 and len(after.tensors) == 2
+
+
+def test_half_precision_is_folded_in_float64() -> None:
+    model = with_power(
+        nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(3, 4, 8, 8)
+    ).bfloat16()
+    before = capture(model, (torch.randn(3, 4, 8, 8).bfloat16(),))
+    after = before.copy()
+    Fold().run(after, context(after))
+    assert {t.dtype for t in after.tensors.values()} == {torch.bfloat16}
+    wide = {n: t.double() for n, t in before.tensors.items()}
+    scale = wide["1.weight"] / (wide["1.running_var"] + 1e-5).sqrt()
+    exact = wide["0.weight"] * scale.view(-1, 1, 1, 1)
+    assert torch.equal(after.tensors["0.weight"], exact.bfloat16())
+
+
+def test_resnet_is_convolutions_afterwards() -> None:
+    before = captured(torchvision_model("resnet18"), torch.randn(4, 3, 64, 64))
+    after, outcome = fold(before)
+    assert len(outcome.rewrites) == 20 and outcome.declines == []
+    assert operators(after) == operators(before) - Counter(batch_norm=20)
+
+
+# ------------------------------------------------------------------------- batch norm that stays
+
+
+def batch_norm(read: str = "", **options: Any) -> Graph:
+    """Convolution and batch norm; read: `second`, `output` or `linear` changes who reads what."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, **options)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            if read == "second":
+                return self.norm(y) + torch.sigmoid(y)
+            return (self.norm(y), y) if read == "output" else self.norm(y)
+
+    return captured(Net(), torch.randn(3, 4, 6, 6))
+
+
+def declined(graph: Graph) -> str:
+    """The one reason of a fold that must change nothing."""
+    after, outcome = graph.copy(), None
+    outcome = Fold().run(after, context(after))
+    assert after.text() == graph.text(), outcome.rewrites
+    (found,) = outcome.declines
+    return found.reason
+
+
+def test_convolution_read_twice() -> None:
+    assert declined(batch_norm("second")) == "the output of conv is read twice"
+
+
+def test_convolution_that_is_an_output() -> None:
+    assert declined(batch_norm("output")) == "the output of conv is an output of the graph"
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_impossible_variance_names_the_channel(value: float) -> None:
+    graph = batch_norm()
+    node = next(n for n in graph.nodes if n.target == "norm.running_var")
+    var = graph.tensor(node).clone()
+    var[2] = value
+    graph.set_tensor(node, var)
+    assert declined(graph) == f"the running variance of channel 2 is {value:g} (eps 1e-05)"
+
+
+def test_variance_of_zero_is_safe_with_an_epsilon_and_not_without() -> None:
+    def with_dead_channel(eps: float) -> Graph:
+        graph = batch_norm(eps=eps)
+        node = next(n for n in graph.nodes if n.target == "norm.running_var")
+        var = graph.tensor(node).clone()
+        var[1] = 0
+        graph.set_tensor(node, var)
+        return graph
+
+    assert operators(fold(with_dead_channel(1e-3))[0]) == {"conv": 1}
+    assert declined(with_dead_channel(1e-12)) == "the running variance of channel 1 is 0 (eps 1e-12)"
+
+
+def test_training_mode() -> None:
+    graph = batch_norm()
+    node = next(n for n in graph.nodes if kind(n) == "batch_norm")
+    graph.set_args(node, (*node.args[:5], True, *node.args[6:]))
+    assert declined(graph) == "it is in training mode: its statistics are those of the batch"
+
+
+def test_no_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    graph = capture(model, (torch.randn(3, 4, 6, 6),))
+    assert declined(graph) in (
+        "it has no running statistics",
+        "it is in training mode: its statistics are those of the batch",
+    )
+
+
+def test_padding_behind_a_batch_norm() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
+    reason = declined(captured(model, torch.randn(3, 4, 6, 6)))
+    assert reason == "2 pads with zeros, which the batch norm in front of it would have shifted"
+
+
+def test_batch_norm_over_the_tokens_of_a_linear() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5))
+    reason = declined(captured(model, torch.randn(3, 5, 8)))
+    assert reason == "it normalises axis 1, which is not the feature axis of the linear"
+
+
+def test_batch_norm_alone_stays() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
+    reason = declined(captured(model, torch.randn(3, 4, 6, 6)))
+    assert reason == "it reads relu, and what reads it is not one convolution or linear"
+
+
+def test_computed_weights_stay() -> None:
+    def body(m: Function, x: Tensor, w: Tensor) -> Tensor:
+        mean, var = torch.zeros(4), torch.ones(4)
+        return F.batch_norm(F.conv2d(x, w), mean, var, m.a, m.b)
+
+    after, outcome = fold(function(body, torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)))
+    assert operators(after) == {"conv": 1, "batch_norm": 1}
+    assert [d.reason for d in outcome.declines] == ["the weight of conv2d is computed"]
+
+
+# ------------------------------------------------------------------------- identities
+
+
+IDENTITIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "dropout": lambda m, x: F.dropout(x, 0.5, training=False),
+    "dropout of nothing": lambda m, x: F.dropout(x, 0.0, training=True),
+    "x + 0": lambda m, x: x + 0,
+    "0 + x": lambda m, x: torch.zeros(4) + x,
+    "x - 0": lambda m, x: x - 0.0,
+    "x * 1": lambda m, x: x * 1.0,
+    "ones * x": lambda m, x: torch.ones(4) * x,
+    "x / 1": lambda m, x: x / 1,
+    "reshape to the same": lambda m, x: x.reshape(x.shape),
+    "reshape and back": lambda m, x: x.reshape(-1, 12).reshape(x.shape),
+    "unsqueeze and squeeze": lambda m, x: x.unsqueeze(1).squeeze(1),
+    "permute identity": lambda m, x: x.permute(0, 1, 2),
+    "transpose twice": lambda m, x: x.transpose(1, 2).transpose(-1, -2),
+    "permutes that cancel": lambda m, x: x.permute(1, 2, 0).permute(2, 0, 1),
+    "cast to the same": lambda m, x: x.to(torch.float32),
+    "clone": lambda m, x: x.clone(),
+    "detach": lambda m, x: x.detach(),
+    "full slice": lambda m, x: x[:, :3],
+    "expand to the same": lambda m, x: x.expand(-1, 3, 4),
+    "cat of one": lambda m, x: torch.cat([x]),
+    "pad of nothing": lambda m, x: F.pad(x, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("body", IDENTITIES.values(), ids=IDENTITIES)
+def test_identities_go(body: Callable[[Any, Tensor], Tensor]) -> None:
+    before = function(lambda m, x: torch.tanh(body(m, torch.exp(x))), torch.randn(2, 3, 4))
+    after, outcome = fold(before)
+    assert [n.target for n in after.nodes if n.op == "call_function"] == [aten.exp.default, aten.tanh.default]
+    assert len(outcome.rewrites) >= 1 and outcome.declines == []
+    assert torch.equal(before.run(*before.example)[0], after.run(*before.example)[0])
+
+
+NOT_IDENTITIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a cast that rounds": lambda m, x: x.to(torch.bfloat16).to(torch.float32),
+    "x + 0 that broadcasts": lambda m, x: x.narrow(1, 0, 1) + torch.zeros(3, 4),
+    "x + 0 that promotes": lambda m, x: x.half() + torch.zeros(4),
+    "x * 1 that promotes": lambda m, x: (x > 1) * 1.0,
+    "0 - x": lambda m, x: 0 - x,
+    "nearly zero": lambda m, x: x + torch.tensor([0, 0, 0, 1e-3]),
+    "transpose once": lambda m, x: x.transpose(1, 2),
+    "permutes that do not cancel": lambda m, x: x.permute(1, 2, 0).permute(1, 2, 0),
+    "reshape that regroups": lambda m, x: x.reshape(-1, 4, 3),
+    "pad and crop": lambda m, x: F.pad(x, (1, -1)),
+    "roll": lambda m, x: x.roll(1, -1),
+    "a slice": lambda m, x: x.narrow(1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("body", NOT_IDENTITIES.values(), ids=NOT_IDENTITIES)
+def test_what_only_looks_like_an_identity_stays(body: Callable[[Any, Tensor], Tensor]) -> None:
+    before = function(lambda m, x: torch.tanh(body(m, torch.exp(x))), torch.randn(2, 3, 4))
+    after, _ = fold(before)
+    kinds = {"identity", "size", "create"}
+    kept = [n.target for n in before.nodes if n.op == "call_function" and kind(n) not in kinds]
+    assert [n.target for n in after.nodes if n.op == "call_function"] == kept
+    assert torch.equal(before.run(*before.example)[0], after.run(*before.example)[0])
+
+
+def test_active_dropout_stays() -> None:
+    graph = function(lambda m, x: F.dropout(x, 0.5, training=False) + 1, torch.randn(2, 4))
+    node = next(n for n in graph.nodes if n.target is aten.dropout.default)
+    graph.set_args(node, (*node.args[:2], True))
+    assert declined(graph) == "is in training mode: it is random, and stays"
+
+
+def test_a_view_behind_a_dropped_contiguous_becomes_a_reshape() -> None:
+    def body(m: Function, x: Tensor) -> Tensor:
+        return torch.relu(torch.exp(x).transpose(1, 2).contiguous()).view(-1, 12)
+
+    before = function(body, torch.randn(2, 3, 4))
+    after, _ = fold(before)
+    assert operators(after) == {"activation": 2, "transpose": 1, "view": 1}
+    assert aten.reshape.default in [n.target for n in after.nodes]
+    assert error(before, after, torch.randn(5, 3, 4)) == 0
+
+
+def test_a_contiguous_that_strides_depend_on_stays() -> None:
+    def body(m: Function, x: Tensor) -> Tensor:
+        return torch.view_as_complex(torch.exp(x).transpose(1, 2).contiguous()).abs()
+
+    assert declined(function(body, torch.randn(2, 2, 4))) == "an operator behind it reads memory by strides"
+
+
+def test_an_output_stays_apart_from_an_input() -> None:
+    before = function(lambda m, x: (x.clone(), torch.exp(x)), torch.randn(2, 4))
+    assert declined(before) == "it keeps an output apart from an input, a tensor or another output"
+    twice = function(lambda m, x: (torch.exp(x).clone(), torch.exp(x)), torch.randn(2, 4))
+    after, _ = fold(twice)
+    assert operators(after) == {"activation": 2}
+
+
+# ------------------------------------------------------------------------- constants and dead code
+
+
+def test_constants_are_folded_once() -> None:
+    def body(m: Function, x: Tensor) -> Tensor:
+        mask = torch.ones(4, 4).tril() * (m.a @ m.b)
+        return torch.relu(x @ mask) + torch.arange(4)
+
+    before = function(body, torch.randn(2, 4), shape=(4, 4))
+    after, outcome = fold(before)
+    assert operators(after) == {"matmul": 1, "activation": 1, "add": 1}
+    assert [r.what for r in outcome.rewrites] == [
+        "4 operators on constants into one tensor",
+        "1 operator on constants into one tensor",
+    ]
+    assert torch.equal(before.run(*before.example)[0], after.run(*before.example)[0])
+
+
+def test_random_numbers_are_no_constants() -> None:
+    before = function(lambda m, x: x + torch.exp(torch.zeros(4)), torch.randn(2, 4))
+    zeros = next(n for n in before.nodes if kind(n) == "create")
+    before.replace_uses(zeros, before.insert(aten.rand.default, ([4],), before=zeros))
+    before.clean()
+    after, outcome = before.copy(), None
+    outcome = Fold().run(after, context(after))
+    assert after.text() == before.text() and outcome.rewrites == []
+
+
+def test_dequantize_is_a_barrier() -> None:
+    import torch.ao.quantization.fx._decomposed
+
+    before = function(lambda m, x: F.linear(x, torch.exp(m.a)), torch.randn(2, 4), shape=(4, 4))
+    exp = next(n for n in before.nodes if n.target is aten.exp.default)
+    packed = before.add_tensor("packed", torch.randint(-9, 9, (4, 4), dtype=torch.int8))
+    arguments = (packed, 0.1, 0, -128, 127, torch.int8)
+    opened = before.insert(
+        torch.ops.quantized_decomposed.dequantize_per_tensor.default, arguments, before=exp
+    )
+    before.set_args(exp, (opened,))
+    before.clean()
+    after, _ = fold(before)
+    assert after.text() == before.text()
+
+
+def test_large_constants_are_left() -> None:
+    before = function(lambda m, x: x * (m.a.unsqueeze(1) * m.b), torch.randn(2, 64, 64), shape=(64,))
+    assert operators(fold(before)[0]) == {"mul": 1}
+    after, outcome = fold(before, max_bytes=1000)
+    assert operators(after) == operators(before) - Counter(unsqueeze=1)
+    assert outcome.declines[0].reason == "as a constant it would add 15,872 bytes, more than max_bytes=1,000"
+
+
+def test_a_constant_output_keeps_its_last_operator() -> None:
+    before = function(lambda m, x: (x + 1, (m.a * m.b) + m.b), torch.randn(2, 4))
+    after, _ = fold(before)
+    assert operators(after) == {"add": 2}
+    assert all(r.op == "call_function" for r in after.results)
+
+
+def test_dead_code_goes() -> None:
+    before = function(lambda m, x: torch.tanh(x), torch.randn(2, 4))
+    before.insert(aten.exp.default, (before.placeholders[0],), before=before.output)
+    after, outcome = fold(before)
+    assert operators(after) == {"activation": 1}
+    assert [(r.site, r.what) for r in outcome.rewrites] == [("graph", "1 operator that no output needs")]
+
+
+# ------------------------------------------------------------------------- the pass
+
+
+def test_limit_applies_the_first_rewrites_only() -> None:
+    layers = [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU()]
+    before = captured(nn.Sequential(*layers, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 4, 9, 9))
+    _, full = fold(before)
+    for limit in range(4):
+        after, first = fold(before, limit=limit)
+        assert first.rewrites == full.rewrites[:limit]
+        assert sum(operators(before).values()) - sum(operators(after).values()) == limit
+    assert [r.site for r in full.rewrites] == ["2", "1", "5"]
+
+
+def test_the_users_weights_are_not_written_into() -> None:
+    model = with_power(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 4, 9, 9))
+    saved = {key: t.clone() for key, t in model.state_dict().items()}
+    fold(capture(model, (torch.randn(2, 4, 9, 9),)))
+    assert all(torch.equal(t, saved[key]) for key, t in model.state_dict().items())
+
+
+def test_order() -> None:
+    assert {"merge", "prune", "squeeze"} <= set(Fold.after)
