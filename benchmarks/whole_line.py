@@ -73,7 +73,15 @@ def cifar(name: str, folder: Path) -> dict:
 
 def digits(folder: Path) -> dict:
     training, _ = timed([str(ROOT / "examples" / "digits.py")], folder)
-    words = ["digits.pt2", "--passes", "merge,prune,int8", "--calib", "digits.npz", "--eval", "digits-test.npz"]
+    words = [
+        "digits.pt2",
+        "--passes",
+        "merge,prune,int8",
+        "--calib",
+        "digits.npz",
+        "--eval",
+        "digits-test.npz",
+    ]
     return compress(words, folder) | {"training": training}
 
 
@@ -91,7 +99,9 @@ def main() -> None:
             folder = Path(scratch) / name.split(":")[0]
             folder.mkdir()
             rows[name] = job(folder)
-    print("| model: passes | top-1 before -> after | output SQNR | file vs fp32 ONNX | latency vs fp32 ONNX |")
+    print(
+        "| model: passes | top-1 before -> after | output SQNR | file vs fp32 ONNX | latency vs fp32 ONNX |"
+    )
     print("|---|---|---|---|---|")
     for name, r in rows.items():
         low, high = r["spread"]

@@ -75,13 +75,8 @@ def verify(
     source, _, held_out = streams(graph, data, opt, given(loaded, example_inputs))
     batches = list((source or held_out).limited(opt.calib_limit))
     session = runtime.session(onnx)
-    observer = contracts.Observer(graph)
-    count = len(graph.outputs)
-    comparison = contracts.Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     inputs = delivery.session_inputs(session, graph.inputs)
-    for batch in batches:
-        seen = delivery.run_emitted(session, inputs, batch.inputs)
-        comparison.update(observer.run(batch.inputs)[:count], seen)
+    comparison = delivery.compare_session(graph, session, inputs, [batch.inputs for batch in batches])
     checks = comparison.checks(tolerance)
     bad = [
         c
@@ -92,7 +87,7 @@ def verify(
         "ok": not bad,
         "checks": [c.to_dict() for c in checks],
         "provider": CPU,
-        "samples": sum(b.inputs[0].shape[0] for b in batches),
+        "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
     }
 
 

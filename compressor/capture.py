@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ def _export(
     tensors = [v for _, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not tensors:
         raise UsageError("the example holds no tensor input")
-    named = {spec.name: spec for spec in overrides}
+    named = _by_path(overrides, paths, tensors)
     first = next((t for t in tensors if t.dim()), tensors[0])  # a scalar has no batch
     shapes = [_axes(path, t, named, first, dynamic) for path, t in zip(paths, tensors, strict=True)]
     try:
@@ -192,11 +193,31 @@ def _export(
     return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, tensors, shapes, strict=True))
 
 
+def _by_path(
+    overrides: Sequence[Input], paths: Sequence[str], tensors: Sequence[Tensor]
+) -> dict[str, Input]:
+    """Descriptions by the input they are of: by name, in order where no name fits. UsageError on a contradiction."""
+    if len(overrides) == len(paths) and not {spec.name for spec in overrides} & set(paths):
+        overrides = [replace(spec, name=path) for spec, path in zip(overrides, paths, strict=True)]
+    examples = dict(zip(paths, tensors, strict=True))
+    for spec in overrides:
+        if spec.name not in examples:
+            raise UsageError(f"--input {spec}: no input has this name; the model takes {', '.join(paths)}")
+        have = examples[spec.name]
+        fits = len(spec.shape) == have.dim() and all(
+            isinstance(want, str) or want == size for want, size in zip(spec.shape, have.shape, strict=True)
+        )
+        if not fits or spec.dtype != have.dtype:
+            example = Input(spec.name, have.dtype, tuple(have.shape))
+            raise UsageError(f"--input {spec}: the example input is {example}")
+    return {spec.name: spec for spec in overrides}
+
+
 def _axes(
     path: str, tensor: Tensor, named: Mapping[str, Input], first: Tensor, dynamic: bool
 ) -> tuple[int | str, ...]:
     """Sizes of one input with the names of its dynamic axes."""
-    if path in named and len(named[path].shape) == tensor.dim():
+    if path in named:
         return named[path].shape
     if dynamic and tensor.dim() and first.dim() and tensor.shape[0] == first.shape[0]:
         return ("batch", *tensor.shape[1:])
@@ -231,7 +252,10 @@ def _run_export(
         return {i: torch.export.Dim.DYNAMIC for i, size in enumerate(next(feed)) if isinstance(size, str)}
 
     spec = pytree.tree_map(dims, (args, kwargs))
-    by_name = _signature_shapes(model, spec)
+    # None where nothing is dynamic: the exporter cannot match shapes with what `**kwargs` takes up
+    by_name = _signature_shapes(model, spec) if any(isinstance(s, str) for one in shapes for s in one) else None
+    # a failed export leaves marks on the tensors that it was given, so they are not the caller's
+    args, kwargs = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
     with torch.no_grad(), quiet(), _data_as_detach():
         return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import measure, runtime, verify
 from .data import Batch
 from .emit import Emitted, emit, feeds, is_integer
-from .errors import ContractError, OutputError, TargetError
+from .errors import ContractError, DataError, OutputError, TargetError
 from .ir import Graph, Input
 from .target import Target
 from .verify import Check, Comparison, Observer
@@ -115,16 +115,78 @@ def check_emitted(
     Float models within 1e-4 (half precision: 30 dB), integer models at 30 dB; ContractError beyond.
     """
     session = runtime.session(emitted.path, providers=[provider])
-    observer = Observer(graph)
-    count = len(graph.outputs)
-    comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
-    for inputs in _varied(graph, batches):
-        seen = run_emitted(session, emitted.inputs, inputs)
-        reference = observer.run(inputs)[:count]
-        comparison.update(reference, tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)))
+    comparison = compare_session(graph, session, emitted.inputs, _varied(graph, batches))
     checks = comparison.checks(tolerance or verify.EMITTED)
     judge_emitted(graph, checks)
     return checks
+
+
+def compare_session(
+    graph: Graph, session: Any, inputs: Sequence[Input], samples: Iterable[Sequence[Tensor]]
+) -> Comparison:
+    """Outputs of a session with these inputs against those of the graph, both fed in pieces that fit the session.
+
+    Only whole pieces are compared with each other: an output may well mix the samples of a batch, or have none.
+    """
+    observer = Observer(graph)
+    count = len(graph.outputs)
+    names = [o.name for o in session.get_outputs()]
+    if len(names) != count:
+        raise TargetError(
+            f"the ONNX model returns {', '.join(names)}; the model returns {', '.join(graph.outputs)}"
+        )
+    comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
+    before: tuple[Tensor, ...] | None = None
+    compared = False
+    for whole in samples:
+        for part in _pieces(graph.inputs, inputs, whole):
+            seen = _tensors(runtime.run(session, feeds(inputs, part)))
+            reference = observer.run(part)[:count]
+            alike = before is not None and [t.shape for t in before] == [t.shape for t in reference]
+            comparison.update(
+                reference,
+                tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)),
+                before if alike else None,
+            )
+            before, compared = reference, True
+    if not compared:
+        shown = ", ".join(map(str, inputs))
+        raise DataError(f"no sample is large enough for the emitted model, which takes {shown}")
+    return comparison
+
+
+def _pieces(
+    specs: Sequence[Input], inputs: Sequence[Input], tensors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of dynamic `specs` cut to what `inputs` fix; nothing where they are smaller than that.
+
+    A leading axis is cut into as many pieces as there are, any other to its beginning.
+    """
+    fixed: dict[str, int] = {}
+    have: dict[str, int] = {}
+    leading: set[str] = set()
+    for spec, one, tensor in zip(specs, inputs, tensors, strict=True):
+        for axis, (name, size) in enumerate(zip(spec.shape, one.shape, strict=True)):
+            if isinstance(name, str) and isinstance(size, int):
+                fixed[name], have[name] = size, tensor.shape[axis]
+                leading |= {name} if axis == 0 else set()
+    counts = {name: have[name] // size for name, size in fixed.items()}
+    if not all(counts.values()):
+        return
+    for i in range(min((counts[name] for name in leading), default=1)):
+        starts = {name: i * size if name in leading else 0 for name, size in fixed.items()}
+        yield tuple(
+            _window(tensor, spec, fixed, starts) for spec, tensor in zip(specs, tensors, strict=True)
+        )
+
+
+def _window(
+    tensor: Tensor, spec: Input, sizes: Mapping[str, int], starts: Mapping[str, int]
+) -> Tensor:
+    for axis, name in enumerate(spec.shape):
+        if isinstance(name, str) and name in sizes:
+            tensor = tensor.narrow(axis, starts[name], sizes[name])
+    return tensor
 
 
 def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
@@ -150,6 +212,10 @@ def session_inputs(session: Any, specs: Sequence[Input]) -> tuple[Input, ...]:
         raise TargetError(
             f"the ONNX model takes {', '.join(taken)}; the model takes {', '.join(s.name for s in specs)}"
         )
+    for spec in specs:
+        if len(taken[spec.name].shape) != len(spec.shape):
+            shown = f"{spec.name} as {taken[spec.name].shape}"
+            raise TargetError(f"the ONNX model takes {shown}; the model takes {spec}")
     halves = {"tensor(float16)": torch.float16}
     return tuple(
         Input(s.name, halves.get(taken[s.name].type, s.dtype), tuple(taken[s.name].shape)) for s in specs
@@ -169,7 +235,8 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
             for s, t in zip(inputs, tensors, strict=True)
         ]
         pieces.append(_tensors(runtime.run(session, feeds(inputs, part))))
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    # an output of one number has no axis to join along
+    return tuple(torch.cat([p if p.dim() else p[None] for p in parts]) for parts in zip(*pieces, strict=True))
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:

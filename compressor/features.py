@@ -98,9 +98,9 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | li
 def _broadcast(step: Step, axes: list[Axis], constants: list[tuple[Node, int]], size: Size) -> Axis:
     """One axis of a result: the same atoms in every operand of the region, and no constant that tells tokens apart."""
     present = {a for a in axes if a}
-    if len(present) > 1:
+    axis = next(iter(present), ())
+    if len(present) > 1 or (tokens(axis) and () in axes):  # every value has every token: this one, elsewhere
         raise step.fail("combines different positions")
-    axis = present.pop() if present else ()
     for node, dim in constants:
         if node.meta["val"].shape[dim] == 1:
             continue
@@ -115,7 +115,7 @@ def _aligned(step: Step, layouts: list[Layout], constants: list[Node], sizes: li
     """Broadcasting over trailing axes, all of them."""
     result = []
     for back in range(len(sizes), 0, -1):
-        axes = [layout[-back] for layout in layouts if len(layout) >= back]
+        axes = [layout[-back] if len(layout) >= back else () for layout in layouts]
         consts = [(c, c.meta["val"].dim() - back) for c in constants if c.meta["val"].dim() >= back]
         result.append(_broadcast(step, axes, consts, sizes[-back]))
     return tuple(result)

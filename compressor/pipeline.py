@@ -83,7 +83,7 @@ class Context:
 
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
     may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
-    `advance(n)`. measure(graph): median milliseconds of one run on the target's runtime, batch 1; None where
+    `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
     measuring is switched off.
     """
 
@@ -92,7 +92,7 @@ class Context:
     calibration: Data | None = None
     seed: int = 0
     limit: int | None = None
-    measure: Callable[[Graph], float] | None = None
+    measure: Callable[..., list[float]] | None = None
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )

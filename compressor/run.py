@@ -33,6 +33,7 @@ from .target import Target
 SAMPLES = 8  # generated held-out samples where the user gave no data
 CHECKED = 64  # held-out samples that every contract is checked on, at most
 BENCH_SECONDS = 2.0
+TIMING_SECONDS = 0.5  # for each graph that a pass has timed
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Run:
         self.notices = list(_version_notice())
         self.scratch = Path()
         self.evaluator: data.Evaluator | None = None
-        self.stopwatch: dict[str, float] = _latency_table(opt.latency_table)
+        self.stopwatch: dict[str, list[float]] = _latency_table(opt.latency_table)
+        self.timed: dict[str, Emitted] = {}
         self.facts: dict[str, Any] = {}
         self.bar = _progress_bar(opt.console)
         for name in opt.print_after:
@@ -279,16 +281,19 @@ class Run:
                     found.setdefault(name, size if axis == 0 else tensor.shape[axis])
         return found
 
-    def measure(self, graph: Graph) -> float:
-        """Median milliseconds of one run of the graph, batch 1, one thread, on the target's provider."""
-        key = f"{self.target.name}:{graph.fingerprint()}"
+    def measure(self, *graphs: Graph) -> list[float]:
+        """Median milliseconds of one run of each graph, timed in turns: batch 1, one thread."""
+        prints = [graph.fingerprint() for graph in graphs]
+        key = f"{self.target.name}:{'+'.join(prints)}"
         if key not in self.stopwatch:
-            folder = Path(tempfile.mkdtemp(dir=self.scratch))
-            plain = dataclasses.replace(self.target, formats=("onnx",))
-            emitted = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
-            self.stopwatch[key] = delivery.latencies({"model": emitted}, graph.example, seconds=0.7)["model"][
-                "median_ms"
-            ]
+            for graph, print_ in zip(graphs, prints, strict=True):
+                if print_ not in self.timed:
+                    folder = Path(tempfile.mkdtemp(dir=self.scratch))
+                    plain = dataclasses.replace(self.target, formats=("onnx",))
+                    self.timed[print_] = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
+            files = {p: self.timed[p] for p in prints}
+            found = delivery.latencies(files, graphs[0].example, seconds=len(files) * TIMING_SECONDS)
+            self.stopwatch[key] = [found[p]["median_ms"] for p in prints]
         return self.stopwatch[key]
 
     def step(self, words: str) -> AbstractContextManager[Callable[[int], None]]:
@@ -348,7 +353,7 @@ def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
     return capture(loaded.model, args, kwargs, inputs=specs)
 
 
-def _latency_table(path: str | Path | None) -> dict[str, float]:
+def _latency_table(path: str | Path | None) -> dict[str, list[float]]:
     """What an earlier run measured: the decisions made by it are made again."""
     return dict(report.read_report(path).get("latency_table") or {}) if path is not None else {}
 

@@ -74,7 +74,9 @@ def run(
         shown = ", ".join(map(str, inputs)) if isinstance(inputs, Mapping) else f"{len(inputs)} arrays"
         raise TargetError(f"the model takes {', '.join(expected)}; it was given {shown}")
     try:
-        return list(session.run(None, {name: np.ascontiguousarray(given[name]) for name in expected}))
+        # not np.ascontiguousarray, which gives a scalar an axis
+        feeds = {name: np.require(given[name], requirements="C") for name in expected}
+        return list(session.run(None, feeds))
     except Exception as error:  # onnxruntime's classes share no base below Exception
         raise TargetError(f"ONNX Runtime could not run the model: {_reason(error)}") from error
 

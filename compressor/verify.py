@@ -127,7 +127,7 @@ class _Sums:
         self.dtype = ref.dtype
         self._rank(ref, got)
         a, b = ref.double(), got.double()
-        if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        if not _same_infinities(a, b):
             self.finite = False
         a, b = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (a, b))
         if not a.numel():
@@ -176,6 +176,11 @@ class _Sums:
             finite=self.finite,
             discrete=discrete,
         )
+
+
+def _same_infinities(a: Tensor, b: Tensor) -> bool:
+    """NaN, inf and -inf stand in the same places; one is not as good as another."""
+    return all(torch.equal(f(a), f(b)) for f in (torch.isnan, torch.isposinf, torch.isneginf))
 
 
 # -------------------------------------------------------------------- what is compared
@@ -328,7 +333,7 @@ def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
         error = math.inf
     elif not expected.numel():
         error = 0.0
-    elif not torch.equal(torch.isfinite(expected), torch.isfinite(seen)):
+    elif not _same_infinities(expected, seen):
         error = math.inf
     else:
         delta = torch.nan_to_num(expected - seen, 0.0, 0.0, 0.0).abs().max()

@@ -29,10 +29,11 @@ LARGEST = 65504.0  # of float16
 HEADROOM = 4.0  # for other data than the calibration data
 LOWEST, HUGE = -1e8, 1e30  # numbers beyond these stand for infinity: -1e9 or -3.4e38 in an attention mask
 MASKED = LARGEST / 2  # what stands for them in half precision: two of them still add up to a finite number
-TRIED = 4  # samples that operators are tried on; ranges are those of all
+TRIED, RANGED = 2, 64  # samples that operators are tried on, and that ranges are taken from
 TOLERANCE = 2.0**-7  # largest change of an operator's output, relative to its scale: 16 roundings of float16
 _SIZES = ("size", "getitem", "assertion")  # read no values
 _INTEGERS = ("quantize", "dequantize")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,14 @@ class Fp16(Pass):
         survey = _Survey(graph, self.ignore)
         data = ctx.calibration or ctx.held_out
         with ctx.progress("trying half precision", None):
-            for count, batch in enumerate(data):
-                if not count:
+            samples = 0
+            for batch in data:
+                if not samples:
                     survey.watch(_first(graph, batch.inputs), trial=True)
                 survey.watch(batch.inputs, trial=False)
+                samples += len(batch.inputs[0])
+                if samples >= RANGED:
+                    break
         reasons = survey.verdicts()
         half = [node for node in survey.candidates if node not in reasons][: ctx.limit]
         chosen = _worthwhile(half, kept=self.io == "keep")
@@ -69,7 +74,7 @@ class Fp16(Pass):
             "single": len(survey.candidates) - len(chosen),
             "casts": casts,
             "why": dict(Counter(kind(node) for node in reasons).most_common(10)),
-            "tried_on": data.description,
+            "tried_on": f"{samples} samples of {data.description}",
         }
         return Outcome(
             [Rewrite(site(n), f"{operator_name(n)} in half precision") for n in chosen], declines, facts
@@ -137,9 +142,12 @@ class _Survey:
 
     def _try(self, node: Node, live: dict[Node, Any]) -> None:
         """Fails an operator that half precision changes, and what it reads where rounding that is what changes it."""
+        if any(isinstance(t, Tensor) and t.dtype in _WHOLE for t in pytree.tree_leaves(live[node])):
+            self._failed[node] = "it makes integers of floats, and rounded floats would make others"
+            self._demand(node, f"{operator_name(node)} at {site(node)} makes integers of it")
+            return
         twin = self._twins[node]
         rounded = {n: pytree.tree_map(_halved, live[n]) for n in node.all_input_nodes}
-        widened = {n: pytree.tree_map(_widened, value) for n, value in rounded.items()}
         operands = dict(zip(twin.all_input_nodes, rounded.values(), strict=True))
         try:
             seen = self._twin.execute(twin, operands)
@@ -149,11 +157,16 @@ class _Survey:
         if any(t.dtype == SINGLE for t in _floats(seen)):
             self._failed[node] = "it gives single precision whatever it reads"
             return
-        from_operands = _moved(live[node], self.graph.execute(node, widened))
-        moved = max(from_operands, _moved(live[node], seen))
-        if not moved <= TOLERANCE:
-            self._failed[node] = f"half precision moves it by {moved:.1%} of its scale"
-        if not from_operands <= TOLERANCE:
+        moved = _moved(live[node], seen)
+        if moved <= TOLERANCE:
+            return
+        self._failed[node] = (
+            f"half precision moves it by {moved:.1%} of its scale, which is {self.peak.get(node, 0.0):.2g}"
+        )
+        widened = {n: pytree.tree_map(_widened, value) for n, value in rounded.items()}
+        if (
+            not _moved(live[node], self.graph.execute(node, widened)) <= TOLERANCE
+        ):  # by rounding what it reads
             self._demand(node, f"{operator_name(node)} at {site(node)} needs more digits of it")
 
     def _demand(self, node: Node, why: str) -> None:

@@ -84,7 +84,15 @@ def test_a_missing_key_is_named(cifar, tmp_path, monkeypatch, run):
     state = cifar.load("resnet20")[0].state_dict()
     del state["layer2.1.conv2.weight"]
     torch.save({"state_dict": state}, "short.pth")
-    words = ("short.pth", "--model", f"{CODE}:CifarResNet(20)", "--input", "x:f32[?,3,32,32]", "--passes", "fold")
+    words = (
+        "short.pth",
+        "--model",
+        f"{CODE}:CifarResNet(20)",
+        "--input",
+        "x:f32[?,3,32,32]",
+        "--passes",
+        "fold",
+    )
     code, _, err = run(*words)
     assert code == 3 and "layer2.1.conv2.weight" in err
     assert not (tmp_path / "short-compressed").exists()
@@ -95,7 +103,9 @@ def test_integers_end_to_end(cifar, data, monkeypatch, run):
     model, _, _ = cifar.load("resnet20")
     torch.save(model.state_dict(), "resnet20.pth")
     words = ("resnet20.pth", "--model", f"{CODE}:CifarResNet(20)", "--input", "x:f32[?,3,32,32]")
-    code, _, err = run(*words, "--passes", "int8", "--calib", "calib.npz", "--eval", "test.npz", "--output", "out")
+    code, _, err = run(
+        *words, "--passes", "int8", "--calib", "calib.npz", "--eval", "test.npz", "--output", "out"
+    )
     assert code == 0, err
     report = json.loads(Path("out/report.json").read_text())
     before, after = report["rows"][0]["metric"]["top1"], report["emitted"]["metric"]["top1"]

@@ -1,4 +1,4 @@
-"""The whole line, as a user runs it: one model in, a verified folder out, or one clear line and nothing changed."""
+"""The whole line on one model: every pass checked, files that say what they are, targets, and broken promises."""
 
 import json
 import math
@@ -52,7 +52,9 @@ def files(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+        program = torch.export.export(
+            model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+        )
         torch.export.save(program, "net.pt2")
         images = torch.randn(80, 3, 16, 16)
         labels = model(images).argmax(1)
@@ -61,7 +63,9 @@ def files(model, tmp_path, monkeypatch):
 
 
 def test_the_whole_line(files, run):
-    code, out, err = run("net.pt2", "--passes", "merge,prune(macs=0.8),int8", "--calib", "calib.npz", "--eval", "calib.npz")
+    code, out, err = run(
+        "net.pt2", "--passes", "merge,prune(macs=0.8),int8", "--calib", "calib.npz", "--eval", "calib.npz"
+    )
     assert code == 0, err
     folder = files / "net-compressed"
     assert {p.name for p in folder.iterdir()} == {"model.onnx", "report.json", "signature.json"}
@@ -81,7 +85,9 @@ def test_the_whole_line(files, run):
     assert signature["inputs"][0]["shape"] == ["batch", 3, 16, 16]
     assert out.rstrip().splitlines()[-1].startswith("compress bench ")
     assert run("inspect", folder / "report.json")[0] == 0
-    assert run("verify", "net.pt2", folder / "model.onnx", "--data", "calib.npz", "--tolerance", "1e-6")[0] == 7
+    assert (
+        run("verify", "net.pt2", folder / "model.onnx", "--data", "calib.npz", "--tolerance", "1e-6")[0] == 7
+    )
     assert run("bench", folder / "model.onnx", "--seconds", "0.2")[0] == 0
 
 
@@ -89,19 +95,31 @@ def test_the_same_input_gives_the_same_bytes_from_any_folder(model, tmp_path):
     images = torch.randn(80, 3, 16, 16)
     made = [
         api.compress(
-            model, (images[:2],), passes="merge,prune(macs=0.8),int8", calibration=images, output=folder, measure=False
+            model,
+            (images[:2],),
+            passes="merge,prune(macs=0.8),int8",
+            calibration=images,
+            output=folder,
+            measure=False,
         )
         for folder in (tmp_path / "a", tmp_path / "b" / "c")
     ]
     assert made[0].onnx.read_bytes() == made[1].onnx.read_bytes()
     other = api.compress(
-        model, (images[:2],), passes="merge,prune(macs=0.7),int8", calibration=images, output=tmp_path / "d", measure=False
+        model,
+        (images[:2],),
+        passes="merge,prune(macs=0.7),int8",
+        calibration=images,
+        output=tmp_path / "d",
+        measure=False,
     )
     assert other.onnx.read_bytes() != made[0].onnx.read_bytes()
 
 
 def test_exact_passes_give_the_numbers_of_the_model(model, tmp_path):
-    result = compressor.compress(model, torch.randn(1, 3, 16, 16), passes="merge,fold", output=tmp_path / "out")
+    result = compressor.compress(
+        model, torch.randn(1, 3, 16, 16), passes="merge,fold", output=tmp_path / "out"
+    )
     assert all(r["status"] == "proved" for r in result.report["rows"][1:])
     x = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
@@ -115,18 +133,38 @@ def test_exact_passes_give_the_numbers_of_the_model(model, tmp_path):
 
 def test_mobile_fixes_the_batch_and_writes_ort(model, tmp_path):
     images = torch.randn(40, 3, 16, 16)
-    result = api.compress(model, (images[:2],), passes="merge,fold", target="mobile", output=tmp_path / "m", measure=False)
+    result = api.compress(
+        model, (images[:2],), passes="merge,fold", target="mobile", output=tmp_path / "m", measure=False
+    )
     assert (tmp_path / "m" / "model.ort").stat().st_size > 1000
     assert result.report["emitted"]["mobile"]
-    assert [d.dim_value for d in onnx.load(result.onnx).graph.input[0].type.tensor_type.shape.dim] == [1, 3, 16, 16]
+    assert [d.dim_value for d in onnx.load(result.onnx).graph.input[0].type.tensor_type.shape.dim] == [
+        1,
+        3,
+        16,
+        16,
+    ]
     free = api.compress(
-        model, (images[:2],), passes="fold", target="mobile", output=tmp_path / "f", measure=False, dynamic=True
+        model,
+        (images[:2],),
+        passes="fold",
+        target="mobile",
+        output=tmp_path / "f",
+        measure=False,
+        dynamic=True,
     )
     assert onnx.load(free.onnx).graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 def test_gpu_says_where_it_was_verified(model, tmp_path):
-    result = api.compress(model, (torch.randn(2, 3, 16, 16),), passes="fold,fp16", target="gpu", output=tmp_path / "g", measure=False)
+    result = api.compress(
+        model,
+        (torch.randn(2, 3, 16, 16),),
+        passes="fold,fp16",
+        target="gpu",
+        output=tmp_path / "g",
+        measure=False,
+    )
     assert "only the structure was checked" in result.report["emitted"]["verified"]
     types = {t.data_type for t in onnx.load(result.onnx).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types
@@ -140,51 +178,15 @@ def test_stop_after_writes_nothing(files, run, capsys):
 
 
 def test_limit_applies_the_first_rewrites_only(model, tmp_path):
-    result = api.compress(model, (torch.randn(2, 3, 16, 16),), passes="fold", limit={"fold": 1}, output=tmp_path / "o", measure=False)
+    result = api.compress(
+        model,
+        (torch.randn(2, 3, 16, 16),),
+        passes="fold",
+        limit={"fold": 1},
+        output=tmp_path / "o",
+        measure=False,
+    )
     assert len(result.report["rows"][1]["rewrites"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["missing.pt2"], 3, "no such file"),
-        (["net.pt2", "--passes", "mrege"], 2, "did you mean 'merge'"),
-        (["net.pt2", "--passes", "prune(mcas=0.5)"], 2, "did you mean 'macs'"),
-        (["net.pt2", "--passes", "prune(macs=0)"], 2, "macs"),
-        (["net.pt2", "--target", "cup"], 2, "did you mean 'cpu'"),
-        (["net.pt2", "--passes", "int8,prune", "--calib", "calib.npz"], 2, "--passes 'prune,int8'"),
-        (["net.pt2", "--passes", "int8"], 2, "--calib"),
-        (["net.pt2", "--passes", "int8", "--calib", "wrong-shape.npz"], 4, "image"),
-        (["net.pt2", "--passes", "int8", "--calib", "wrong-type.npz"], 4, "image"),
-        (["net.pt2", "--passes", "int8", "--calib", "empty.npz"], 4, "empty"),
-        (["net.pt2", "--passes", "int8", "--calib", "none.npz"], 4, "none.npz"),
-        (["text.pt"], 3, "text.pt"),
-        (["cut.pt2"], 3, "cut.pt2"),
-        (["flipped.pt2"], 3, "flipped.pt2"),
-        (["net.onnx"], 3, "ONNX"),
-        (["net.pt2", "--passes", "fold", "--output", "/proc/nothing/here"], 5, "cannot write"),
-        (["net.pt2", "--passes", "fold", "--output", "text.pt"], 5, "is a file"),
-    ],
-)
-def test_bad_input_is_one_clear_line_and_nothing_changes(files, run, words, code, message):
-    np.savez("wrong-shape.npz", image=np.zeros((10, 3, 8, 8), np.float32))
-    np.savez("wrong-type.npz", image=np.zeros((10, 3, 16, 16), np.int64))
-    np.savez("empty.npz", image=np.zeros((0, 3, 16, 16), np.float32))
-    (files / "text.pt").write_text("just a text")
-    data = (files / "net.pt2").read_bytes()
-    (files / "cut.pt2").write_bytes(data[: len(data) // 2])
-    middle = len(data) // 2
-    (files / "flipped.pt2").write_bytes(data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :])
-    (files / "net.onnx").write_bytes(b"\x08\x09")
-    old = files / "net-compressed"
-    old.mkdir()
-    (old / "model.onnx").write_text("old")
-    before = sorted(p.name for p in files.iterdir())
-    got, out, err = run(*words)
-    assert (got, out) == (code, "")
-    assert err.startswith("error: ") and message in err and "Traceback" not in err
-    assert sorted(p.name for p in files.iterdir()) == before
-    assert (old / "model.onnx").read_text() == "old"
 
 
 def test_nan_weights_are_named(model, tmp_path):

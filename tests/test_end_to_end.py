@@ -192,6 +192,27 @@ def wrong_shape(here: Path) -> list[str]:
     return ["model.pt2", "--passes", "int8", "--calib", "data.npz"]
 
 
+def wrong_type(here: Path) -> list[str]:
+    np.savez(here / "data.npz", x=np.zeros((16, 3, 8, 8), np.int64))
+    return ["model.pt2", "--passes", "int8", "--calib", "data.npz"]
+
+
+def no_data(here: Path) -> list[str]:
+    return ["model.pt2", "--passes", "int8"]
+
+
+def missing(here: Path) -> list[str]:
+    return ["modle.pt2"]
+
+
+def impossible_budget(here: Path) -> list[str]:
+    return ["model.pt2", "--passes", "prune(macs=0)"]
+
+
+def no_such_device(here: Path) -> list[str]:
+    return ["model.pt2", "--passes", "fold", "--output", "/proc/nowhere/out", "--no-measure"]
+
+
 def empty_data(here: Path) -> list[str]:
     np.savez(here / "data.npz", x=np.zeros((0, 3, 8, 8), np.float32))
     return ["model.pt2", "--passes", "int8", "--calib", "data.npz"]
@@ -217,7 +238,12 @@ def output_is_a_file(here: Path) -> list[str]:
         (unknown_target, 2, "'cpu'"),
         (no_data_file, 4, "nothing.npz"),
         (wrong_shape, 4, "data.npz"),
+        (wrong_type, 4, "data.npz"),
         (empty_data, 4, "data.npz"),
+        (no_data, 2, "--calib"),
+        (missing, 3, "did you mean 'model.pt2'"),
+        (impossible_budget, 2, "macs"),
+        (no_such_device, 5, "cannot write"),
         (output_is_a_file, 5, "taken"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

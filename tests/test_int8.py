@@ -266,14 +266,14 @@ def test_the_stopwatch_decides_where_the_table_cannot():
     graph = graph_of(Net(forward, a=conv(3, 4), b=nn.Conv2d(4, 8, 3, 2, 1)))
     seen: list[bool] = []
 
-    def clock(slow: bool) -> Callable[[Graph], float]:
-        def measure(trial: Graph) -> float:
+    def clock(slow: bool) -> Callable[..., list[float]]:
+        def time(trial: Graph) -> float:
             selects = sum(kind(n) == "conv" for n in trial.nodes) == 3
             seen.append(selects)
             assert any(kind(n) == "quantize" for n in trial.nodes)
             return 2.0 if selects == slow else 1.0
 
-        return measure
+        return lambda *trials: [time(trial) for trial in trials]
 
     for slow in (False, True):
         after, (prepared, outcome) = compiled(graph, ctx=context(graph, measure=clock(slow)))
@@ -286,7 +286,7 @@ def test_the_stopwatch_decides_where_the_table_cannot():
     )  # the selection is nothing beside it
     plain = graph_of(Net(lambda net, x: F.silu(net.a(x)).mean((2, 3)), a=conv(3, 4)))
     for certain in (wide, plain):
-        compiled(certain, ctx=context(certain, measure=lambda g: pytest.fail("nothing is in doubt")))
+        compiled(certain, ctx=context(certain, measure=lambda *g: pytest.fail("nothing is in doubt")))
 
 
 # ---------------------------------------------------------------- options and refusals

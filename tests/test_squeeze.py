@@ -495,13 +495,13 @@ def test_limit_applies_the_first_rewrites_only(net):
 
 def test_the_stopwatch_has_the_last_word(net):
     before = net.fingerprint()
-    slow = context(net, measure=lambda graph: float(len(graph.nodes)))
+    slow = context(net, measure=lambda *graphs: [float(len(g.nodes)) for g in graphs])
     after, outcome = squeezed(net, Squeeze(macs=0.5), slow)
     assert not outcome.rewrites and after.fingerprint() == before
     assert outcome.facts["ms"]["after"] > outcome.facts["ms"]["before"]
     assert "runs the model no faster" in reasons(outcome) and "not reached" in outcome.facts["budget"]
 
-    fast = context(net, measure=lambda graph: float(macs(graph)))
+    fast = context(net, measure=lambda *graphs: [float(macs(g)) for g in graphs])
     _, every = squeezed(net, Squeeze(macs=0.5), context(net))
     assert squeezed(net, Squeeze(macs=0.5), fast)[1].rewrites == every.rewrites
     assert squeezed(net, Squeeze(macs=0.5, measure=False), slow)[1].rewrites == every.rewrites
@@ -511,7 +511,9 @@ def test_half_of_a_plan_is_kept_where_that_is_faster(net):
     _, every = squeezed(net, Squeeze(macs=0.5), context(net))
     size = len(net.nodes)
     added = {size + 2 * n + bias for n in range(1, 2) for bias in (0, 1)}  # one split adds two or three nodes
-    ctx = context(net, measure=lambda graph: 1.0 if len(graph.nodes) in added else float(len(graph.nodes)))
+    ctx = context(
+        net, measure=lambda *graphs: [1.0 if len(g.nodes) in added else float(len(g.nodes)) for g in graphs]
+    )
     _, outcome = squeezed(net, Squeeze(macs=0.5), ctx)
     assert len(outcome.rewrites) == 1 < len(every.rewrites)
     greatest = min(every.facts["layers"], key=lambda f: f["macs"])
