@@ -32,7 +32,19 @@ from passes.prune import Prune  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
 SHARE, TOLERANCE, SAMPLES = 0.6, 1e-5, 8
-MODELS = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x1_0", "squeezenet1_1", "googlenet", "efficientnet_b0", "regnet_x_400mf", "convnext_tiny", "vit_b_16"]
+MODELS = [
+    "resnet18",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "densenet121",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+    "googlenet",
+    "efficientnet_b0",
+    "regnet_x_400mf",
+    "convnext_tiny",
+    "vit_b_16",
+]
 COLUMNS = (
     "model", "nodes", "analysis s", "pass s", "MACs left", "pruned / groups", "error at outputs", "worst value inside",
     "proved with power", "what stays",

@@ -251,7 +251,7 @@ class Evaluation:
         return [_number(s, symbols) for s in extents(node.meta["val"])]
 
     def symbols(self) -> dict[Any, int]:
-        """Every dynamic size that the region mentions, as it was in the example."""
+        """Every dynamic size of the graph, as it was in the example."""
         return example_sizes(self.graph.graph)
 
     def _execute(self, node: Node, env: Mapping[Node, Any], symbols: Mapping[Any, int]) -> Any:
@@ -365,11 +365,6 @@ def _is_float(node: Node) -> bool:
 
 def _number(size: Any, symbols: Mapping[Any, int]) -> Any:
     return size if isinstance(size, (int, float)) else int(size.subs(symbols))
-
-
-def _sym_sizes(value: Any) -> list[Any]:
-    found = list(value.shape) if isinstance(value, Tensor) else [value]
-    return [s for s in found if isinstance(s, torch.SymInt)]
 
 
 def _widen(value: Any) -> Any:

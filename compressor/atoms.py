@@ -111,7 +111,7 @@ class Atoms:
         return result
 
     def join(self, pieces: Sequence[tuple[Axis, Any]]) -> Axis:
-        """Pieces (axis, size) one after the other; one that cannot change gets frozen atoms, its neighbours still can."""
+        """Pieces (axis, size) end to end; one that cannot change gets frozen atoms, so its neighbours still can."""
         if all(isinstance(axis, str) for axis, _ in pieces):
             return pieces[0][0]
         if not all(is_static(size) for _, size in pieces):

@@ -171,8 +171,17 @@ def _export(
     tensors = [v for _, v in leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not tensors:
         raise UsageError("the example holds no tensor input")
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"the example inputs do not fit the model's forward: {error}") from error
+    for path, tensor in zip(paths, tensors, strict=True):
+        if tensor.layout is not torch.strided:
+            raise UnsupportedError(f"input {path} is {tensor.layout}: an ONNX model takes dense tensors")
     named = _by_path(overrides, paths, tensors)
     first = next((t for t in tensors if t.dim()), tensors[0])  # a scalar has no batch
+    if first.dim() and not first.shape[0]:
+        raise UsageError("the example inputs hold no sample: axis 0 has size 0")
     shapes = [_axes(path, t, named, first, dynamic) for path, t in zip(paths, tensors, strict=True)]
     try:
         program = _run_export(model, *_widen(args, kwargs, shapes), shapes)
@@ -193,9 +202,7 @@ def _export(
     return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, tensors, shapes, strict=True))
 
 
-def _by_path(
-    overrides: Sequence[Input], paths: Sequence[str], tensors: Sequence[Tensor]
-) -> dict[str, Input]:
+def _by_path(overrides: Sequence[Input], paths: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Input]:
     """Descriptions by the input they are of: by name, in order where no name fits. UsageError on a contradiction."""
     if len(overrides) == len(paths) and not {spec.name for spec in overrides} & set(paths):
         overrides = [replace(spec, name=path) for spec, path in zip(overrides, paths, strict=True)]
@@ -253,7 +260,9 @@ def _run_export(
 
     spec = pytree.tree_map(dims, (args, kwargs))
     # None where nothing is dynamic: the exporter cannot match shapes with what `**kwargs` takes up
-    by_name = _signature_shapes(model, spec) if any(isinstance(s, str) for one in shapes for s in one) else None
+    by_name = (
+        _signature_shapes(model, spec) if any(isinstance(s, str) for one in shapes for s in one) else None
+    )
     # a failed export leaves marks on the tensors that it was given, so they are not the caller's
     args, kwargs = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
     with torch.no_grad(), quiet(), _data_as_detach():

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from .atoms import Array, Atoms, Carrier
+from .errors import ContractError
 from .ir import Graph, site
 from .ops import arguments, contractions, is_constant, kind, node_macs, shape, sizes
 from .ties import einsum_labels, read
@@ -89,7 +90,10 @@ class Algebra:
         self._count = count
 
     def removed(self, groups: Iterable[Group]) -> dict[str, dict[int, Array]]:
-        """node -> axis -> indices that go with these groups."""
+        """node -> axis -> indices that go with these groups, which must be its own."""
+        groups = list(groups)
+        if any(group.algebra is not self for group in groups):
+            raise ContractError("groups of several analyses cannot be removed together")
         gone = np.zeros(self._count, dtype=bool)
         gone[[g.index for g in groups]] = True
         found: dict[str, dict[int, Array]] = {}

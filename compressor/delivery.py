@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from .target import Target
 from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
+COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
 
 
 @contextmanager
@@ -58,8 +60,12 @@ def _publish(folder: Path, output: Path) -> None:
         folder.chmod(0o755)
         os.replace(folder, output)
         return
+    fresh: set[str] = set()
     for file in sorted(folder.iterdir(), key=lambda f: f.name == "report.json"):
         os.replace(file, output / file.name)
+        fresh.add(file.name)
+    for name in COMPANIONS - fresh:  # of an earlier run: they belong to a model that is no longer there
+        (output / name).unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
@@ -136,19 +142,13 @@ def compare_session(
             f"the ONNX model returns {', '.join(names)}; the model returns {', '.join(graph.outputs)}"
         )
     comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
-    before: tuple[Tensor, ...] | None = None
     compared = False
     for whole in samples:
         for part in _pieces(graph.inputs, inputs, whole):
             seen = _tensors(runtime.run(session, feeds(inputs, part)))
             reference = observer.run(part)[:count]
-            alike = before is not None and [t.shape for t in before] == [t.shape for t in reference]
-            comparison.update(
-                reference,
-                tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)),
-                before if alike else None,
-            )
-            before, compared = reference, True
+            comparison.update(reference, tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)))
+            compared = True
     if not compared:
         shown = ", ".join(map(str, inputs))
         raise DataError(f"no sample is large enough for the emitted model, which takes {shown}")
@@ -175,14 +175,10 @@ def _pieces(
         return
     for i in range(min((counts[name] for name in leading), default=1)):
         starts = {name: i * size if name in leading else 0 for name, size in fixed.items()}
-        yield tuple(
-            _window(tensor, spec, fixed, starts) for spec, tensor in zip(specs, tensors, strict=True)
-        )
+        yield tuple(_window(tensor, spec, fixed, starts) for spec, tensor in zip(specs, tensors, strict=True))
 
 
-def _window(
-    tensor: Tensor, spec: Input, sizes: Mapping[str, int], starts: Mapping[str, int]
-) -> Tensor:
+def _window(tensor: Tensor, spec: Input, sizes: Mapping[str, int], starts: Mapping[str, int]) -> Tensor:
     for axis, name in enumerate(spec.shape):
         if isinstance(name, str) and name in sizes:
             tensor = tensor.narrow(axis, starts[name], sizes[name])
@@ -242,7 +238,8 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
 def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     return tuple(
         # not np.ascontiguousarray, which gives a scalar an axis
-        torch.from_numpy(np.require(a, requirements="C")) if a.dtype.kind in "fiub" else _bfloat16(a) for a in arrays
+        torch.from_numpy(np.require(a, requirements="C")) if a.dtype.kind in "fiub" else _bfloat16(a)
+        for a in arrays
     )
 
 
@@ -269,7 +266,27 @@ def _varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ..
             if n == name
         }
         for size in {1, max(sizes) - 1} - sizes - {0}:
+            if not _possible(graph, name, size):
+                continue
             yield tuple(_cut(t, spec, name, size) for t, spec in zip(first, graph.inputs, strict=True))
+
+
+def _possible(graph: Graph, name: str, size: int) -> bool:
+    """False where the model was exported for other sizes of this axis: multiples, or a range that it is not in."""
+    for spec, node in zip(graph.inputs, graph.placeholders, strict=True):
+        for label, extent in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if label != name or isinstance(extent, int):
+                continue
+            expr = extent.node.expr
+            bounds = extent.node.shape_env.bound_sympy(expr)
+            low = (
+                1 if bounds.lower == 2 else bounds.lower
+            )  # every exported axis starts at 2; 1 works nearly always
+            if not low <= size <= bounds.upper:
+                return False
+            if not expr.is_symbol and not any(r.is_integer for r in sympy.solve(expr - size)):
+                return False
+    return True
 
 
 def _cut(tensor: Tensor, spec: Input, name: str, size: int) -> Tensor:

@@ -1,9 +1,7 @@
-"""Which operators are affine in the feature axis, token by token: a layout for every value, one rule a kind.
+"""Which operators are affine in the feature axis, token by token: one rule a kind, a layout for every value.
 
-A region starts at an entry x [tokens..., features]. Every value in it must hold each token of x exactly once, and mix
-nothing but the features of one token. A *layout* says where they lie: an axis is a product of atoms, and an atom is
-either one token axis of x or a run of features. `view(B, T, heads, d)` splits features, `view(B * T, d)` joins tokens,
-`transpose` moves both; all are followed exactly, dynamic sizes included. The rules decide structurally; `affine.py`
+A region starts at an entry x [tokens..., features]. Every value in it holds each token of x exactly once, and mixes
+nothing but the features of one token; `layout.py` says where they lie. The rules decide structurally, and `affine.py`
 proves the outcome with numbers.
 """
 

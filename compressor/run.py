@@ -23,7 +23,7 @@ from . import verify as contracts
 from .capture import capture
 from .data import Batch, Data
 from .emit import Emitted
-from .errors import FileError, UnsupportedError, UsageError
+from .errors import FileError, TargetError, UnsupportedError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
 from .load import Loaded, load
 from .ops import arguments, kind
@@ -102,6 +102,7 @@ class Run:
         self.scratch = Path()
         self.evaluator: data.Evaluator | None = None
         self.stopwatch: dict[str, list[float]] = _latency_table(opt.latency_table)
+        self.metric: dict[str, float] = {}
         self.timed: dict[str, Emitted] = {}
         self.facts: dict[str, Any] = {}
         self.bar = _progress_bar(opt.console)
@@ -119,8 +120,9 @@ class Run:
         self.notices += [f"{name} was added: a later pass needs it" for name in self.pipeline.inserted]
 
     def after_pass(self, row: Row, graph: Graph) -> None:
-        if self.evaluator is not None:
-            row.metric = self.evaluator.of_graph(graph)
+        if self.evaluator is not None and row.status != "unchanged":
+            self.metric = self.evaluator.of_graph(graph)
+        row.metric = self.metric
         if row.name in self.opt.print_after:
             print(graph.text(provenance=True))
         if self.opt.time and self.opt.console is not None and row.seconds:
@@ -166,7 +168,7 @@ class Run:
             with self.step("emitting the original"):
                 plain = dataclasses.replace(self.target, formats=("onnx",))
                 return delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
-        except UnsupportedError as error:
+        except (UnsupportedError, TargetError) as error:
             self.notices.append(f"no comparison with the original as ONNX: {error}")
             return None
 

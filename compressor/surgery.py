@@ -34,7 +34,7 @@ def remove(graph: Graph, groups: Iterable[Group]) -> None:
     kept = _kept(graph, list(groups))
     if not kept:
         return
-    expected = {node: _expected(node, kept) for node in graph.nodes if is_tensor(node)}
+    expected = {node: _evaluated(node, kept) for node in graph.nodes if is_tensor(node)}
     for node in graph.nodes:
         if kind(node) in REWRITES:  # they read the old shapes, so literals go first
             REWRITES[kind(node)](graph, node, kept)
@@ -43,9 +43,10 @@ def remove(graph: Graph, groups: Iterable[Group]) -> None:
             graph.set_tensor(node, _sliced(graph.tensor(node), kept[node.name]))
     graph.reinfer()
     for node, sizes in expected.items():
-        if not _same(shape(node), sizes):
+        if (seen := _evaluated(node, {})) != sizes:
             raise ContractError(
-                f"surgery: {operator_name(node)} at {site(node)} has shape {list(shape(node))}, expected {list(sizes)}"
+                f"surgery: {operator_name(node)} at {site(node)} has shape {list(shape(node))}: {seen} at two "
+                f"batch sizes, expected {sizes}"
             )
     for name, axes in kept.items():
         earlier = graph.journal.kept.setdefault(name, {})
@@ -61,12 +62,18 @@ def _kept(graph: Graph, groups: list[Group]) -> dict[str, dict[int, Array]]:
             raise ContractError(
                 f"surgery: channels of {', '.join(group.sites)} cannot be removed: {group.reason}"
             )
-    removed = groups[0].algebra.removed(groups) if groups else {}
+    algebra = groups[0].algebra if groups else None
+    removed = algebra.removed(groups) if algebra else {}
     nodes = {node.name: node for node in graph.nodes}
     kept: dict[str, dict[int, Array]] = {}
     for name, axes in removed.items():
         for axis, gone in axes.items():
-            left = np.setdiff1d(np.arange(shape(nodes[name])[axis]), gone)
+            size = len(algebra.axes[name, axis]) if algebra else 0
+            if name not in nodes or shape(nodes[name])[axis] != size:
+                raise ContractError(
+                    f"surgery: {name} has changed since the graph was analysed: analyse it again"
+                )
+            left = np.setdiff1d(np.arange(size), gone)
             if not len(left):
                 raise ContractError(
                     f"surgery: nothing would be left of axis {axis} of {name} ({site(nodes[name])})"
@@ -81,17 +88,11 @@ def _sliced(tensor: Tensor, axes: Mapping[int, Array]) -> Tensor:
     return tensor
 
 
-def _expected(node: Node, kept: Kept) -> tuple[Any, ...]:
+def _evaluated(node: Node, kept: Kept) -> list[list[int]]:
+    """The shape of a value after surgery, at two sizes of its dynamic axes."""
     axes = kept.get(node.name, {})
-    return tuple(len(axes[i]) if i in axes else size for i, size in enumerate(shape(node)))
-
-
-def _same(seen: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
-    return len(seen) == len(expected) and all(
-        _evaluate(a, size) == _evaluate(b, size)
-        for a, b in zip(seen, expected, strict=True)
-        for size in DYNAMIC_SIZES
-    )
+    sizes = [len(axes[i]) if i in axes else size for i, size in enumerate(shape(node))]
+    return [[_evaluate(size, dynamic) for size in sizes] for dynamic in DYNAMIC_SIZES]
 
 
 def _evaluate(size: Any, dynamic: int) -> int:

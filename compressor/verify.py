@@ -87,20 +87,18 @@ class Comparison:
         self._sums: dict[tuple[int, int], _Sums] = {}
         self._names = list(names)
         self._regions = [[{}, *r] for r in regions]
+        self._before: Outputs = ()
         self._flips = [*flips, *[0.0] * len(self._names)]
 
     def update(self, reference: Outputs, seen: Outputs, wrong: Outputs | None = None) -> None:
         """wrong: what an answer that must fail would have been; the reference of another sample if None."""
+        before, self._before = self._before, reference
         for i, (ref, got) in enumerate(zip(reference, seen, strict=True)):
             if tuple(ref.shape) != tuple(got.shape):
                 raise ContractError(
                     f"output {self._names[i]} has shape {list(got.shape)}, expected {list(ref.shape)}"
                 )
-            other = (
-                wrong[i]
-                if wrong is not None
-                else (ref.roll(1, 0) if ref.dim() and ref.shape[0] > 1 else None)
-            )
+            other = wrong[i] if wrong is not None else _another_sample(ref, before[i] if before else None)
             for j, region in enumerate(self._regions[i]):
                 part = _slices(region, ref.dim())
                 self._sums.setdefault((i, j), _Sums()).update(
@@ -114,6 +112,13 @@ class Comparison:
             for (i, j), sums in self._sums.items()
         ]
         return sorted(found, key=lambda c: (c.finite, -c.error, c.sqnr_db))
+
+
+def _another_sample(value: Tensor, before: Tensor | None) -> Tensor | None:
+    """The value with its samples in another order; where it has only one, the value of the batch before."""
+    if value.dim() and value.shape[0] > 1:
+        return value.roll(1, 0)
+    return before if before is not None and before.shape == value.shape else None
 
 
 class _Sums:
@@ -276,7 +281,12 @@ def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
                 f"{place} differs by {check.error:.2e} of its scale, {check.tolerance:.0e} is allowed"
             )
     if contract is BOUNDED:
-        return "warned" if any(c.sqnr_db < WARN_DB for c in checks if not c.discrete) else "proved"
+        if any(c.sqnr_db < WARN_DB for c in checks if not c.discrete):
+            return "warned"
+        moved = all(
+            c.power >= POWER * TOLERANCE[torch.float32] for c in checks if not c.slice and not c.discrete
+        )
+        return "proved" if moved else "not proved"
     return "proved" if all(c.proves for c in checks if not c.slice and not c.discrete) else "not proved"
 
 

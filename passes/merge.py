@@ -35,6 +35,7 @@ _SHARE = Fraction(1, 100)  # of an operator: what absorbing a norm's gain is wor
 _NORM_CHAIN = frozenset({"activation", "add", "cast", "identity", "expand", "unsqueeze", "binary"})
 _JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
 _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
+_MAYBE_IDLE = frozenset({"identity", "cast", "view", "flatten", "slice", "expand", "squeeze", "unsqueeze"})
 _FAR = 32  # operators between what blocks a branch and where the branch joins again
 
 
@@ -43,7 +44,8 @@ class Merge(Pass):
     """Adapters (LoRA, DoRA, IA3, OFT ... and parallel convolution branches) merge into the layers they adapt.
 
     max_bytes: how much larger than its sources a folded constant may be. absorb_norms: also merge the gain and bias
-    of a normalisation into the linear behind it; exact, but it changes the ranges of that linear's weights.
+    that a normalisation has as operators of their own (RMSNorm) into the linears behind it; exact, but it changes the
+    ranges of their weights.
     """
 
     name: ClassVar[str] = "merge"
@@ -138,9 +140,11 @@ class _Plan:
         if key not in self._best_of:
             found = self.entries.get(key, [])
             best = self._best(form, found[-1].entry) if found else _Best()
-            for one in reversed(found):  # of two entries that save the same, the nearer
+            for one in (
+                reversed(found) if end.name not in self.refused else ()
+            ):  # of equal savings the nearest
                 where = region(one, end, self.free, self.order)
-                if end.name in self.refused or not self._pays(where):
+                if not self._pays(where):
                     continue
                 before = self._best(form, one.entry)
                 saving = _plus(before.saving, self._saving(where))
@@ -207,7 +211,8 @@ class _Plan:
             return True
         if _contractions(where.nodes) < 2:
             return False
-        return _contractions(where.dead) > 1 or kind(where.exit) in _JOINS
+        pair = where.form is FEATURES and _contractions(where.dead) > 1
+        return pair or kind(where.exit) in _JOINS
 
     def _why_not(self, where: Region) -> str:
         for node in where.nodes:
@@ -247,16 +252,7 @@ def _is_idle(node: Node) -> bool:
     if source is None or not is_tensor(source) or not is_tensor(node):
         return False
     same = source.meta["val"].dtype == node.meta["val"].dtype and str(shape(source)) == str(shape(node))
-    return same and kind(node) in (
-        "identity",
-        "cast",
-        "view",
-        "flatten",
-        "slice",
-        "expand",
-        "squeeze",
-        "unsqueeze",
-    )
+    return same and kind(node) in _MAYBE_IDLE
 
 
 def _tied(where: Region) -> list[Node]:
@@ -310,12 +306,24 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
             waiting.remove(node)
             others = [n for n in node.all_input_nodes if n in found.known]
             if kind(node) in _JOINS and others:
-                before = [n for n in blocker.all_input_nodes if n in found.known]
+                before = _below(blocker.all_input_nodes, found) - _below(others, found)
                 if any(_narrows(n, axis, width) for n in (*before, *(after if is_random(blocker) else ()))):
                     yield node, reason
                 break
             after.add(node)
             waiting |= {u for u in node.users if u.op == "call_function"}
+
+
+def _below(nodes: Iterable[Node], found: Reach) -> set[Node]:
+    """The values of a region that these nodes are computed from, themselves included, the entry not."""
+    seen: set[Node] = set()
+    stack = [n for n in nodes if n in found.known]
+    while stack:
+        node = stack.pop()
+        if node is not found.entry and node not in seen:
+            seen.add(node)
+            stack.extend(n for n in node.all_input_nodes if n in found.known)
+    return seen
 
 
 def _narrows(node: Node, axis: int, width: int) -> bool:

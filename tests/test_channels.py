@@ -696,6 +696,23 @@ def test_an_axis_is_never_emptied():
         remove(graph, list(analyse(graph).families[0]))
 
 
+def test_groups_belong_to_one_analysis_of_the_graph_as_it_is():
+    graph, _ = graph_of(Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(5, 8), b=nn.Linear(8, 3)), 5)
+    first, again = analyse(graph).families[0], analyse(graph).families[0]
+    with pytest.raises(ContractError, match="groups of several analyses"):
+        remove(graph, [first[0], again[1]])
+    remove(graph, [first[0]])
+    with pytest.raises(ContractError, match="a_weight has changed since the graph was analysed"):
+        remove(graph, [first[1]])
+
+
+def test_the_batch_stays_dynamic():
+    """A padding of other channels than before made C++ shape inference fix the batch to the example's."""
+    graph, _ = graph_of(CASES["shortcut with channel padding"].model(), 3, 8, 8)
+    _, pruned = prune(graph, some_of_each(analyse(graph)))
+    assert all(": f32[batch, " in line for line in pruned.text().splitlines() if " = aten." in line)
+
+
 @pytest.mark.parametrize(
     ("kind", "case", "message"),
     [

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from nets import Net, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor import runtime
 from compressor.capture import capture
 from compressor.data import open_data
-from compressor.emit import emit
+from compressor.emit import emit, feeds
 from compressor.ir import Graph, operator_name
 from compressor.ops import is_tensor, kind
 from compressor.pipeline import Context, Outcome, Pipeline, parse
@@ -25,22 +24,6 @@ from targets.cpu import CPU
 from targets.gpu import GPU
 
 HALF = torch.float16
-
-
-class Net(nn.Module):
-    """Layers and parameters by name, and a function over them."""
-
-    def __init__(self, forward: Callable, **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            if isinstance(part, Tensor):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        return self.function(self, x) if mask is None else self.function(self, x, mask)
 
 
 def halved(model: nn.Module, *example: Tensor, **options) -> tuple[Graph, Graph, Outcome]:
@@ -67,13 +50,6 @@ def kept(graph: Graph, after: Graph) -> set[str]:
 
 def casts(graph: Graph) -> int:
     return sum(kind(n) == "cast" for n in graph.nodes)
-
-
-def noise(expected: Tensor, seen: Tensor) -> float:
-    """Share of the signal's energy, in dB below it; -inf for NaN and infinities."""
-    expected, seen = expected.detach().double(), seen.detach().double()
-    share = float((expected - seen).square().sum() / expected.square().sum())
-    return -10 * math.log10(share or 1e-30) if math.isfinite(share) else -math.inf
 
 
 def in_runtime(graph: Graph, path: Path, *inputs: Tensor) -> Tensor:
@@ -112,6 +88,7 @@ def test_inputs_and_outputs_become_half_on_request(tmp_path):
     _, after, _ = halved(Net(block, a=nn.Linear(8, 16), b=nn.Linear(16, 4)), x, io="half")
     assert after.inputs[0].dtype == HALF == after.example[0].dtype and not casts(after)
     assert in_runtime(after, tmp_path, x.half()).dtype == HALF
+    assert feeds(after.inputs, [x])["x"].dtype.name == "float16"  # float data still fits
 
 
 def test_values_that_overflow_stay_single_and_only_they():

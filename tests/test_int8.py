@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from nets import Net, conv, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,23 +28,6 @@ from targets.cpu import CPU
 from targets.gpu import GPU
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-class Net(nn.Module):
-    """Layers by name, and a function over them."""
-
-    def __init__(self, forward: Callable, **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor):
-        return self.function(self, x)
-
-
-def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
 
 
 def graph_of(model: nn.Module, *shape: int, dynamic: bool = True) -> Graph:
@@ -69,11 +52,6 @@ def compiled(
     outcomes = list((config or Int8()).run(copy, ctx or context(graph)))
     copy.check()
     return copy, outcomes
-
-
-def noise(expected: Tensor, seen: Tensor) -> float:
-    """Share of the signal's energy, in dB below it."""
-    return -10 * math.log10(float((expected - seen).square().sum() / expected.square().sum()) or 1e-30)
 
 
 def in_runtime(graph: Graph, path: Path, inputs: Tensor) -> tuple[Tensor, dict[str, int]]:

@@ -405,6 +405,23 @@ def test_torchvision_models(name):
     assert row.facts["proved_with_power"] > 0.85 * row.facts["pruned"]
 
 
+def test_random_models_have_power():
+    """Nothing that starts at zero stays zero, and batch norm sees the statistics that it divides by."""
+    model = Residual()
+    nn.init.zeros_(model.head.weight)
+    nn.init.constant_(model.norm.weight, 1e-6)
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    with_power(model, x)
+    assert min(float(p.abs().max()) for p in model.parameters()) > 0.05
+    normed = (model.stem(x) - model.norm.running_mean[:, None, None]) / model.norm.running_var.sqrt()[
+        :, None, None
+    ]
+    assert normed.mean((0, 2, 3)).abs().max() < 1e-4
+    assert torch.allclose(normed.std((0, 2, 3)), torch.ones(16), atol=1e-3)
+    assert not model.training and model.norm.momentum == 0.1
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["resnet20"])
 def test_option_a_shortcuts_of_a_trained_model(name, monkeypatch):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from nets import Net, conv, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,23 +29,6 @@ from compressor.quantize import (
 from compressor.target import QLINEAR, QuantSpec
 
 SYMMETRIC = QuantSpec(activation="s8")
-
-
-class Net(nn.Module):
-    """Layers by name, and a function over them."""
-
-    def __init__(self, forward: Callable, **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor):
-        return self.function(self, x)
-
-
-def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
 
 
 def graph_of(model: nn.Module, *shape: int) -> Graph:
@@ -74,11 +56,6 @@ def pairs(graph: Graph) -> int:
 
 def integers(plan: Placement) -> list[str]:
     return sorted(operator_name(n).split(".")[1] for n in plan.operators)
-
-
-def noise(expected: Tensor, seen: Tensor) -> float:
-    """Share of the signal's energy, in dB below it."""
-    return -10 * math.log10(float((expected - seen).square().sum() / expected.square().sum()) or 1e-30)
 
 
 # ---------------------------------------------------------------- scales
