@@ -165,7 +165,7 @@ def _value(value: Any, key: str = "") -> str:
         ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
         joined = ("," if key == "shape" else "+").join(_value(one) for one in ordered)
         return f"[{joined}]" if key == "shape" else joined or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _number(check: Mapping[str, Any], key: str, form: str) -> str:

@@ -16,12 +16,18 @@ from .ops import arguments, is_static, is_tensor, kind, shape
 
 def opaque(t: Atoms, node: Node) -> list[Axis]:
     """Nothing is known: everything that it touches stays as it is."""
+    return opaque_parts(t, node)[0]
+
+
+def opaque_parts(t: Atoms, node: Node) -> list[list[Axis]]:
+    """The same for an operator with several results: the axes of each."""
     reason = why(node, "no rule for this operator")
     for source in node.all_input_nodes:
         for axes in [t.axes.get(source, []), *t.parts.get(source, [])]:
             t.freeze(axes, reason)
     value = node.meta["val"]
-    return [reason] * (value.dim() if isinstance(value, Tensor) else 0)
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return [[reason] * (part.dim() if isinstance(part, Tensor) else 0) for part in parts]
 
 
 def tensors(node: Node) -> list[Node]:

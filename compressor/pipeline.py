@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import time
 import types
 import typing
@@ -127,7 +128,11 @@ class Pass:
 
 @dataclass
 class Row:
-    """What one pass did, as the report shows it. bytes: of all tensors; macs: of one sample."""
+    """What one pass did, as the report shows it. bytes: of all tensors; macs: of one sample.
+
+    total_db: worst output SQNR against the model as it came, after this and all earlier passes; infinite where
+    nothing differs. It is stated, not judged: each pass answers for its own step.
+    """
 
     name: str
     config: str
@@ -141,6 +146,7 @@ class Row:
     declines: list[Decline] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     metric: dict[str, float] = field(default_factory=dict)
+    total_db: float = math.inf
     seconds: float = 0.0
     peak_mb: float = 0.0
 
@@ -200,6 +206,7 @@ class Pipeline:
         row = _row(one.name, str(one), one.contract.name, "unchanged", graph)
         judge.begin(graph)
         result = one.run(graph, ctx)
+        row.total_db = judge.total_db
         for outcome in [result] if isinstance(result, Outcome) else result:
             row.rewrites += outcome.rewrites
             row.declines += outcome.declines
@@ -212,6 +219,7 @@ class Pipeline:
             if status != "unchanged":
                 row.contract, row.status = contract.name, _worse(row.status, status)
                 row.checks = sorted([*row.checks, *checks], key=lambda c: (c.finite, -c.error))
+                row.total_db = judge.total_db
         row.params, row.macs, row.bytes = parameters(graph), macs(graph), bytes_of(graph)
         return row
 
@@ -229,6 +237,7 @@ class _Judge:
             c.error == 0 and c.finite for c in verify.compare(graph, self.original[:1], again)
         )
         self.before = graph
+        self.total_db = math.inf
 
     def begin(self, graph: Graph) -> None:
         self.before = graph.copy()
@@ -263,6 +272,8 @@ class _Judge:
                 raise ContractError(f"{where}: a value inside is wrong{blame}")
             status = "proved" if contract is EXACT else status
         self.last = seen
+        whole = verify.compare(graph, self.original, seen)
+        self.total_db = min((c.sqnr_db for c in whole if not c.discrete), default=math.inf)
         self.begin(graph)
         return status, checks
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,15 +219,16 @@ class Run:
         return made
 
     def warn(self, rows: Sequence[Row]) -> None:
+        """Notices about what a user should look at before the model ships."""
         for row in rows:
-            worst = min((c.sqnr_db for c in row.checks), default=math.inf)
-            if row.status == "warned":
-                self.notices.append(
-                    f"{row.config}: output SQNR {worst:.1f} dB, under {contracts.WARN_DB:g} dB: "
-                    "check the task metric (--eval)"
-                )
             if row.status == "not proved":
                 self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
+        low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
+        if low is not None:
+            self.notices.append(
+                f"{low.config} leaves the outputs at {low.total_db:.1f} dB of the original, under "
+                f"{contracts.WARN_DB:g} dB: look at the task metric (--eval) before you ship it"
+            )
 
     def describe(
         self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]

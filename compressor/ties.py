@@ -21,7 +21,7 @@ from torch.fx import Node
 from . import moves
 from .atoms import DYNAMIC, ONE, Atoms, Axis, is_one, why
 from .ir import Graph, operator_name
-from .moves import first_axes, opaque, rank_of, tensors
+from .moves import first_axes, opaque, opaque_parts, rank_of, tensors
 from .ops import arguments, is_static, is_tensor, kind, shape
 
 Rule = Callable[[Atoms, Node], list[Axis]]
@@ -46,9 +46,14 @@ def _visit(t: Atoms, node: Node) -> None:
     if isinstance(value, Tensor):
         t.axes[node] = _fit(t, RULES.get(which, opaque)(t, node), value)
     elif isinstance(value, (tuple, list)):
-        parts = PARTS[which](t, node) if which in PARTS else [RULES.get(which, opaque)(t, node)] * len(value)
+        if which in PARTS:
+            parts = PARTS[which](t, node)
+        elif which in RULES:
+            parts = [RULES[which](t, node)] * len(value)
+        else:
+            parts = opaque_parts(t, node)
         t.parts[node] = [
-            _fit(t, axes, v) for axes, v in zip(parts, value, strict=True) if isinstance(v, Tensor)
+            _fit(t, axes, v) if isinstance(v, Tensor) else [] for axes, v in zip(parts, value, strict=True)
         ]
     elif operator_name(node) == "aten.sym_size.int":
         t.freeze([t.axes[node.args[0]][node.args[1]]], why(node, "its size is read"))  # type: ignore[index]
