@@ -503,8 +503,11 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
         graph.clean()
         graph.reinfer()
         return
-    with quiet():
-        pure = program.run_decompositions({})
+    try:
+        with quiet():
+            pure = program.run_decompositions({})
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise _explain(error) from error
     flat = _flatten(pure, graph.inputs, graph.example)
     restore_batch_norm(flat.graph)
     if not rename_in_place(flat.graph):

@@ -93,7 +93,16 @@ def deliver(
         runtime.session(path)
     except TargetError:
         emitted = emit(graph, path, **options, optimize=False)
-        runtime.session(path)
+        try:
+            runtime.session(path)
+        except TargetError as error:
+            half = any(t.dtype == torch.bfloat16 for t in graph.tensors.values())
+            hint = (
+                "; it has few kernels for bfloat16: convert the model with .float() or .half()"
+                if half
+                else ""
+            )
+            raise TargetError(f"{str(error).replace(f'{path}: ', '')}{hint}") from error
     if "ort" in target.formats:
         runtime.to_ort_format(path, folder / "model.ort")
     return emitted

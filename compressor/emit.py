@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from .capture import quiet, reexport
 from .errors import CompressorError, UnsupportedError
-from .ir import Graph, Input, as_declared, unsupported
+from .ir import Graph, Input, as_declared, module_path, unsupported
 from .ops import arguments, is_tensor, kind
 
 EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf cannot hold 2 GiB
@@ -236,7 +236,7 @@ def _rename(model: onnx_ir.Model, graph: Graph) -> None:
 def _module_path(node: onnx_ir.Node) -> str:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [s for s in re.findall(r"'([^']*)'", scopes)[:-1] if s]
-    return names[-1] if names else ""
+    return module_path(names[-1]) if names else ""
 
 
 def _symbols(model: onnx_ir.Model, graph: Graph) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -391,7 +392,12 @@ def site(node: Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(p) for p, _ in reversed(list(stack.values())) if p), "")
-    return path or node.name
+    return module_path(path) or node.name
+
+
+def module_path(path: str) -> str:
+    """`layers.0` of the exporter's `layers.slice(None, 2, None).0`: part of a list of modules is no module."""
+    return re.sub(r"\.slice\([^)]*\)", "", path)
 
 
 def source_line(node: Node) -> str:

@@ -180,7 +180,7 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
 def _passes(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.get("metric") or ()))
     timed = any(row.get("latency") for row in rows)
-    numbers = ["error", "params", "MACs", "size", *names, *(["latency"] if timed else []), "time"]
+    numbers = ["error", "in all", "params", "MACs", "size", *names, *(["latency"] if timed else []), "time"]
     made = table("pass", "contract", *numbers, right=numbers)
     first = (rows[0].get("metric") or {}) if rows else {}
     for i, row in enumerate(rows):
@@ -192,6 +192,7 @@ def _passes(rows: Sequence[Mapping[str, Any]]) -> Table:
             escape(_title(row)),
             f"[{_STYLES.get(status, 'default')}]{escape(words)}[/]",
             error(contract, checks),
+            _decibels(row.get("total_db")),
             count(row.get("params")),
             count(row.get("macs")),
             size(row.get("bytes")),
@@ -200,6 +201,11 @@ def _passes(rows: Sequence[Mapping[str, Any]]) -> Table:
             seconds(row.get("seconds")),
         )
     return made
+
+
+def _decibels(value: Any) -> str:
+    """SQNR against the model as it came; empty where nothing but rounding differs."""
+    return f"{value:.1f} dB" if isinstance(value, (int, float)) and value < 80 else ""
 
 
 def _title(row: Mapping[str, Any]) -> str:

@@ -223,27 +223,39 @@ def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] |
     """What a half-precision graph would give in float32; None for a graph without half-precision outputs."""
     if not any(is_tensor(n) and n.meta["val"].dtype in HALF for n in graph.results):
         return None
+    return observe(widened(graph, torch.float32), batches)
+
+
+def is_single(graph: Graph) -> bool:
+    """True where every float output is float32."""
+    dtypes = {n.meta["val"].dtype for n in graph.results if is_tensor(n)}
+    return {d for d in dtypes if d.is_floating_point} == {torch.float32}
+
+
+def widened(graph: Graph, dtype: torch.dtype) -> Graph:
+    """A copy that computes in `dtype` wherever `graph` computes in a narrower float. For running only."""
+    narrow = {d for d in (*HALF, torch.float32) if torch.finfo(d).eps > torch.finfo(dtype).eps}
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.dtype in narrow else value
+        return dtype if isinstance(value, torch.dtype) and value in narrow else value
+
     twin = graph.copy()
-    twin.tensors = {name: _single(t) for name, t in twin.tensors.items()}
-    twin.inputs = tuple(replace(i, dtype=torch.float32) if i.dtype in HALF else i for i in twin.inputs)
+    twin.journal = graph.journal
+    twin.tensors = {name: wide(t) for name, t in twin.tensors.items()}
+    twin.inputs = tuple(replace(i, dtype=wide(i.dtype)) for i in twin.inputs)
     for node in twin.nodes:
         if node.op == "call_function":
-            args, kwargs = pytree.tree_map(
-                lambda a: torch.float32 if a in HALF else a, (node.args, node.kwargs)
-            )
+            args, kwargs = pytree.tree_map(wide, (node.args, node.kwargs))
             twin.set_args(node, tuple(args), dict(kwargs))
-    observer = Observer(twin)
-    return [observer.run(batch.inputs) for batch in batches]
+    return twin
 
 
 def half_tolerance(graph: Graph, precise: Sequence[Outputs], before: Sequence[Outputs]) -> float:
     """2 x the error that the half-precision graph had before the step, plus one rounding."""
     dtype = next(n.meta["val"].dtype for n in graph.results if n.meta["val"].dtype in HALF)
     return 2 * max(c.error for c in compare(graph, precise, before)) + float(torch.finfo(dtype).eps)
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def compare(
@@ -295,13 +307,17 @@ def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """One value inside the graph against the value it claims to be, relative to that value's own scale."""
+    """One value inside the graph against the value it claims to be, relative to that value's own scale.
+
+    power: how far the value of another sample would have been from it.
+    """
 
     node: str
     site: str
     operator: str
     line: str
     error: float
+    power: float
     expected: str
     seen: str
 
@@ -337,6 +353,25 @@ def first_divergence(
     return next((c for c in compare_values(before, after, inputs) if not c.error <= tolerance), None)
 
 
+@dataclass(frozen=True)
+class Inside:
+    """wrong: the first value that is not what it claims to be. proves: a value that was replaced had power."""
+
+    wrong: ValueCheck | None = None
+    proves: bool = False
+
+
+def look_inside(before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance: float) -> Inside:
+    """Compares every value that `after` claims to share with `before`, up to the first that is wrong."""
+    claimed = set(after.journal.equal.values())
+    proves = False
+    for check in compare_values(before, after, inputs):
+        if not check.error <= tolerance:
+            return Inside(check)
+        proves |= check.power >= POWER * tolerance and (check.node in claimed or not claimed)
+    return Inside(None, proves)
+
+
 def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
     expected, seen = reference.double(), value.double()
     if expected.shape != seen.shape:
@@ -349,12 +384,17 @@ def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
         delta = torch.nan_to_num(expected - seen, 0.0, 0.0, 0.0).abs().max()
         scale = torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max()
         error = float(delta / scale) if scale else float(delta)
+    power = 0.0
+    if expected.dim() and expected.shape[0] > 1 and math.isfinite(error) and expected.numel():
+        moved = torch.nan_to_num(expected - expected.roll(1, 0), 0.0, 0.0, 0.0).abs().max()
+        power = float(moved / expected.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-300))
     return ValueCheck(
         node.name,
         site(node),
         operator_name(node),
         source_line(node),
         error,
+        power,
         _summary(expected),
         _summary(seen),
     )

@@ -204,3 +204,56 @@ def test_half_precision_is_judged_against_single(graph):
     assert Pipeline([Shift()], TABLE).run(half.copy(), ctx)[-1].checks[0].tolerance < 1e-2
     with pytest.raises(ContractError):
         Pipeline([Shift(by=0.1)], TABLE).run(half.copy(), ctx)
+
+
+class Cancel(nn.Module):
+    """Adds and takes away 4096: float32 keeps three digits of x."""
+
+    def forward(self, x):
+        return (x + 4096.0) - 4096.0
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """x + 4096 - 4096 is x; `off` is what a wrong pass would add."""
+
+    name: ClassVar[str] = "simplify"
+    contract = EXACT
+    off: float = 0.0
+
+    def run(self, graph, ctx):
+        sub = graph.results[0]
+        graph.replace_uses(sub, graph.insert(aten.add.Scalar, (graph.placeholders[0], self.off), before=sub))
+        return Outcome([Rewrite("", "simplified")])
+
+
+def test_what_float32_rounds_away_is_judged_in_float64():
+    graph = capture(Cancel(), (torch.randn(2, 5),))
+    row = Pipeline([Simplify()], {}).run(graph.copy(), context())[-1]
+    assert row.status == "proved" and row.checks[0].error < 1e-9
+    assert "float64" in row.facts["checked_in"]
+    with pytest.raises(ContractError, match="pass simplify: output output differs by .*e-05"):
+        Pipeline([Simplify(off=1e-4)], {}).run(graph.copy(), context())
+
+
+def test_an_exact_pass_on_a_dead_value_is_not_proved():
+    class Dead(nn.Module):
+        def forward(self, x):
+            return (x * 0 + 4096.0) - 4096.0
+
+    graph = capture(Dead(), (torch.randn(2, 5),))
+
+    @dataclass(frozen=True)
+    class Same(Simplify):
+        def run(self, graph, ctx):
+            sub = graph.results[0]
+            graph.replace_uses(sub, graph.insert(aten.mul.Scalar, (graph.placeholders[0], 0), before=sub))
+            return Outcome([Rewrite("", "the same")])
+
+    assert Pipeline([Same()], {}).run(graph, context())[-1].status == "not proved"
+
+
+def test_the_loss_against_the_original_adds_up(graph):
+    rows = run(graph, "noise(size=0.05),noise(size=0.05)")
+    assert rows[0].total_db == float("inf")
+    assert rows[2].total_db < rows[1].total_db < 60
