@@ -20,13 +20,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from .errors import CompressorError, UnsupportedError, UsageError
+from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
 from .ir import Graph, Input, operator_name, unsupported
 from .ops import kind
-from .pytrees import distinct, key_name, leaves, path_name, plain
+from .pytrees import leaves, path_name
 
 
 def capture(
@@ -57,9 +57,9 @@ def capture(
         with _evaluating(model):
             program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
     example = _example(program)
-    graph = _flatten(program, specs, example)
+    graph = flatten(program, specs, example)
     graph.notices += notices
-    _refuse_complex(graph)
+    refuse_complex(graph)
     _normalise(graph, program)
     graph.notices += [
         f"{operator_name(n)} at {n.name}: an operator that no pass knows; it is left as it is"
@@ -397,104 +397,7 @@ def _example(program: ExportedProgram) -> list[Tensor]:
     return made
 
 
-# -------------------------------------------------------------------- flat graph
-
-
-def _flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence[Tensor]) -> Graph:
-    """The program's module as a Graph: plain placeholders, a flat tuple of named tensors, one node a tensor."""
-    module = program.module(check_guards=False)
-    graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    _drop_constant_inputs(graph)
-    outputs = distinct(_name_outputs(graph, program), [spec.name for spec in specs])
-    tensors, parameters = _unify_tensors(module)
-    for node in list(graph.nodes):
-        if kind(node) == "assertion":
-            if node.users:
-                raise unsupported(node, "an assertion whose value is read")
-            graph.erase_node(node)
-    return Graph(graph, tensors, specs, outputs, example, parameters)
-
-
-def _refuse_complex(graph: Graph) -> None:
-    values = [
-        *zip([f"input {i.name}" for i in graph.inputs], graph.placeholders, strict=True),
-        *zip([f"output {name}" for name in graph.outputs], graph.results, strict=True),
-    ]
-    for what, node in values:
-        if node.meta["val"].dtype.is_complex:
-            raise UnsupportedError(
-                f"{what} is complex, which ONNX has no type for: pass real and imaginary part, as in "
-                "torch.view_as_real"
-            )
-
-
-def _drop_constant_inputs(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
-            node.replace_all_uses_with(node.meta.get("val"))  # type: ignore[arg-type]
-            graph.erase_node(node)
-
-
-def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
-    """Keeps the tensors of the output, names them by their place in the model's pytree: `logits`, `boxes.0`."""
-    out = next(n for n in graph.nodes if n.op == "output")
-    flat = list(pytree.tree_leaves(out.args[0], is_leaf=lambda x: isinstance(x, Node)))
-    spec = program.call_spec.out_spec
-    names = [f"output_{i}" for i in range(len(flat))]
-    if spec is not None and spec.num_leaves == len(flat):
-        tree = pytree.tree_unflatten(list(range(len(flat))), spec)
-        if not isinstance(tree, int):
-            names = [".".join(key_name(k) for k in path) for path, _ in leaves(plain(tree))]
-            names = [n if not n[:1].isdigit() else f"output_{n}" for n in names]
-        else:
-            names = ["output"]
-    # sizes (`x.shape[0]`) are known to the caller, and left out like the constants beside them
-    kept = [
-        (n, v)
-        for n, v in zip(names, flat, strict=True)
-        if isinstance(v, Node) and isinstance(v.meta.get("val"), Tensor)
-    ]
-    if not kept:
-        raise UnsupportedError("the model returns no tensor")
-    out.args = (tuple(v for _, v in kept),)
-    return [n for n, _ in kept]
-
-
-def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """One `get_attr` node a tensor, at the top of the graph; tied names become the first of them."""
-    tensors: dict[str, Tensor] = {}
-    parameters: set[str] = set()
-    first: dict[Any, Node] = {}
-    for node in list(module.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if not isinstance(value, Tensor):
-            raise unsupported(node, "a submodule inside the graph (control flow) is not supported")
-        if type(value).__name__ == "FakeTensor":
-            raise unsupported(
-                node, "the exporter stored a tensor without data here; the layer hides it in .data"
-            )
-        key: Any = (
-            value.untyped_storage().data_ptr(),
-            value.storage_offset(),
-            tuple(value.shape),
-            value.stride(),
-            value.dtype,
-        )
-        key = key if value.numel() else (id(value),)
-        if key in first:
-            node.replace_all_uses_with(first[key])
-            module.graph.erase_node(node)
-            continue
-        first[key] = node
-        tensors[str(node.target)] = value.detach()
-        if isinstance(value, nn.Parameter):
-            parameters.add(str(node.target))
-    return tensors, frozenset(parameters)
+# -------------------------------------------------------------------- in-place operators
 
 
 def _normalise(graph: Graph, program: ExportedProgram) -> None:
@@ -508,7 +411,7 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
             pure = program.run_decompositions({})
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise _explain(error) from error
-    flat = _flatten(pure, graph.inputs, graph.example)
+    flat = flatten(pure, graph.inputs, graph.example)
     restore_batch_norm(flat.graph)
     if not rename_in_place(flat.graph):
         culprit = next(n for n in flat.nodes if in_place(n))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import math
 import time
 import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +20,7 @@ from .errors import ContractError, UsageError
 from .ir import Graph, Journal, operator_name, site
 from .measure import bytes_of, parameters, peak_memory_mb
 from .ops import macs
+from .spec import arrange, parse
 from .target import Target
 from .verify import BOUNDED, EXACT, MASKED, Contract
 
@@ -338,118 +336,6 @@ def _row(name: str, config: str, contract: str, status: str, graph: Graph) -> Ro
 def _worse(a: str, b: str) -> str:
     order = ("unchanged", "proved", "warned", "not proved")
     return max(a, b, key=order.index)
-
-
-# -------------------------------------------------------------------- the spec string
-
-
-def parse(spec: str, registry: Mapping[str, type[Pass]]) -> list[Pass]:
-    """`merge,prune(macs=0.5),int8` -> passes. UsageError with the nearest name on anything unknown."""
-    passes: list[Pass] = []
-    for text in _split(spec):
-        name, _, rest = text.partition("(")
-        name = name.strip()
-        if name not in registry:
-            raise UsageError(f"unknown pass '{name}'{_nearest(name, registry)}; `compress passes` lists them")
-        if rest and not rest.rstrip().endswith(")"):
-            raise UsageError(f"'{text}' has no closing parenthesis")
-        passes.append(_configure(registry[name], rest.rstrip()[:-1] if rest else ""))
-    if not passes:
-        raise UsageError("no pass named; for example --passes merge,fold,int8")
-    return passes
-
-
-def arrange(passes: Sequence[Pass], registry: Mapping[str, type[Pass]]) -> tuple[list[Pass], list[str]]:
-    """The user's order, with missing prerequisites inserted (their names: second value).
-
-    UsageError, with the right spec, where the order breaks a rule.
-    """
-    arranged: list[Pass] = []
-    inserted: list[str] = []
-    for one in passes:
-        for needed in one.requires:
-            if not any(p.name == needed for p in arranged):
-                if any(p.name == needed for p in passes):
-                    _wrong_order(passes, registry, one.name, needed)
-                arranged.append(registry[needed]())
-                inserted.append(needed)
-        arranged.append(one)
-    for i, one in enumerate(arranged):
-        for later in arranged[i + 1 :]:
-            if later.name in one.after:
-                _wrong_order(passes, registry, one.name, later.name)
-    return arranged, inserted
-
-
-def _wrong_order(
-    passes: Sequence[Pass], registry: Mapping[str, type[Pass]], early: str, late: str
-) -> typing.NoReturn:
-    order = list(registry)
-    right = ",".join(str(p) for p in sorted(passes, key=lambda p: order.index(p.name)))
-    raise UsageError(f"{early} must come after {late}; write --passes '{right}'")
-
-
-def _split(spec: str) -> list[str]:
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(spec):
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append(spec[start:i].strip())
-            start = i + 1
-    return [p for p in [*parts, spec[start:].strip()] if p]
-
-
-def _configure(cls: type[Pass], text: str) -> Pass:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for part in _split(text):
-        key, sep, raw = part.partition("=")
-        key = key.strip()
-        if not sep or key not in fields:
-            known = ", ".join(fields) or "none"
-            raise UsageError(f"{cls.name} has no option '{key}'{_nearest(key, fields)}; its options: {known}")
-        values[key] = _convert(cls.name, key, raw.strip(), fields[key])
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{cls.name}: {error}") from error
-
-
-def _convert(owner: str, key: str, raw: str, kind: Any) -> Any:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if types.NoneType in kinds and raw.lower() == "none":
-        return None
-    for one in kinds:
-        if typing.get_origin(one) is typing.Literal:
-            if raw in typing.get_args(one):
-                return raw
-        elif typing.get_origin(one) is tuple:
-            return tuple(p.strip().strip("'\"") for p in raw.strip("[]()").split("+") if p.strip())
-        elif one is bool and raw.lower() in ("true", "false"):
-            return raw.lower() == "true"
-        elif one is str:
-            return raw.strip("'\"")
-        elif one in (int, float):
-            try:
-                value = ast.literal_eval(raw)
-            except (ValueError, SyntaxError):
-                continue
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and one(value) == value:
-                return one(value)
-    wanted = " or ".join(
-        "|".join(typing.get_args(k))
-        if typing.get_origin(k) is typing.Literal
-        else getattr(k, "__name__", str(k))
-        for k in kinds
-        if k is not types.NoneType
-    )
-    raise UsageError(f"{owner}({key}={raw}): expected {wanted}")
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f", did you mean '{close[0]}'?" if close else ""
 
 
 def _show(value: Any) -> str:

@@ -24,7 +24,8 @@ from torch.fx import Node
 from .data import Batch
 from .errors import ContractError
 from .ir import Graph, operator_name, site, source_line
-from .ops import arguments, is_tensor, kind
+from .ops import is_tensor
+from .slices import Region, float_feeders, index, regions, text
 
 WARN_DB, FAIL_DB = 20.0, 6.0
 POWER = 100.0  # a check counts as proof when a wrong answer would have shown at this many tolerances
@@ -47,7 +48,6 @@ BOUNDED = Contract("bounded")
 
 HALF = (torch.float16, torch.bfloat16)
 Outputs = tuple[Tensor, ...]
-Region = dict[int, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Comparison:
                 )
             other = wrong[i] if wrong is not None else _another_sample(ref, before[i] if before else None)
             for j, region in enumerate(self._regions[i]):
-                part = _slices(region, ref.dim())
+                part = index(region, ref.dim())
                 self._sums.setdefault((i, j), _Sums()).update(
                     ref[part], got[part], other[part] if other is not None else None
                 )
@@ -108,7 +108,7 @@ class Comparison:
     def checks(self, tolerance: float | None = None) -> list[Check]:
         """One Check an output and slice, worst error first. tolerance None: by the output's dtype."""
         found = [
-            sums.check(self._names[i], _region_text(self._regions[i][j]), tolerance, self._flips[i])
+            sums.check(self._names[i], text(self._regions[i][j]), tolerance, self._flips[i])
             for (i, j), sums in self._sums.items()
         ]
         return sorted(found, key=lambda c: (c.finite, -c.error, c.sqnr_db))
@@ -201,7 +201,7 @@ class Observer:
         self.flips = [0.0] * len(self.names)
         for i, (name, node) in enumerate(zip(graph.outputs, graph.results, strict=True)):
             if is_tensor(node) and not node.meta["val"].dtype.is_floating_point:
-                feeders = _float_feeders(node)
+                feeders = float_feeders(node)
                 self.flips[i] = FLIPS if feeders else 0.0
                 self.nodes += feeders
                 self.names += [f"{name} (from {site(f)})" for f in feeders]
@@ -404,74 +404,6 @@ def _summary(t: Tensor) -> str:
     if not t.numel():
         return f"shape {list(t.shape)}"
     return f"shape {list(t.shape)}, mean {float(t.mean()):.4g}, max {float(t.abs().max()):.4g}"
-
-
-# -------------------------------------------------------------------- slices that a concat built
-
-
-def regions(node: Node) -> list[Region]:
-    """Boxes {axis: (start, stop)} of a value that different operands of a concat wrote; empty without a concat."""
-    which = kind(node)
-    if which in ("activation", "identity", "cast", "quantize", "dequantize", "neg"):
-        return regions(node.args[0]) if is_tensor(node.args[0]) else []  # type: ignore[arg-type]
-    if which in ("permute", "transpose"):
-        return [_move(r, node) for r in regions(node.args[0])]  # type: ignore[arg-type]
-    if which != "cat":
-        return []
-    bound = arguments(node)
-    operands = list(bound["tensors"])
-    axis = bound.get("dim", 0) % node.meta["val"].dim()
-    found: list[Region] = []
-    start = 0
-    for operand in operands:
-        size = operand.meta["val"].shape[axis]
-        if not isinstance(size, int):
-            return []
-        for inner in regions(operand) or [{}]:
-            low, high = inner.get(axis, (0, size))
-            found.append({**inner, axis: (start + low, start + high)})
-        start += size
-    return found
-
-
-def _move(region: Region, node: Node) -> Region:
-    rank = node.meta["val"].dim()
-    if kind(node) == "permute":
-        order = [d % rank for d in arguments(node)["dims"]]
-    else:
-        bound = arguments(node)
-        a, b = (bound.get(k, d) % rank for k, d in (("dim0", -2), ("dim1", -1)))
-        order = list(range(rank))
-        order[a], order[b] = order[b], order[a]
-    return {order.index(axis): span for axis, span in region.items()}
-
-
-def _float_feeders(node: Node) -> list[Node]:
-    seen: set[Node] = set()
-    found: list[Node] = []
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        for source in current.all_input_nodes:
-            if source in seen or not is_tensor(source) or source.op != "call_function":
-                continue
-            seen.add(source)
-            if source.meta["val"].dtype.is_floating_point:
-                found.append(source)
-            else:
-                stack.append(source)
-    return found
-
-
-def _slices(region: Region, rank: int) -> tuple[slice, ...]:
-    return tuple(slice(*region[a]) if a in region else slice(None) for a in range(rank))
-
-
-def _region_text(region: Region) -> str:
-    if not region:
-        return ""
-    spans = [f"{region[a][0]}:{region[a][1]}" if a in region else ":" for a in range(max(region) + 1)]
-    return f"[{', '.join(spans)}]"
 
 
 def _json_number(value: Any) -> Any:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors"],
     ["ir", "images", "archive", "unpickle", "expressions", "pytrees"],
-    ["ops", "sources", "pickles", "architecture"],
-    ["batches", "checkpoint", "inplace"],
+    ["ops", "spec", "sources", "pickles", "architecture"],
+    ["batches", "checkpoint", "inplace", "flatten", "slices"],
     ["target", "data", "weights"],
     ["constants", "layout", "atoms"],
     ["features", "moves"],
