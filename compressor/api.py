@@ -45,7 +45,8 @@ def compress(
     opt = Options.of(options)
     where = target if isinstance(target, Target) else registry.target(target)
     run = Run(opt, where, passes or where.recipe)
-    loaded = load_model(model, opt)
+    with run.step("reading the model"):
+        loaded = load_model(model, opt)
     folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
     if opt.stop_after:
         return run.compile(loaded, example_inputs, calibration, None)

@@ -126,6 +126,14 @@ def test_an_operator_without_a_word_in_onnx_is_named(tmp_path):
         emit(graph, tmp_path / "m.onnx")
 
 
+def test_a_model_too_large_for_one_file_has_its_data_beside_it(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr("compressor.emit.EXTERNAL_DATA_BYTES", 100)
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    data = (tmp_path / "model.onnx.data").stat().st_size
+    assert data == 8 * 3 * 3 * 3 * 4 and emitted.bytes == data + (tmp_path / "model.onnx").stat().st_size
+    delivery.check_emitted(graph, emitted, [Batch((torch.randn(4, 3, 8, 8),))])
+
+
 def test_staging_leaves_the_old_output_whole(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
