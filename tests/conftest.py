@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,11 @@ os.environ.pop("COLUMNS", None)  # workers inherit their terminal's width, which
 _SHIM = runpy.run_path(str(SHIM / "sitecustomize.py"))  # the operators live as long as what defined them
 if str(SHIM) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SHIM), os.environ.get("PYTHONPATH")]))
+
+
+def hears_ctrl_c() -> None:
+    """For `preexec_fn`: a shell that starts the suite in the background has it ignore SIGINT, children included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import pytest
+from conftest import hears_ctrl_c
 from sample_report import sample_report
 
 import compressor
@@ -392,7 +393,12 @@ def test_ctrl_c_while_python_works(tmp_path: Path) -> None:
     )
     (tmp_path / "model.pt2").touch()
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     time.sleep(0.1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import hears_ctrl_c
 from torch import nn
 
 from compressor.report import read_report
@@ -274,7 +275,7 @@ def test_ctrl_c_leaves_the_output_as_it_was(here: Path) -> None:
     words = ["model.pt2", "--passes", "fold", "--eval", "slow:metric", "--output", "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "compressor", *words],
-        cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
