@@ -183,23 +183,50 @@ def _export(
     if first.dim() and not first.shape[0]:
         raise UsageError("the example inputs hold no sample: axis 0 has size 0")
     shapes = [_axes(path, t, named, first, dynamic) for path, t in zip(paths, tensors, strict=True)]
-    try:
-        program = _run_export(model, *_widen(args, kwargs, shapes), shapes)
-    except (CompressorError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if not any(isinstance(s, str) for shape in shapes for s in shape):
-            raise _explain(error) from error
-        shapes = [tuple(t.shape) for t in tensors]
+    program, kept = _export_as_dynamic_as_possible(model, args, kwargs, tensors, shapes, notices)
+    return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, tensors, kept, strict=True))
+
+
+Shapes = list[tuple[int | str, ...]]
+
+
+def _export_as_dynamic_as_possible(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: Sequence[Tensor],
+    shapes: Shapes,
+    notices: list[str],
+) -> tuple[ExportedProgram, Shapes]:
+    """All named axes dynamic; where the model cannot keep them, the leading ones only; else none of them."""
+    leading: Shapes = [
+        tuple(size if i == 0 else tensor.shape[i] for i, size in enumerate(shape))
+        for shape, tensor in zip(shapes, tensors, strict=True)
+    ]
+    static: Shapes = [tuple(t.shape) for t in tensors]
+    first: Exception | None = None
+    for kept in [s for i, s in enumerate((shapes, leading, static)) if s not in (shapes, leading)[:i]]:
+        positional, keywords = (args, kwargs) if kept == static else _widen(args, kwargs, kept)
         try:
-            program = _run_export(model, args, kwargs, shapes)
-        except Exception as second:
-            raise _explain(second) from second
-        fixed = first.shape[0] if first.dim() else 1
-        notices.append(
-            f"the batch axis is fixed to {fixed}: the model cannot keep it dynamic ({_first_line(error)})"
-        )
-    return program, tuple(Input(p, t.dtype, s) for p, t, s in zip(paths, tensors, shapes, strict=True))
+            program = _run_export(model, positional, keywords, kept)
+        except (CompressorError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            first = first or error
+            continue
+        fixed = {
+            name: size
+            for old, new in zip(shapes, kept, strict=True)
+            for name, size in zip(old, new, strict=True)
+        }
+        for name, size in fixed.items():
+            if isinstance(name, str) and isinstance(size, int) and first is not None:
+                why = _first_line(first)
+                notices.append(
+                    f"the {name} axis is fixed to {size}: the model cannot keep it dynamic ({why})"
+                )
+        return program, kept
+    raise _explain(first) from first  # type: ignore[arg-type]
 
 
 def _by_path(overrides: Sequence[Input], paths: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Input]:

@@ -8,6 +8,7 @@ filled at random: here that is an error.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from .architecture import guarded, library
 from .capture import quiet
 from .checkpoint import printable
 from .errors import FileError, UsageError
+from .ir import Input
 
 _CHUNK = 1 << 24
 
@@ -50,6 +52,23 @@ def labels(model: nn.Module) -> tuple[str, ...]:
     names = tuple(str(table[key]) for key in sorted(table)) if isinstance(table, dict) else ()
     generic = all(name == f"LABEL_{index}" for index, name in enumerate(names))
     return () if generic or len(names) < 2 else names
+
+
+def inputs(model: nn.Module) -> tuple[Input, ...]:
+    """What a text or image model takes, batch and sequence dynamic; nothing where its config does not say."""
+    main = getattr(model, "main_input_name", None)
+    config: Any = getattr(model, "config", None)
+    if main == "input_ids" and not getattr(config, "is_encoder_decoder", False):
+        names = [
+            n for n in ("input_ids", "attention_mask") if n in inspect.signature(model.forward).parameters
+        ]
+        return tuple(Input(name, torch.int64, ("batch", "sequence")) for name in names)
+    size = getattr(config, "image_size", None)
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if main == "pixel_values" and isinstance(height, int) and isinstance(width, int):
+        channels = getattr(config, "num_channels", 3)
+        return (Input(main, torch.float32, ("batch", channels, height, width)),)
+    return ()
 
 
 def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:

@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from . import architecture, archive, gate, huggingface, pickles, weights
 from .checkpoint import Contents, Weights, contents
 from .errors import FileError, UsageError
+from .ir import Input
 
 _MODULES = ("ema", "model_ema", "model", "module", "net")  # where checkpoints keep whole modules
 
@@ -35,13 +36,15 @@ class Loaded:
     """A model in eval mode, and where it came from.
 
     sha256: of the file's bytes, or of the folder's config and weights. example: (args, kwargs) found in the file.
-    labels: class names found in the file. notes: what the user should know, a few words each.
+    inputs: what the model takes, where its library says so. labels: class names found in the file. notes: what the
+    user should know, a few words each.
     """
 
     model: nn.Module | ExportedProgram
     path: Path
     sha256: str
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    inputs: tuple[Input, ...] = ()
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -146,7 +149,8 @@ def _load_folder(path: Path, model: str | None, allow: Sequence[str]) -> Loaded:
         raise UsageError(f"{path} names its architecture in config.json: leave --model out.")
     built, notes = huggingface.load(path, allow)
     sha256 = huggingface.digest(huggingface.files(path))
-    return Loaded(built, path, sha256, labels=huggingface.labels(built), notes=notes)
+    inputs, labels = huggingface.inputs(built), huggingface.labels(built)
+    return Loaded(built, path, sha256, inputs=inputs, labels=labels, notes=notes)
 
 
 def _load_program(path: Path, model: str | None, adapter: str | None, trust: bool) -> Loaded:

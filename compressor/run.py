@@ -350,8 +350,9 @@ def load_model(model: Any, opt: Options) -> Loaded:
 def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
     specs = [data.parse_input(i) if isinstance(i, str) else i for i in opt.inputs]
     args, kwargs = example, opt.kwargs
-    if args is None and loaded.example is not None and not specs:
-        args, kwargs = loaded.example
+    if args is None and kwargs is None and not specs:
+        args, kwargs = loaded.example or (None, None)
+        specs = [] if loaded.example else list(loaded.inputs)
     return capture(loaded.model, args, kwargs, inputs=specs)
 
 

@@ -43,6 +43,14 @@ def test_an_axis_that_cannot_be_dynamic_falls_back_with_a_notice():
     assert "batch axis is fixed to 2" in graph.notices[0]
 
 
+def test_the_batch_stays_dynamic_where_another_axis_cannot():
+    specs = [Input("x", torch.float32, ("batch", "sequence", 4))]
+    graph = capture(module(lambda x: x.view(-1, 64)), inputs=specs)
+    assert graph.inputs[0].shape == ("batch", 16, 4)
+    assert any("the sequence axis is fixed to 16" in n for n in graph.notices)
+    assert graph.run(torch.randn(5, 16, 4))[0].shape == (5, 64)
+
+
 def test_described_axes_override_the_example():
     graph = capture(module(lambda x: x * 2), inputs=[Input("x", torch.float32, ("batch", 3, "width"))])
     assert graph.inputs[0].shape == ("batch", 3, "width")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.errors import FileError, UsageError
+from compressor.ir import Input
 from compressor.load import load
 
 transformers = pytest.importorskip(
@@ -224,3 +225,20 @@ def test_adapter_on_a_plain_module(tmp_path):
     assert torch.equal(loaded.model(x), model(x)) and not torch.allclose(
         loaded.model(x), base[2](base[1](x @ base[0].weight.T))
     )
+
+
+def test_a_folder_says_what_its_model_takes(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "text")
+    shape = ("batch", "sequence")
+    assert load(tmp_path / "text").inputs == (
+        Input("input_ids", torch.int64, shape),
+        Input("attention_mask", torch.int64, shape),
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    transformers.ViTForImageClassification(vision).save_pretrained(tmp_path / "image")
+    (image,) = load(tmp_path / "image").inputs
+    assert image == Input("pixel_values", torch.float32, ("batch", 3, 32, 32))
