@@ -112,9 +112,10 @@ def provider_of(target: Target) -> tuple[str, str]:
     """The provider that verification runs on, and the words for the report."""
     installed = runtime.providers()
     wanted = target.providers[0]
-    if wanted in installed:
-        return wanted, f"on {wanted}"
-    return CPU, f"on {CPU}: {wanted} is not installed here, so only the structure was checked for it"
+    usable = next((p for p in target.providers if p in installed), CPU)
+    if usable == wanted:
+        return usable, f"on {usable}"
+    return usable, f"on {usable}: {wanted} is not installed here, so only the structure was checked for it"
 
 
 def check_emitted(

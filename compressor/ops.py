@@ -115,10 +115,6 @@ KINDS |= {
     "quantized_decomposed.dequantize_per_channel.default": "dequantize",
 }
 
-# One operand in, values changed one by one, no parameter: safe to move a positive per-channel mask past nothing.
-ELEMENTWISE = frozenset(
-    {"activation", "prelu", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"}
-)
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm"})
 CONTRACTIONS = frozenset({"conv", "conv_transpose", "linear", "matmul", "addmm", "einsum", "attention"})
 

@@ -317,6 +317,7 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
             text += f", {faster} than fp32 ONNX ({_milliseconds(latency['float'])})"
         if latency.get("threads"):
             text += f", {latency['threads']} threads" if latency["threads"] != 1 else ", 1 thread"
+        text += f"; {latency['note']}" if latency.get("note") else ""
         lines.append(text)
     if emitted.get("verified"):
         checks = emitted.get("checks") or ()

@@ -45,9 +45,10 @@ class Target:
     """Where the model will run.
 
     providers: ONNX Runtime execution providers, best first; where the first is not installed, numbers are verified on
-    the CPU's. channel_multiple: widths that pruning rounds to. fixed_batch: batch size that dynamic batches are
-    fixed to by default, None to leave them dynamic. half: the target computes in fp16.
-    formats: files to write, of `onnx` and `ort`. recipe: the passes of `compress MODEL` without `--passes`.
+    the next, or on the CPU's. channel_multiple: widths that pruning rounds to. fixed_batch: batch size that dynamic
+    batches are fixed to by default, None to leave them dynamic. elsewhere: it runs on another machine than the one
+    that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
+    passes of `compress MODEL` without `--passes`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Target:
     ir_version: int = 9
     channel_multiple: int = 8
     fixed_batch: int | None = None
-    half: bool = False
+    elsewhere: bool = False
     formats: tuple[str, ...] = ("onnx",)
     recipe: str = "merge,fold"
     quant: QuantSpec = field(default_factory=QuantSpec)

@@ -20,7 +20,7 @@ GPU = Target(
     name="gpu",
     summary="TensorRT through ONNX Runtime: fp16 with float inputs and outputs, symmetric int8",
     providers=("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-    half=True,
+    elsewhere=True,
     recipe="merge,fold,fp16",
     quant=TENSORRT,
 )

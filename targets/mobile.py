@@ -9,6 +9,7 @@ MOBILE = Target(
     summary="ONNX Runtime on Android and iOS: batch 1, static shapes, .onnx and .ort",
     providers=("CPUExecutionProvider",),
     fixed_batch=1,
+    elsewhere=True,
     formats=("onnx", "ort"),
     quant=QLINEAR,
 )
