@@ -236,3 +236,26 @@ def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"):
         api.compress(model, (torch.randn(2, 3, 16, 16),), passes="fold", output=tmp_path / "o", measure=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_latency_table_replays_the_decisions_of_an_earlier_run(model, tmp_path, monkeypatch):
+    from compressor import delivery
+
+    images = torch.randn(40, 3, 16, 16)
+    calls = []
+    honest = delivery.latencies
+
+    def counted(files, *args, **kwargs):
+        calls.append(len(files))
+        return honest(files, *args, **kwargs)
+
+    monkeypatch.setattr(delivery, "latencies", counted)
+    options = {"passes": "squeeze(macs=0.8)", "calibration": images}
+    first = api.compress(model, (images[:2],), output=tmp_path / "a", **options)
+    assert first.report["latency_table"] and len(calls) >= 2
+    calls.clear()
+    table = tmp_path / "a" / "report.json"
+    again = api.compress(model, (images[:2],), output=tmp_path / "b", latency_table=table, **options)
+    assert len(calls) == 1  # the closing comparison alone
+    assert again.report["latency_table"] == first.report["latency_table"]
+    assert again.onnx.read_bytes() == first.onnx.read_bytes()
