@@ -50,7 +50,9 @@ def build(spec: str) -> nn.Module:
     if not callable(factory):
         raise UsageError(f"--model {spec}: {name} is a {type(factory).__name__}, not a function or class.")
     model = (
-        factory if isinstance(factory, nn.Module) else guarded(lambda: factory(*args, **kwargs), spec, "call")
+        factory
+        if isinstance(factory, nn.Module)
+        else guarded(lambda: factory(*args, **kwargs), spec, "call", _signature(factory))
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {spec}: it returned a {type(model).__name__}, not a torch.nn.Module.")
@@ -157,12 +159,19 @@ def library(name: str, spec: str) -> Any:
     return guarded(lambda: importlib.import_module(name), spec, f"import {name}")
 
 
-def guarded(action: Callable[[], Any], spec: str, what: str) -> Any:
+def _signature(factory: Any) -> str:
+    try:
+        return f" It is {getattr(factory, '__name__', 'called as')}{inspect.signature(factory)}"
+    except (TypeError, ValueError):
+        return ""
+
+
+def guarded(action: Callable[[], Any], spec: str, what: str, hint: str = "") -> Any:
     """Run the user's code; whatever it raises becomes one line that names error, file and line."""
     try:
         return action()
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--model {spec}: could not {what}: {explain(error)}") from error
+        raise UsageError(f"--model {spec}: could not {what}: {explain(error)}{hint}") from error
 
 
 def explain(error: BaseException) -> str:

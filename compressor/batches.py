@@ -80,6 +80,8 @@ class Reader:
             others = [key for key in rest if key not in LABELS]
             chosen = ["x" if "x" in others else others[0] if len(others) == 1 else None]
             rest = [key for key in rest if key not in chosen]
+            if chosen != [None]:
+                self.facts["renamed"] = f"the array '{chosen[0]}' was taken for input '{names[0]}'"
         lost = [name for name, key in zip(names, chosen, strict=True) if key is None]
         if lost:
             raise DataError(

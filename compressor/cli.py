@@ -208,7 +208,13 @@ def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
         _json(facts)
     elif not quiet:
         console.show_facts(facts, console.output())
-        _next(*(("bench", path) if found.suffix == ".onnx" else (path,)))
+        if found.suffix == ".onnx":
+            _next("bench", path)
+        elif "tensors" in facts:
+            model = facts.get("architecture") or "path/to/your/model.py:FACTORY"
+            _next(path, "--model", model, "--input", "x:f32[?,3,224,224]")
+        else:
+            _next(path)
 
 
 @commands.command()

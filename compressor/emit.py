@@ -233,7 +233,15 @@ def _rename(model: onnx_ir.Model, graph: Graph) -> None:
     model.graph.doc_string = None
 
 
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
+
+
 def _module_path(node: onnx_ir.Node) -> str:
+    weight = node.inputs[1].name if node.op_type in _WEIGHTED and node.inputs[1] is not None else ""
+    if weight and weight.endswith(
+        ".weight"
+    ):  # the exporter gives a convolution the path of the norm folded into it
+        return weight.removesuffix(".weight")
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [s for s in re.findall(r"'([^']*)'", scopes)[:-1] if s]
     return module_path(names[-1]) if names else ""

@@ -200,7 +200,8 @@ def _advice(path: Path, found: Contents) -> str:
     trust = " (or run its pickle, if you trust it: --trust-pickle)" if found.places[0].class_path else ""
     return (
         f"{path.name} holds {found.summary()}; but the code that builds the model is not in it. "
-        f"Name it: compress {shlex.quote(str(path))} --model {shlex.quote(guess)}{trust}"
+        f"Name it, and what the model takes: compressor {shlex.quote(str(path))} --model {shlex.quote(guess)} "
+        f"--input 'x:f32[?,3,224,224]'{trust}"
     )
 
 

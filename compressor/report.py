@@ -327,7 +327,8 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
     for name, value in (emitted.get("metric") or {}).items():
         was = f"{metric(name, before[name])} -> " if name in before else ""
         lines.append(f"{name:<8}  {was}{metric(name, value, before.get(name))}")
-    lines += [f"mobile    {escape(verdict)}" for verdict in emitted.get("mobile") or ()]
+    verdicts = [line for line in emitted.get("mobile") or () if line.startswith("Model should perform well")]
+    lines += [f"mobile    {escape(verdict)}" for verdict in verdicts]
     for line in lines:
         _line(console, line)
 

@@ -135,6 +135,7 @@ class Run:
         self.notices += [*loaded.notes, *graph.notices]
         source, statistics, held_out = streams(graph, calibration, opt, given(loaded, example))
         self.facts = source.facts if source is not None else {}
+        self.notices += [self.facts[key] for key in ("renamed",) if key in self.facts]
         if opt.evaluate is not None:
             self.evaluator = data.evaluator(opt.evaluate, graph, preprocess=opt.preprocess)
         with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
@@ -428,13 +429,25 @@ def _stream(stream: Data | None) -> dict[str, Any] | None:
 def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a program that calls the model must know."""
     images = [spec for spec in emitted.inputs if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)]
+    fixed = {
+        size: spec.shape[a]
+        for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
+        for a, size in enumerate(old.shape)
+    }
+    axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
     return {
         "model": emitted.path.name,
         "inputs": [
             shape_of(spec) | ({"layout": "NCHW"} if spec in images else {}) for spec in emitted.inputs
         ],
         "outputs": [
-            {"name": name, "dtype": dtype_name(node.meta["val"].dtype)}
+            {
+                "name": name,
+                "dtype": dtype_name(node.meta["val"].dtype),
+                "shape": [
+                    s if isinstance(s, int) else axes.get(str(s), str(s)) for s in node.meta["val"].shape
+                ],
+            }
             for name, node in zip(graph.outputs, graph.results, strict=True)
         ],
         "preprocess": facts.get("preprocess"),

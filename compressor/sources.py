@@ -287,12 +287,14 @@ def as_tensor(value: Any, where: str = "the data") -> Tensor:
     """A tensor of an array, a number or nested lists of them; DataError on anything else."""
     if isinstance(value, Tensor):
         return value.detach()
+    kind = type(value).__name__
     try:
         array = np.asarray(value)
+        kind = f"an array of {array.dtype}"
         native = array.astype(array.dtype.newbyteorder("="))  # a copy: torch cannot hold read-only memory
         return torch.from_numpy(native)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} holds {type(value).__name__} and no numbers ({error})") from error
+        raise DataError(f"{where} holds {kind} and no numbers") from error
 
 
 def _in_turn(iterators: Sequence[Iterator[Path]]) -> Iterator[Path]:

@@ -480,7 +480,9 @@ def test_torchvision_without_its_compiled_part_is_explained(tmp_path, source, ne
 )
 def test_without_model_it_says_what_to_type(tmp_path, net, kind, says, command):
     path = written(tmp_path / "my net.pt", CHECKPOINTS[kind](net))
-    with pytest.raises(FileError, match=rf"my net\.pt holds {says}.*compress '.*my net\.pt' {command}"):
+    with pytest.raises(
+        FileError, match=rf"my net\.pt holds {says}.*compressor '.*my net\.pt' {command}.* --input 'x:f32"
+    ):
         load(path)
     assert peek(path).summary()
 
