@@ -166,7 +166,7 @@ class _Sums:
         if discrete:
             tolerance = flips
         elif tolerance is None:
-            tolerance = TOLERANCE[self.dtype]
+            tolerance = TOLERANCE.get(self.dtype, 0.0)
         return Check(
             output=name,
             slice=region,
@@ -344,13 +344,6 @@ def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Ite
         for axis, kept in journal.kept.get(node.name, {}).items():
             reference = reference.index_select(axis, kept)
         yield _value_check(node, reference, value)
-
-
-def first_divergence(
-    before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance: float
-) -> ValueCheck | None:
-    """The first value of `after` that is not what it claims to be, None when all are."""
-    return next((c for c in compare_values(before, after, inputs) if not c.error <= tolerance), None)
 
 
 @dataclass(frozen=True)

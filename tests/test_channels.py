@@ -22,7 +22,7 @@ from compressor.measure import parameters
 from compressor.ops import contractions, is_constant, macs
 from compressor.oracle import masked, power
 from compressor.surgery import remove
-from compressor.verify import compare_values, first_divergence
+from compressor.verify import compare_values, look_inside
 from compressor.widths import Costs
 
 TOLERANCE = 1e-5
@@ -737,14 +737,14 @@ def test_a_forgotten_literal_is_loud(monkeypatch, kind, case, message):
 def _broken(case: str) -> tuple[Graph, Graph, Graph, Tensor]:
     graph, x = graph_of(CASES[case].model(), *CASES[case].shape)
     reference, pruned = prune(graph, some_of_each(analyse(graph)))
-    assert first_divergence(reference, pruned, [x], TOLERANCE) is None
+    assert look_inside(reference, pruned, [x], TOLERANCE).wrong is None
     return graph, reference, pruned, x
 
 
 def test_a_wrong_slice_in_a_reader_is_named():
     graph, reference, pruned, x = _broken("skip connection")
     shift_a_reader(graph, pruned)
-    found = first_divergence(reference, pruned, [x], TOLERANCE)
+    found = look_inside(reference, pruned, [x], TOLERANCE).wrong
     assert found and (found.site, found.operator) == ("d", "aten.conv2d.default") and found.error > 0.1
 
 
@@ -756,7 +756,7 @@ def test_a_wrong_slice_behind_a_layer_scale_is_named():
     reference, pruned = prune(graph, some_of_each(analyse(graph)))
     shift_a_reader(graph, pruned)
     assert float((reference.run(x)[0] - pruned.run(x)[0]).abs().max() / x.abs().max()) < TOLERANCE
-    found = first_divergence(reference, pruned, [x], TOLERANCE)
+    found = look_inside(reference, pruned, [x], TOLERANCE).wrong
     assert found and (found.site, found.operator) == ("b", "aten.linear.default") and found.error > 0.1
 
 
@@ -774,7 +774,7 @@ def test_a_reader_behind_a_shuffle_that_forgets_the_shuffle_is_named():
     before, after = kept["a_weight"][0], kept["b_weight"][1]
     assert before.tolist() == [0, 3, 4, 5, 6, 9, 10, 11] and after.tolist() == [0, 1, 6, 7, 8, 9, 10, 11]
     pruned.set_tensor(pruned.node("b_weight"), graph.tensor(graph.node("b_weight"))[:, before])
-    found = first_divergence(reference, pruned, [x], TOLERANCE)
+    found = look_inside(reference, pruned, [x], TOLERANCE).wrong
     assert found and found.site == "b" and found.error > 0.1
 
 
@@ -783,7 +783,7 @@ def test_a_shifted_split_is_named():
     node = pruned.node("slice_4")
     source, axis, start, stop = node.args[:4]
     pruned.set_args(node, (source, axis, start - 1, stop - 1))
-    found = first_divergence(reference, pruned, [x], TOLERANCE)
+    found = look_inside(reference, pruned, [x], TOLERANCE).wrong
     assert found and found.node == "slice_4" and found.error > 0.1
 
 
@@ -792,7 +792,7 @@ def test_a_wrong_order_of_flattening_is_named():
     graph, reference, pruned, x = _broken("flatten (NHWC)")
     columns = torch.arange(96).reshape(8, 12)[pruned.journal.kept["conv2d"][1]].reshape(-1)
     pruned.set_tensor(pruned.node("b_weight"), graph.tensor(graph.node("b_weight"))[:, columns])
-    found = first_divergence(reference, pruned, [x], TOLERANCE)
+    found = look_inside(reference, pruned, [x], TOLERANCE).wrong
     assert found and found.site == "b" and found.error > 0.1
 
 

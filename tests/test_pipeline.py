@@ -257,3 +257,36 @@ def test_the_loss_against_the_original_adds_up(graph):
     rows = run(graph, "noise(size=0.05),noise(size=0.05)")
     assert rows[0].total_db == float("inf")
     assert rows[2].total_db < rows[1].total_db < 60
+
+
+class Whole(nn.Module):
+    """Whole numbers in and out: no float feeds them."""
+
+    def forward(self, x):
+        return x + 1, x * 2
+
+
+@dataclass(frozen=True)
+class Twice(Pass):
+    """x * 2 is x + x; `wrong` makes it x + x + x."""
+
+    name: ClassVar[str] = "twice"
+    contract = EXACT
+    wrong: bool = False
+
+    def run(self, graph, ctx):
+        x, product = graph.placeholders[0], graph.results[1]
+        total = graph.insert(aten.add.Tensor, (x, x), before=product)
+        if self.wrong:
+            total = graph.insert(aten.add.Tensor, (total, x), before=product)
+        graph.replace_uses(product, total)
+        return Outcome([Rewrite("", "a sum")])
+
+
+def test_whole_numbers_that_no_float_feeds_must_be_equal():
+    graph = capture(Whole(), (torch.arange(10).reshape(2, 5),))
+    batches = [Batch((torch.arange(20).reshape(4, 5),))]
+    ctx = Context(Target("cpu", "", ("CPUExecutionProvider",)), Data(lambda: batches, [4], "whole numbers"))
+    Pipeline([Twice()], {}).run(graph.copy(), ctx)
+    with pytest.raises(ContractError, match="output output_1 differs"):
+        Pipeline([Twice(wrong=True)], {}).run(graph.copy(), ctx)

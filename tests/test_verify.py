@@ -15,8 +15,8 @@ from compressor.verify import (
     Comparison,
     Observer,
     compare,
-    first_divergence,
     judge,
+    look_inside,
     observe,
     regions,
 )
@@ -110,13 +110,13 @@ def damaged(graph):
     return twin
 
 
-def test_first_divergence_names_the_operator():
+def test_look_inside_names_the_operator():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     graph = capture(model, (torch.randn(2, 6),))
     x = torch.randn(4, 6)
-    assert first_divergence(graph, graph.copy(), (x,), 1e-9) is None
-    found = first_divergence(graph, damaged(graph), (x,), 1e-5)
+    assert look_inside(graph, graph.copy(), (x,), 1e-9).wrong is None
+    found = look_inside(graph, damaged(graph), (x,), 1e-5).wrong
     assert found is not None
     assert (found.site, found.operator) == ("1", "aten.linear.default")
     assert found.error > 1e-4
