@@ -90,6 +90,16 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | li
     return rule(Step(node, known, free, arguments(node)))
 
 
+def look_up(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
+    """As `follow`, from an entry of indices: looking up a constant table makes features of them."""
+    bound = arguments(node)
+    if kind(node) != "embedding" or bound["indices"] not in known or bound["weight"] in known:
+        return follow(node, known, free)
+    if bound["weight"] not in free:
+        raise Foreign
+    return (*known[bound["indices"]], run(extents(node.meta["val"])[-1]))
+
+
 # -------------------------------------------------------------------- helpers
 
 

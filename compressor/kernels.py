@@ -60,7 +60,8 @@ class Window:
 def start(entry: Node) -> Window | None:
     """The window of the entry itself; None where it is no batch of images."""
     value = entry.meta["val"]
-    if not 3 <= value.dim() <= 5 or not isinstance(value.shape[1], int):
+    image = value.dtype.is_floating_point and 3 <= value.dim() <= 5
+    if not image or not isinstance(value.shape[1], int):
         return None
     axes = value.dim() - 2
     return Window((1,) * axes, (frozenset({0}),) * axes, value.shape[1])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Node
 
 from .ops import extents
@@ -32,20 +33,32 @@ Layout = tuple[Axis, ...]
 
 
 def start(entry: Node) -> Layout | None:
-    """The layout of the entry itself: its last axis holds the features, the others are tokens."""
-    sizes = extents(entry.meta["val"])
-    if not sizes or not isinstance(sizes[-1], int):
+    """The layout of an entry of floats: its last axis holds the features, the others are tokens."""
+    value = entry.meta["val"]
+    sizes = extents(value)
+    if not value.dtype.is_floating_point or not sizes or not isinstance(sizes[-1], int):
         return None
-    axes: list[Axis] = [() if s == 1 else (Atom(s, i),) for i, s in enumerate(sizes[:-1])]
-    return (*axes, run(sizes[-1]))
+    return (*_positions(sizes[:-1]), run(sizes[-1]))
+
+
+def start_index(entry: Node) -> Layout | None:
+    """The layout of an entry of indices: every axis holds tokens."""
+    value = entry.meta["val"]
+    whole = not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool)
+    return _positions(extents(value)) if whole and value.dim() else None
 
 
 def is_exit(layout: Layout, entry: Node, node: Node) -> bool:
     """True when a value has the entry's token axes, in order, and then one axis of features."""
     first = start(entry)
-    if first is None or len(layout) != len(first) or tokens(layout[-1]):
+    before = start_index(entry) if first is None else first[:-1]
+    if before is None or len(layout) != len(before) + 1 or tokens(layout[-1]):
         return False
-    return layout[:-1] == first[:-1] and isinstance(node.meta["val"].shape[-1], int)
+    return layout[:-1] == before and isinstance(node.meta["val"].shape[-1], int)
+
+
+def _positions(sizes: Sequence[Size]) -> Layout:
+    return tuple(() if s == 1 else (Atom(s, i),) for i, s in enumerate(sizes))
 
 
 def reshaped(layout: Layout, sizes: Sequence[Size]) -> Layout | None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.affine import FEATURES, KERNELS, Form, Reach, Region, probe, reach, region, replace
+from compressor.affine import FEATURES, KERNELS, TABLE, Form, Reach, Region, forks, operator_of, reach, region
 from compressor.constants import DataFree, fold_constants, is_random
 from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, NORMS, arguments, is_tensor, kind, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.probe import probe, replace
 
 # Multiply-accumulates and operators that go, norms that stay, operators that cost nothing and go; compared in order.
 Saving = tuple[int, Fraction, int, int]
@@ -115,8 +116,8 @@ class _Plan:
         self.reaches: list[Reach] = []
         self.chosen: list[Region] = []
         self._best_of: dict[tuple[Form, Node], _Best] = {}
-        forms = [FEATURES, KERNELS] if any(kind(n) == "conv" for n in graph.nodes) else [FEATURES]
-        for form in forms:
+        kinds = {kind(n) for n in graph.nodes}
+        for form in [form for form in (FEATURES, KERNELS, TABLE) if form is FEATURES or kinds & form.core]:
             for node in graph.nodes:
                 found = reach(form, node, self.free, self.order)
                 if found is not None:
@@ -129,11 +130,19 @@ class _Plan:
         used: set[Node] = set()
         for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
             for one in self._best(form, end).regions():
-                if used.isdisjoint(one.nodes):
-                    self.chosen.append(one)
-                    used.update(one.nodes)
+                self._take(one, used)
+        for found in self.reaches:
+            for exits in forks(found):
+                one = region(found, exits, self.free, self.order)
+                if one.exit.name not in self.refused and one.dead_macs > one.macs:
+                    self._take(one, used)
         self.chosen.sort(key=lambda one: self.order[one.exit])
         return self.chosen
+
+    def _take(self, one: Region, used: set[Node]) -> None:
+        if used.isdisjoint(one.nodes):
+            self.chosen.append(one)
+            used.update(one.nodes)
 
     def _best(self, form: Form, end: Node) -> _Best:
         key = (form, end)
@@ -143,7 +152,7 @@ class _Plan:
             for one in (
                 reversed(found) if end.name not in self.refused else ()
             ):  # of equal savings the nearest
-                where = region(one, end, self.free, self.order)
+                where = region(one, [end], self.free, self.order)
                 if not self._pays(where):
                     continue
                 before = self._best(form, one.entry)
@@ -155,7 +164,7 @@ class _Plan:
 
     def _pays(self, where: Region) -> bool:
         macs, operators, *_ = self._saving(where)
-        if not any(kind(n) in CONTRACTIONS for n in where.dead):
+        if not any(kind(n) in where.form.core for n in where.dead) or _grows(where):
             return False
         return macs > 0 or (macs == 0 and operators > 0 and not _tied(where))
 
@@ -190,7 +199,7 @@ class _Plan:
             if end in covered or end.name in self.refused:
                 continue
             regions = [
-                region(found, end, self.free, self.order) for found in reversed(self.entries[form, end])
+                region(found, [end], self.free, self.order) for found in reversed(self.entries[form, end])
             ]
             expected = [one for one in regions if self._is_expected(one)]
             if expected:  # the nearest entry among those with the most contractions
@@ -220,6 +229,8 @@ class _Plan:
             if node is not where.exit and outside:
                 reader = "the output" if outside[0].op == "output" else f"{site(outside[0])}"
                 return f"{_at(node)} inside it is also read by {reader}, so that merging would save nothing"
+        if _grows(where):
+            return "one table of this width would be larger than those that it is made of: they stay"
         cost, now = where.macs, where.dead_macs
         if cost == now and (tied := _tied(where)):
             return f"merging would untie {tied[0].target}, which is read elsewhere, and save no multiply-accumulate"
@@ -228,6 +239,14 @@ class _Plan:
             f"one {where.form.name} would cost {cost:,} multiply-accumulates a sample, "
             f"these {count} cost {now:,}: they stay"
         )
+
+
+def _grows(where: Region) -> bool:
+    """True where one table would be larger than every table it is made of, or they differ in length."""
+    if where.form is not TABLE:
+        return False
+    rows, widths = zip(*where.tables, strict=True)
+    return len(set(rows)) > 1 or where.width > max(widths)
 
 
 def _contractions(nodes: Iterable[Node]) -> int:
@@ -350,14 +369,15 @@ class _Writer:
         operator = probe(self.graph, where)
         if isinstance(operator, str):
             return Decline.at(where.exit, operator)
-        tied, named = _tied(where), _named(where.exit)
+        tied, named = _tied(where), _named(where)
         weight = self._tensor(where, f"{site(named)}.weight", operator.weight)
         bias = None if operator.bias is None else self._tensor(where, f"{site(named)}.bias", operator.bias)
-        new = self.now[where.exit] = replace(self.graph, where, weight, bias, before=named)
+        made = replace(self.graph, where, weight, bias, before=named)
+        self.now |= dict(zip(where.exits, made, strict=True))
         gone = Counter(operator_name(n).split(".")[-2] for n in where.dead if _is_operator(n))
         names = ", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(gone.items()))
         sizes = "x".join(map(str, operator.weight.shape))
-        what = f"{names} into one {operator_name(new).split('.')[1]} {sizes}"
+        what = f"{names} into one {_word(where)} {sizes}"
         for old in [w for w in tied if w is not weight][:1]:
             reader = next(site(user) for user in old.users if user not in where.dead)
             what += f"; {old.target} is shared with {reader}, this site now has its own"
@@ -389,8 +409,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-def _named(end: Node) -> Node:
-    """The operator that gives a region its name: the last one that does something."""
+def _named(where: Region) -> Node:
+    """The operator that gives a region its name: the last one that does something, of several exits the first core."""
+    if len(where.exits) > 1:
+        return next(n for n in where.nodes if n in where.dead and kind(n) in where.form.core)
+    end = where.exit
     while _is_idle(end):
         end = end.all_input_nodes[0]
     return end
+
+
+def _word(where: Region) -> str:
+    return operator_of(where)[0].name().split("::")[1].split(".")[0]

@@ -13,13 +13,14 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from compressor import kernels
-from compressor.affine import FEATURES, KERNELS, Evaluation, Operator, Reach, Region, probe, reach, region
+from compressor.affine import FEATURES, KERNELS, Reach, Region, reach, region
 from compressor.capture import capture
 from compressor.constants import DataFree, fold_constants, is_random
 from compressor.errors import ContractError
 from compressor.ir import Graph, Input
 from compressor.kernels import Window
 from compressor.layout import Atom, Layout, is_exit, reshaped, start
+from compressor.probe import Evaluation, Operator, probe
 
 BATCH, LENGTH, WIDTH = 3, 5, 8
 
@@ -58,7 +59,7 @@ def reached(graph: Graph, form: Any = FEATURES) -> Reach:
 
 def whole(graph: Graph, form: Any = FEATURES) -> Region:
     """The region from the graph's first input to its first output."""
-    return region(reached(graph, form), graph.results[0], DataFree(graph), order_of(graph))
+    return region(reached(graph, form), [graph.results[0]], DataFree(graph), order_of(graph))
 
 
 def blocked(graph: Graph) -> str:

@@ -28,7 +28,7 @@ TIERS = [
     ["features", "moves"],
     ["kernels", "ties"],
     ["affine", "channels", "statistics", "place"],
-    ["reconstruct", "quantize", "oracle", "surgery", "widths"],
+    ["probe", "reconstruct", "quantize", "oracle", "surgery", "widths"],
     ["capture"],
     ["gate", "huggingface"],
     ["load", "emit"],
