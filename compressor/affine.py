@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from . import features, kernels, layout
 from .constants import DataFree
-from .features import Foreign, NotAffine
 from .ops import arguments, is_constant, is_tensor, kind, node_macs, shape, sizes
+from .steps import Foreign, NotAffine
 
 
 @dataclass(frozen=True)

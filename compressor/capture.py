@@ -21,12 +21,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from .composites import spell_out
 from .errors import CompressorError, UnsupportedError, UsageError
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
 from .ir import Graph, Input, operator_name, unsupported
 from .ops import kind
 from .pytrees import leaves, path_name
+from .standins import StandIns
 
 
 def capture(
@@ -47,26 +49,43 @@ def capture(
         raise UnsupportedError(
             "a TorchScript model cannot be captured: export the original module with torch.export"
         )
-    notices: list[str] = []
     if isinstance(model, ExportedProgram):
-        program, names = model, _names_of_program(model)
-        notices += _static_notice(program, dynamic)
-        specs = _program_specs(program, names, inputs)
-    else:
-        positional, keywords = _bind(args, kwargs, inputs, model)
-        with _evaluating(model):
-            program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
+        specs = _program_specs(model, _names_of_program(model), inputs)
+        return _graph_of(model, specs, _static_notice(model, dynamic))
+    positional, keywords = _bind(args, kwargs, inputs, model)
+    with _evaluating(model), StandIns(model, positional, keywords) as stand_ins:
+        while True:
+            notices: list[str] = []
+            try:
+                program, specs = _export(model, positional, keywords, inputs, dynamic, notices)
+                graph = _graph_of(program, specs, notices)
+                break
+            except UnsupportedError as error:
+                if not stand_ins.cure(error):
+                    raise
+    if stand_ins.notices:
+        graph.notices += stand_ins.notices
+        with _evaluating(model), torch.no_grad():
+            _prove(graph, _call(model, (positional, keywords), graph.example))
+    return graph
+
+
+def _graph_of(program: ExportedProgram, specs: tuple[Input, ...], notices: list[str]) -> Graph:
+    """The flat, pure graph of a program, proved against it."""
     example = _example(program)
     graph = flatten(program, specs, example)
     graph.notices += notices
     refuse_complex(graph)
     _normalise(graph, program)
+    spell_out(graph)
     graph.notices += [
         f"{operator_name(n)} at {n.name}: an operator that no pass knows; it is left as it is"
         for n in {operator_name(n): n for n in graph.nodes if kind(n) == "opaque"}.values()
     ]
     graph.check()
-    _prove(graph, program, example)
+    with torch.no_grad():
+        flat = _call_flat(program.module(check_guards=False), program, [t.clone() for t in example])
+    _prove(graph, flat)
     return graph
 
 
@@ -451,12 +470,9 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
 # -------------------------------------------------------------------- proof
 
 
-def _prove(graph: Graph, program: ExportedProgram, example: Sequence[Tensor]) -> None:
-    """The flat graph gives what the program gives, bit by bit or nearly; its own operators were only renamed."""
-    module = program.module(check_guards=False)
-    with torch.no_grad():
-        flat = _call_flat(module, program, [t.clone() for t in example])
-    for name, ours, theirs in zip(graph.outputs, graph.run(*example), flat, strict=True):
+def _prove(graph: Graph, expected: Sequence[Tensor]) -> None:
+    """The graph gives what the model gives on the example, bit by bit or nearly; operators were only renamed."""
+    for name, ours, theirs in zip(graph.outputs, graph.run(*graph.example), expected, strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise UnsupportedError(f"capture changed the shape of output {name}")
         eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
@@ -471,12 +487,15 @@ def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: list[T
     if program.example_inputs is None:
         spec = program.call_spec.in_spec
         args, kwargs = pytree.tree_unflatten(tensors, spec)
-    else:
-        feed = iter(tensors)
-        args, kwargs = pytree.tree_map(
-            lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, program.example_inputs
-        )
-    return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+        return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+    return _call(module, program.example_inputs, tensors)
+
+
+def _call(model: nn.Module, inputs: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that a model returns for (args, kwargs) with these tensors in the place of their own."""
+    feed = iter(tensors)
+    args, kwargs = pytree.tree_map(lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, inputs)
+    return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
 
 
 def _scale(tensor: Tensor) -> float:

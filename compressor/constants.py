@@ -25,6 +25,10 @@ _LIKE_OTHER = frozenset(
     for n in ("type_as.default", "to.other", "expand_as.default", "view_as.default", "reshape_as.default")
 )
 _POINTWISE = frozenset({"activation", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
+_REARRANGING = frozenset(
+    {"view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "repeat", "cat",
+     "stack", "split", "chunk", "unbind", "getitem", "slice", "narrow", "select", "create_like"}
+)  # fmt: skip
 
 
 @dataclass
@@ -101,7 +105,8 @@ def shape_only(node: Node, operand: Node) -> bool:
 class DataFree:
     """The values that neither an input's data nor its size reaches: sizes may shape them, never fill them.
 
-    `zeros([batch, 5, 3])` is data-free but has no fixed shape, so it cannot be folded; `arange(batch)` is not.
+    `zeros([batch, 5, 3])` is data-free but has no fixed shape, so it cannot be folded; `arange(batch)` is not, and
+    neither is `ones(batch).sum()`, which counts.
     Size nodes themselves count as data-free, so that operators may mention them.
     """
 
@@ -141,6 +146,8 @@ class DataFree:
         data = [n for n in node.all_input_nodes if not shape_only(node, n)]
         if not all(n in self._nodes for n in data):
             return False
+        if which not in _POINTWISE | _REARRANGING and not _works_along_fixed_axes(node, data):
+            return False
         if len(data) == len(node.all_input_nodes):
             return True
         name = operator_name(node).removeprefix("aten.").split(".")[0]
@@ -156,6 +163,18 @@ class DataFree:
             tensor = self._graph.tensor(node)
             self._equal[node, axis] = bool((tensor == tensor.narrow(axis, 0, 1)).all())
         return not self._equal[node, axis]
+
+
+def _works_along_fixed_axes(node: Node, data: list[Node]) -> bool:
+    """True where every operand has a fixed size, or the operator reduces along axes that have one."""
+    tensors = [n for n in data if is_tensor(n)]
+    if all(isinstance(size, int) for n in tensors for size in extents(n.meta["val"])):
+        return True
+    dims = arguments(node).get("dim")
+    if kind(node) != "reduce" or len(tensors) != 1 or not isinstance(dims, (int, list, tuple)) or dims == []:
+        return False
+    sizes = extents(tensors[0].meta["val"])
+    return all(isinstance(sizes[d], int) for d in ([dims] if isinstance(dims, int) else dims))
 
 
 def _fills_with_size(node: Node) -> bool:

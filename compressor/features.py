@@ -8,72 +8,17 @@ proves the outcome with numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
 from .constants import DataFree, is_random, shape_only
-from .ir import operator_name, site
-from .layout import Axis, Layout, Size, reshaped, run, tokens
-from .ops import arguments, extents, is_tensor, kind
-
-
-class NotAffine(Exception):
-    """An operator on the way is not affine in the features of one token; the message names it."""
-
-    def __init__(self, node: Node, why: str = "is not affine") -> None:
-        name = operator_name(node).removesuffix(".default")
-        super().__init__(f"{name} at {site(node)} {why}")
-
-
-class Foreign(Exception):
-    """An operator reads another activation, so that it is no function of the entry alone."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator, seen from the entry: the layouts of what it reads, and what is known of the rest."""
-
-    node: Node
-    known: Mapping[Node, Any]
-    free: DataFree
-    bound: Mapping[str, Any]
-
-    def fail(self, why: str = "is not affine") -> NotAffine:
-        return NotAffine(self.node, why)
-
-    def reads(self, value: Any) -> bool:
-        """True for a value of the region."""
-        return isinstance(value, Node) and value in self.known
-
-    def layout(self, value: Any) -> Layout:
-        if not self.reads(value):
-            raise self.fail()
-        return self.known[value]
-
-    @property
-    def first(self) -> Any:
-        """The operator's first argument."""
-        return next(iter(self.bound.values()))
-
-    def only(self, name: str, *constants: str) -> Layout:
-        """The layout of one operand, when the operands named `constants` are no values of the region."""
-        if any(self.reads(self.bound.get(c)) for c in constants):
-            raise self.fail("multiplies two activations" if self.reads(self.bound[name]) else "is not affine")
-        return self.layout(self.bound[name])
-
-    def features(self, layout: Layout, dim: int) -> int:
-        """The axis `dim`, made positive, when it holds features alone."""
-        dim %= max(1, len(layout))
-        if any(a.token is not None for a in layout[dim]):
-            raise self.fail(f"works along axis {dim}, which holds more than the features of one position")
-        return dim
-
-    @property
-    def sizes(self) -> list[Size]:
-        return extents(self.node.meta["val"])
+from .ir import operator_name
+from .layout import Layout, reshaped, run, tokens
+from .ops import arguments, extents, kind
+from .steps import Foreign, NotAffine, Step, aligned, broadcast, operands
 
 
 def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
@@ -100,55 +45,18 @@ def look_up(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | l
     return (*known[bound["indices"]], run(extents(node.meta["val"])[-1]))
 
 
-# -------------------------------------------------------------------- helpers
-
-
-def _broadcast(step: Step, axes: list[Axis], constants: list[tuple[Node, int]], size: Size) -> Axis:
-    """One axis of a result: the same atoms in every operand of the region, and no constant that tells tokens apart."""
-    present = {a for a in axes if a}
-    axis = next(iter(present), ())
-    if len(present) > 1 or (tokens(axis) and () in axes):  # every value has every token: this one, elsewhere
-        raise step.fail("combines different positions")
-    for node, dim in constants:
-        if node.meta["val"].shape[dim] == 1:
-            continue
-        if not axis and not isinstance(size, int):
-            raise step.fail("repeats features along a dynamic axis")
-        if tokens(axis) and step.free.varies(node, dim):
-            raise step.fail("brings in a constant that differs from position to position")
-    return axis or run(size)
-
-
-def _aligned(step: Step, layouts: list[Layout], constants: list[Node], sizes: list[Size]) -> Layout:
-    """Broadcasting over trailing axes, all of them."""
-    result = []
-    for back in range(len(sizes), 0, -1):
-        axes = [layout[-back] if len(layout) >= back else () for layout in layouts]
-        consts = [(c, c.meta["val"].dim() - back) for c in constants if c.meta["val"].dim() >= back]
-        result.append(_broadcast(step, axes, consts, sizes[-back]))
-    return tuple(result)
-
-
-def _operands(step: Step, values: Iterable[Any]) -> tuple[list[Layout], list[Node]]:
-    """Layouts of the operands in the region, and the constant tensors among `values`."""
-    values = [v for v in values if isinstance(v, Node)]
-    if not all(is_tensor(v) for v in values):
-        raise step.fail("computes with a dynamic size")
-    return [step.known[v] for v in values if step.reads(v)], [v for v in values if not step.reads(v)]
-
-
 # -------------------------------------------------------------------- rules
 
 
 def _sum(step: Step) -> Layout:
-    return _aligned(step, *_operands(step, step.bound.values()), step.sizes)
+    return aligned(step, *operands(step, step.bound.values()), step.sizes)
 
 
 def _product(step: Step) -> Layout:
-    region, constants = _operands(step, step.bound.values())
+    region, constants = operands(step, step.bound.values())
     if len(region) > 1:
         raise step.fail("multiplies two activations")
-    return _aligned(step, region, constants, step.sizes)
+    return aligned(step, region, constants, step.sizes)
 
 
 def _quotient(step: Step) -> Layout:
@@ -180,7 +88,7 @@ def _matmul(step: Step, first: str = "", second: str = "") -> Layout:
         return layout[:-1] if region is a else (*layout[:-2], layout[-1])
     sizes = step.sizes
     lead = [
-        _broadcast(
+        broadcast(
             step,
             [layout[-back]] if len(layout) >= back else [],
             [(constant, dims - back)] if dims >= back else [],
@@ -199,23 +107,23 @@ def _addmm(step: Step) -> Layout:
     product = _matmul(step, *names)
     added = step.bound["self"]
     layouts = [product] + ([step.known[added]] if step.reads(added) else [])
-    return _aligned(step, layouts, [] if step.reads(added) else [added], step.sizes)
+    return aligned(step, layouts, [] if step.reads(added) else [added], step.sizes)
 
 
 def _einsum(step: Step) -> Layout:
-    equation, operands = str(step.bound["equation"]).replace(" ", ""), list(step.bound["tensors"])
-    region = [i for i, o in enumerate(operands) if step.reads(o)]
+    equation, tensors = str(step.bound["equation"]).replace(" ", ""), list(step.bound["tensors"])
+    region = [i for i, o in enumerate(tensors) if step.reads(o)]
     if len(region) != 1:
         raise step.fail("multiplies two activations")
     terms, arrow, output = equation.partition("->")
     if not arrow:
         raise step.fail("names no output axes")
-    labels = [_spell(t, o.meta["val"].dim()) for t, o in zip(terms.split(","), operands, strict=True)]
+    labels = [_spell(t, o.meta["val"].dim()) for t, o in zip(terms.split(","), tensors, strict=True)]
     output_labels = _spell(output, len(step.sizes))
     own = labels[region[0]]
     if len(set(own)) != len(own):
         raise step.fail("takes a diagonal")
-    where = dict(zip(own, step.known[operands[region[0]]], strict=True))
+    where = dict(zip(own, step.known[tensors[region[0]]], strict=True))
     for label, axis in where.items():
         if label not in output_labels and tokens(axis):
             raise step.fail("sums over positions")
@@ -223,10 +131,10 @@ def _einsum(step: Step) -> Layout:
     for label, size in zip(output_labels, step.sizes, strict=True):
         tables = [
             (o, names.index(label))
-            for o, names in zip(operands, labels, strict=True)
+            for o, names in zip(tensors, labels, strict=True)
             if not step.reads(o) and label in names
         ]
-        result.append(_broadcast(step, [where.get(label, ())], tables, size))
+        result.append(broadcast(step, [where.get(label, ())], tables, size))
     return tuple(result)
 
 
@@ -351,27 +259,95 @@ def _cat(step: Step) -> Layout:
     values = step.first if kind(step.node) == "cat" else list(step.bound.values())[:2]
     if kind(step.node) == "slice_scatter" and extents(values[1].meta["val"]) == step.sizes:
         return _copy(step)
-    region, constants = _operands(step, values)
+    return _side_by_side(step, values)
+
+
+def _side_by_side(step: Step, values: Iterable[Any]) -> Layout:
+    """Values that share every axis but `dim`, which holds features alone."""
+    region, constants = operands(step, values)
     dim = step.bound["dim"] % len(step.sizes)
     for layout in region:
         step.features(layout, dim)
     result = []
     for i, size in enumerate(step.sizes):
         axes, tables = [layout[i] for layout in region], [(c, i) for c in constants]
-        result.append(run(size) if i == dim else _broadcast(step, axes, tables, size))
+        result.append(run(size) if i == dim else broadcast(step, axes, tables, size))
     return tuple(result)
+
+
+def _index_put(step: Step) -> Layout:
+    """Features written, or added, at constant places along one axis of another value."""
+    bound = dict(step.bound)
+    if "indices" in bound:
+        used = [i for i, index in enumerate(bound["indices"]) if index is not None]
+        whole, part = bound["self"], bound["values"]
+        if len(used) != 1 or whole.meta["val"].dim() != part.meta["val"].dim():
+            raise step.fail("writes along several axes")
+        bound |= {"dim": used[0], "index": bound["indices"][used[0]], "source": part}
+    if step.reads(bound["index"]) or bound["index"].meta["val"].dim() != 1:
+        raise step.fail("writes where an activation says")
+    return _side_by_side(replace(step, bound=bound), (bound["self"], bound["source"]))
+
+
+def _select_scatter(step: Step) -> Layout:
+    """One value of an axis of features overwritten."""
+    region, constants = operands(step, (step.bound["self"], step.bound["src"]))
+    dim, rank = step.bound["dim"] % len(step.sizes), len(step.sizes)
+    wide = [(*axes[:dim], (), *axes[dim:]) if len(axes) < rank else axes for axes in region]
+    for axes in wide:
+        step.features(axes, dim)
+    result = []
+    for i, size in enumerate(step.sizes):
+        tables = [(c, i - (i > dim) * (c is step.bound["src"])) for c in constants]
+        tables = [t for t in tables if i != dim]
+        result.append(run(size) if i == dim else broadcast(step, [axes[i] for axes in wide], tables, size))
+    return tuple(result)
+
+
+def _pointwise(step: Step) -> Layout:
+    """Sums and choices with constant weights, in one operator: where, masked_fill, lerp, addcmul, addcdiv."""
+    name = operator_name(step.node).removeprefix("aten.").split(".")[0]
+    fixed = {
+        "where": ["condition"],
+        "masked_fill": ["mask", "value"],
+        "lerp": ["weight"],
+        "addcdiv": ["tensor2"],
+    }
+    if name not in (*fixed, "addcmul"):
+        raise step.fail()
+    if any(step.reads(step.bound.get(one)) for one in fixed.get(name, ())):
+        raise step.fail("decides by an activation" if name != "addcdiv" else "divides by an activation")
+    if name in ("addcmul", "addcdiv") and all(step.reads(step.bound[n]) for n in ("tensor1", "tensor2")):
+        raise step.fail("multiplies two activations")
+    return _sum(step)
+
+
+def _conv(step: Step) -> Layout:
+    """A convolution with a kernel of one value mixes features alone, when axis 1 holds them."""
+    layout = step.only("input", "weight", "bias")
+    pointwise = all(k == 1 for k in step.bound["weight"].meta["val"].shape[2:])
+    plain = all(_all(step.bound[name], value) for name, value in (("stride", 1), ("padding", 0)))
+    if not pointwise or not plain or len(layout) != step.bound["weight"].meta["val"].dim():
+        raise step.fail()
+    step.features(layout, 1)
+    return (layout[0], run(step.sizes[1]), *layout[2:])
+
+
+def _all(value: Any, expected: int) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(v == expected or v == "valid" or (v == "same" and expected == 0) for v in values)
 
 
 def _copy(step: Step) -> Layout:
     """The second operand, at the size of the first."""
     if not step.reads(step.bound["src"]):
         raise step.fail()
-    return _aligned(step, [step.known[step.bound["src"]]], [], step.sizes)
+    return aligned(step, [step.known[step.bound["src"]]], [], step.sizes)
 
 
 def _stack(step: Step) -> Layout:
     dim = step.bound["dim"] % len(step.sizes)
-    body = _aligned(step, *_operands(step, step.first), step.sizes[:dim] + step.sizes[dim + 1 :])
+    body = aligned(step, *operands(step, step.first), step.sizes[:dim] + step.sizes[dim + 1 :])
     return (*body[:dim], run(step.sizes[dim]), *body[dim:])
 
 
@@ -393,5 +369,6 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "repeat_interleave": _along, "slice": _changed, "narrow": _changed, "pad": _pad, "select": _select,
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
     "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
-    "slice_scatter": _cat, "copy": _copy, "batch_norm": _batch_norm,
+    "slice_scatter": _cat, "index_put": _index_put,
+    "select_scatter": _select_scatter, "copy": _copy, "binary": _pointwise, "conv": _conv, "batch_norm": _batch_norm,
 }  # fmt: skip

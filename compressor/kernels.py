@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import DataFree, is_random
-from .features import Foreign, NotAffine
 from .ir import Graph
 from .ops import arguments, extents, is_tensor, kind
+from .steps import Foreign, NotAffine
 
 _CHUNK = 1 << 23  # elements of one batch of impulses: 64 MB in float64
 

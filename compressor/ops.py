@@ -92,6 +92,8 @@ _ROWS: dict[str, str] = {
     "flip": "flip.default",
     "pad": "pad.default constant_pad_nd.default",
     "slice_scatter": "slice_scatter.default",
+    "index_put": "index_add.default index_copy.default index_put.default",
+    "select_scatter": "select_scatter.default",
     "copy": "copy.default",
     "pixel_shuffle": "pixel_shuffle.default",
     "pixel_unshuffle": "pixel_unshuffle.default",

@@ -12,7 +12,8 @@ whose power is under 100 tolerances proves nothing and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -220,8 +221,8 @@ def observe(graph: Graph, batches: Iterable[Batch]) -> list[Outputs]:
 
 
 def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] | None:
-    """What a half-precision graph would give in float32; None for a graph without half-precision outputs."""
-    if not any(is_tensor(n) and n.meta["val"].dtype in HALF for n in graph.results):
+    """What a graph that computes in half precision would give in float32; None for a graph that does not."""
+    if not any(is_tensor(n) and n.meta["val"].dtype in HALF for n in graph.nodes):
         return None
     return observe(widened(graph, torch.float32), batches)
 
@@ -233,7 +234,10 @@ def is_single(graph: Graph) -> bool:
 
 
 def widened(graph: Graph, dtype: torch.dtype) -> Graph:
-    """A copy that computes in `dtype` wherever `graph` computes in a narrower float. For running only."""
+    """A copy that computes in `dtype` wherever `graph` computes in a narrower float. For running only.
+
+    A weight is widened in front of each of its readers, so that only those in use take the room.
+    """
     narrow = {d for d in (*HALF, torch.float32) if torch.finfo(d).eps > torch.finfo(dtype).eps}
 
     def wide(value: Any) -> Any:
@@ -242,20 +246,34 @@ def widened(graph: Graph, dtype: torch.dtype) -> Graph:
         return dtype if isinstance(value, torch.dtype) and value in narrow else value
 
     twin = graph.copy()
-    twin.journal = graph.journal
-    twin.tensors = {name: wide(t) for name, t in twin.tensors.items()}
     twin.inputs = tuple(replace(i, dtype=wide(i.dtype)) for i in twin.inputs)
+    born = set(graph.journal.born)
     for node in twin.nodes:
-        if node.op == "call_function":
+        if node.op == "get_attr" and twin.tensor(node).dtype in narrow:
+            born |= {_cast(twin, node, user, dtype) for user in list(node.users)}
+        elif node.op == "call_function":
             args, kwargs = pytree.tree_map(wide, (node.args, node.kwargs))
             twin.set_args(node, tuple(args), dict(kwargs))
+    twin.journal = replace(graph.journal, born=born)
     return twin
+
+
+def _cast(graph: Graph, node: Node, user: Node, dtype: torch.dtype) -> str:
+    """Puts a cast between a tensor and one of its readers; answers its name."""
+    with graph.graph.inserting_before(user):
+        target, name = torch.ops.aten._to_copy.default, f"{node.name}_widened"
+        cast = graph.graph.create_node("call_function", target, (node,), {"dtype": dtype}, name=name)
+    cast.meta = dict(node.meta)
+    user.replace_input_with(node, cast)
+    return cast.name
 
 
 def half_tolerance(graph: Graph, precise: Sequence[Outputs], before: Sequence[Outputs]) -> float:
     """2 x the error that the half-precision graph had before the step, plus one rounding."""
-    dtype = next(n.meta["val"].dtype for n in graph.results if n.meta["val"].dtype in HALF)
-    return 2 * max(c.error for c in compare(graph, precise, before)) + float(torch.finfo(dtype).eps)
+    dtypes = {n.meta["val"].dtype for n in graph.results if is_tensor(n)}
+    rounding = max((TOLERANCE[d] for d in dtypes if d.is_floating_point), default=0.0)
+    half = max((float(torch.finfo(d).eps) for d in dtypes if d in HALF), default=rounding)
+    return 2 * max(c.error for c in compare(graph, precise, before)) + half
 
 
 def compare(
@@ -329,21 +347,36 @@ def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Ite
     through `journal.kept`.
     """
     journal = after.journal
-    alive = {n.name for n in after.graph.nodes}
-    pairs = {new: old for old, new in journal.equal.items() if new in alive}
+    there = {n.name for n in before.graph.nodes if is_tensor(n)}
+    floats = {n.name for n in after.graph.nodes if is_tensor(n) and n.meta["val"].dtype.is_floating_point}
+    pairs = {new: old for old, new in journal.equal.items() if new in floats and old in there}
     for node in before.graph.nodes:
-        if node.name in alive and node.name not in journal.born and node.op == "call_function":
+        if node.name in floats and node.name not in journal.born and node.op == "call_function":
             pairs.setdefault(node.name, node.name)
-    wanted = set(pairs.values())
-    stash = {n.name: v for n, v in before.values(*inputs) if n.name in wanted and isinstance(v, Tensor)}
+    wanted = Counter(pairs.values())
+    running, stash = before.values(*inputs), dict[str, Tensor]()
     for node, value in after.values(*inputs):
         old = pairs.get(node.name)
-        if old not in stash or not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        if old is None:
             continue
-        reference = stash[old]
+        if old not in stash:  # both graphs run side by side: a value is held until it is compared, no longer
+            stash |= _until(old, running, wanted)
+        wanted[old] -= 1
+        reference = stash[old] if wanted[old] else stash.pop(old)
         for axis, kept in journal.kept.get(node.name, {}).items():
             reference = reference.index_select(axis, kept)
         yield _value_check(node, reference, value)
+
+
+def _until(name: str, running: Iterator[tuple[Node, Any]], wanted: Mapping[str, int]) -> dict[str, Tensor]:
+    """Values by name, of those wanted, up to the one called `name`."""
+    found: dict[str, Tensor] = {}
+    for node, value in running:
+        if wanted.get(node.name):
+            found[node.name] = value
+        if node.name == name:
+            break
+    return found
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.fx import Node
 from compressor.affine import FEATURES, KERNELS, TABLE, Form, Reach, Region, forks, operator_of, reach, region
 from compressor.constants import DataFree, fold_constants, is_random
 from compressor.ir import Graph, operator_name, site
-from compressor.ops import CONTRACTIONS, NORMS, arguments, is_tensor, kind, shape
+from compressor.ops import CONTRACTIONS, NORMS, arguments, is_constant, is_tensor, kind, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.probe import probe, replace
 
@@ -45,8 +45,8 @@ class Merge(Pass):
     """Adapters (LoRA, DoRA, IA3, OFT ... and parallel convolution branches) merge into the layers they adapt.
 
     max_bytes: how much larger than its sources a folded constant may be. absorb_norms: also merge the gain and bias
-    that a normalisation has as operators of their own (RMSNorm) into the linears behind it; exact, but it changes the
-    ranges of their weights.
+    of a normalisation into the linears behind it, where nothing else reads it; exact, but it changes the ranges of
+    their weights.
     """
 
     name: ClassVar[str] = "merge"
@@ -60,6 +60,8 @@ class Merge(Pass):
         folding = fold_constants(graph, self.max_bytes, ctx.limit)
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
+        if self.absorb_norms:
+            outcome.declines += _write_out_gains(graph)
         refused: dict[str, Decline] = {}
         while True:
             writer = _Writer(graph)
@@ -81,6 +83,28 @@ class Merge(Pass):
                 break
         outcome.declines += refused.values()
         return outcome
+
+
+def _write_out_gains(graph: Graph) -> Iterator[Decline]:
+    """Gain and bias of every norm that linears alone read become operators of their own, for the linears to absorb."""
+    aten = torch.ops.aten
+    for norm in graph.nodes:
+        bound = arguments(norm) if kind(norm) in ("layer_norm", "rms_norm") else {}
+        gain, bias = bound.get("weight"), bound.get("bias")
+        if not is_constant(gain) or not (bias is None or is_constant(bias)):
+            continue
+        reader = next((u for u in norm.users if kind(u) != "linear" or u.args[0] is not norm), None)
+        if reader is not None:
+            yield Decline.at(norm, f"its gain stays: {_at(reader)} also reads what it scales")
+            continue
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        args = tuple(None if n in ("weight", "bias") else bound[n] for n in names if n in bound)
+        value = graph.insert(norm.target, args, before=norm)  # type: ignore[arg-type]
+        value = graph.insert(aten.mul.Tensor, (value, gain), before=norm)
+        if bias is not None:
+            value = graph.insert(aten.add.Tensor, (value, bias), before=norm)
+        graph.replace_uses(norm, value)
+        graph.erase(norm)
 
 
 # -------------------------------------------------------------------- what pays
@@ -206,12 +230,31 @@ class _Plan:
                 where = max(expected, key=lambda one: _contractions(one.nodes))
                 covered |= set(where.nodes)
                 yield Decline.at(end, self._why_not(where))
+        yield from self._prompts()
         seen: set[Node] = set()
         for found in self.reaches:
             for join, reason in _blocked_joins(found, self.order):
                 if join not in seen:
                     seen.add(join)
                     yield Decline.at(join, reason)
+
+    def _prompts(self) -> Iterator[Decline]:
+        """Learned positions beside those of the input: prompts, prefixes, P-tuning."""
+        for node in self.graph.nodes:
+            if kind(node) != "cat":
+                continue
+            bound = arguments(node)
+            learned = [n for n in bound["tensors"] if n in self.free and self._is_learned(n)]
+            count = sum(int(shape(n)[bound["dim"]]) for n in learned)
+            if learned and count > 1 and len(learned) < len(bound["tensors"]):
+                yield Decline.at(
+                    node,
+                    f"{count} learned positions beside those of the input: no operator on one position is that",
+                )
+
+    def _is_learned(self, node: Node) -> bool:
+        axes = range(node.meta["val"].dim())
+        return _has_floats(node) and any(self.free.varies(node, axis) for axis in axes)
 
     def _is_expected(self, where: Region) -> bool:
         """True where a reader of the report may have expected a merge."""
@@ -261,6 +304,10 @@ def _at(node: Node) -> str:
     return f"{operator_name(node).removesuffix('.default')} at {site(node)}"
 
 
+def _has_floats(node: Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype.is_floating_point
+
+
 def _is_operator(node: Node) -> bool:
     return node.op == "call_function" and kind(node) not in ("size", "getitem")
 
@@ -275,11 +322,11 @@ def _is_idle(node: Node) -> bool:
 
 
 def _tied(where: Region) -> list[Node]:
-    """Weights of the region's contractions that something outside also reads."""
+    """Weights of the region's contractions, or its tables, that something outside also reads."""
     weights = (
         n
         for c in where.nodes
-        if c in where.dead and kind(c) in CONTRACTIONS
+        if c in where.dead and kind(c) in where.form.core
         for n in c.all_input_nodes
         if n.op == "get_attr" and n.meta["val"].dim() > 1
     )
@@ -325,7 +372,8 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
             waiting.remove(node)
             others = [n for n in node.all_input_nodes if n in found.known]
             if kind(node) in _JOINS and others:
-                before = _below(blocker.all_input_nodes, found) - _below(others, found)
+                sources = (n for one in after for n in one.all_input_nodes)
+                before = _below(sources, found) - _below(others, found)
                 if any(_narrows(n, axis, width) for n in (*before, *(after if is_random(blocker) else ()))):
                     yield node, reason
                 break
@@ -377,6 +425,8 @@ class _Writer:
         gone = Counter(operator_name(n).split(".")[-2] for n in where.dead if _is_operator(n))
         names = ", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(gone.items()))
         sizes = "x".join(map(str, operator.weight.shape))
+        if any(n not in where.dead and _is_operator(n) for n in where.nodes):
+            names += " (and what others read, too)"
         what = f"{names} into one {_word(where)} {sizes}"
         for old in [w for w in tied if w is not weight][:1]:
             reader = next(site(user) for user in old.users if user not in where.dead)
