@@ -27,8 +27,9 @@ _LIKE_OTHER = frozenset(
 _POINTWISE = frozenset({"activation", "add", "sub", "mul", "div", "neg", "binary", "cast", "identity"})
 _REARRANGING = frozenset(
     {"view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "repeat", "cat",
-     "stack", "split", "chunk", "unbind", "getitem", "slice", "narrow", "select", "create_like"}
+     "stack", "getitem", "create_like"}
 )  # fmt: skip
+_INDEXING = frozenset({"reduce", "slice", "narrow", "select", "split", "chunk", "unbind", "flip"})
 
 
 @dataclass
@@ -90,6 +91,11 @@ def is_random(node: Node) -> bool:
     return True
 
 
+def is_uninitialised(node: Node) -> bool:
+    """True for memory that nothing has been written into: its values mean nothing."""
+    return operator_name(node) in _UNINITIALISED or operator_name(node).startswith("aten.new_empty")
+
+
 def shape_only(node: Node, operand: Node) -> bool:
     """True when an operator looks at the shape, dtype or device of an operand, never at its data."""
     if not is_tensor(operand):
@@ -141,7 +147,7 @@ class DataFree:
         which = kind(node)
         if which == "size":
             return True
-        if not _is_pure(node):
+        if not is_pure(node):
             return False
         data = [n for n in node.all_input_nodes if not shape_only(node, n)]
         if not all(n in self._nodes for n in data):
@@ -166,12 +172,12 @@ class DataFree:
 
 
 def _works_along_fixed_axes(node: Node, data: list[Node]) -> bool:
-    """True where every operand has a fixed size, or the operator reduces along axes that have one."""
+    """True where every operand has a fixed size, or the operator looks only along axes that have one."""
     tensors = [n for n in data if is_tensor(n)]
     if all(isinstance(size, int) for n in tensors for size in extents(n.meta["val"])):
         return True
-    dims = arguments(node).get("dim")
-    if kind(node) != "reduce" or len(tensors) != 1 or not isinstance(dims, (int, list, tuple)) or dims == []:
+    dims = arguments(node).get("dim", arguments(node).get("dims", 0))
+    if kind(node) not in _INDEXING or len(tensors) != 1 or dims is None or dims == []:
         return False
     sizes = extents(tensors[0].meta["val"])
     return all(isinstance(sizes[d], int) for d in ([dims] if isinstance(dims, int) else dims))
@@ -185,11 +191,11 @@ def _fills_with_size(node: Node) -> bool:
     )
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
+    """True for an ATen operator whose value its operands alone decide."""
     if node.target is operator.getitem:
         return True
-    name = operator_name(node)
-    if not name.startswith("aten.") or name in _UNINITIALISED or name.startswith("aten.new_empty"):
+    if not operator_name(node).startswith("aten.") or is_uninitialised(node):
         return False
     return kind(node) not in ("dequantize", "assertion") and not is_random(node)
 
@@ -203,7 +209,7 @@ def _foldable(graph: Graph, max_bytes: int, folding: Folding) -> set[Node]:
             continue
         if node.op != "call_function" or not all(n in constant for n in node.all_input_nodes):
             continue
-        if not _is_pure(node) and kind(node) != "size":
+        if not is_pure(node) and kind(node) != "size":
             continue
         sources = frozenset().union(*(constant[n] for n in node.all_input_nodes))
         growth = _bytes(node) - sum(map(_bytes, sources))

@@ -17,8 +17,12 @@ from torch.fx import Node
 from .constants import DataFree, is_random, shape_only
 from .ir import operator_name
 from .layout import Layout, reshaped, run, tokens
-from .ops import arguments, extents, kind
+from .ops import arguments, extents, is_tensor, kind
 from .steps import Foreign, NotAffine, Step, aligned, broadcast, operands
+
+_SHAPED = frozenset(
+    {"view", "flatten", "unflatten", "expand", "repeat", "slice"}
+)  # may be told a dynamic size
 
 
 def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
@@ -29,6 +33,8 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | li
     rule = RULES.get(kind(node))
     if rule is None or is_random(node):
         raise NotAffine(node, "is random" if is_random(node) else "is not affine")
+    if kind(node) not in _SHAPED and any(not is_tensor(n) and n not in known for n in node.all_input_nodes):
+        raise NotAffine(node, "computes with a dynamic size")
     value = node.meta["val"]
     if isinstance(value, Tensor) and not (value.dtype.is_floating_point or value.dtype.is_complex):
         raise NotAffine(node, "gives integers")
@@ -196,12 +202,22 @@ def _resized(step: Step, layout: Layout) -> Layout:
     for dim, (old, new) in enumerate(zip(sizes, step.sizes, strict=True)):
         if old != new:
             step.features(layout, dim)
+            if not isinstance(new, int):
+                raise step.fail("makes a dynamic number of features")
         result.append(layout[dim] if old == new else run(new))
     return tuple(result)
 
 
 def _changed(step: Step) -> Layout:
     return _resized(step, step.layout(step.first))
+
+
+def _slice(step: Step) -> Layout:
+    layout = step.layout(step.first)
+    dynamic = any(isinstance(step.bound.get(bound), Node) for bound in ("start", "end"))
+    if dynamic and not tokens(layout[step.bound["dim"]]):
+        raise step.fail("cuts features at a dynamic size")
+    return _resized(step, layout)
 
 
 def _along(step: Step) -> Layout:
@@ -366,7 +382,7 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum, "reduce": _reduce,
     "view": _view, "flatten": _view, "unflatten": _view, "squeeze": _view, "unsqueeze": _view,
     "permute": _permute, "transpose": _transpose, "expand": _expand, "repeat": _changed,
-    "repeat_interleave": _along, "slice": _changed, "narrow": _changed, "pad": _pad, "select": _select,
+    "repeat_interleave": _along, "slice": _slice, "narrow": _changed, "pad": _pad, "select": _select,
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
     "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
     "slice_scatter": _cat, "index_put": _index_put,

@@ -80,6 +80,8 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     rule = _RULES.get(kind(node))
     if rule is None or is_random(node):
         raise NotAffine(node, "is random" if is_random(node) else "is not affine")
+    if not all(is_tensor(n) for n in node.all_input_nodes):
+        raise NotAffine(node, "computes with a dynamic size")
     return rule(node, known, free)
 
 
@@ -237,7 +239,7 @@ def _padding(node: Node, padding: Any, kernel: tuple[int, ...], dilation: tuple[
 
 def _sum(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     region, constants = _operands(node, known)
-    _check_constants(node, constants, free)
+    _check_constants(node, constants)
     windows = [known[n] for n in region]
     if len({w.stride for w in windows}) > 1 or any(_sizes(n) != _sizes(node) for n in region):
         raise NotAffine(node, "adds values of different sizes")
@@ -251,7 +253,7 @@ def _product(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     region, constants = _operands(node, known)
     if len(region) > 1 or (kind(node) == "div" and node.args[0] not in region):
         raise NotAffine(node, "multiplies two activations" if len(region) > 1 else "divides by an activation")
-    _check_constants(node, constants, free)
+    _check_constants(node, constants)
     if _sizes(region[0]) != _sizes(node):
         raise NotAffine(node, "repeats channels or pixels")
     return known[region[0]]
@@ -278,13 +280,13 @@ def _operands(node: Node, known: Mapping[Node, Any]) -> tuple[list[Node], list[N
     return [v for v in values if v in known], [v for v in values if v not in known]
 
 
-def _check_constants(node: Node, constants: list[Node], free: DataFree) -> None:
-    """A constant may differ from channel to channel, never from pixel to pixel or sample to sample."""
+def _check_constants(node: Node, constants: list[Node]) -> None:
+    """A constant has an axis of channels and no other: spread over an image it would know the image's size."""
     rank = node.meta["val"].dim()
     for constant in constants:
-        dims = constant.meta["val"].dim()
-        if any(axis + rank - dims != 1 and free.varies(constant, axis) for axis in range(dims)):
-            raise NotAffine(node, "brings in a constant that differs from position to position")
+        size = constant.meta["val"].shape
+        if any(s != 1 and axis + rank - len(size) != 1 for axis, s in enumerate(size)):
+            raise NotAffine(node, "brings in a constant with a value for every pixel")
 
 
 def _sizes(node: Node) -> list[Any]:

@@ -183,12 +183,16 @@ def _probe_table(run: Evaluation, dtype: torch.dtype) -> tuple[Tensor, Tensor, f
         indices = (torch.arange(tokens) + first).clamp(max=rows - 1)
         seen = run(indices.view(shape), symbols).reshape(tokens, width)
         table[first : first + tokens] = seen[: rows - first]
-    shape = run.concrete(run.region.entry, run.symbols())
-    indices = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(0))
-    theirs = run(indices)
-    rounding = torch.finfo(dtype).eps * theirs.abs()
-    off = (table[indices].double() - theirs).abs() - rounding
+    trials = [(_indices(value, rows), symbols) for value, symbols in _trials(run)]
+    theirs = torch.cat([run(indices, symbols).reshape(-1, width) for indices, symbols in trials])
+    ours = torch.cat([table[indices].reshape(-1, width) for indices, _ in trials]).double()
+    off = (ours - theirs).abs() - torch.finfo(dtype).eps * theirs.abs()  # the table is rounded already
     return table, torch.zeros(()), _relative(off.clamp(min=0), theirs)
+
+
+def _indices(noise: Tensor, rows: int) -> Tensor:
+    """Random indices below `rows`, one for each number of normal noise."""
+    return (torch.special.ndtr(noise) * rows).long().clamp(max=rows - 1)
 
 
 # -------------------------------------------------------------------- features
@@ -228,16 +232,16 @@ def _probe_features(run: Evaluation, dtype: torch.dtype) -> tuple[Tensor, Tensor
     the random inputs before it is rounded, so that no float64 copy of a whole weight ever exists.
     """
     width, out = run.region.entry.meta["val"].shape[-1], run.region.width
-    shape = run.concrete(run.region.entry, run.symbols())
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    theirs = run(value).reshape(-1, out)
+    trials = list(_trials(run))
+    value = torch.cat([value.reshape(-1, width) for value, _ in trials])
+    theirs = torch.cat([run(value, symbols).reshape(-1, out) for value, symbols in trials])
     symbols = _room(run, width)
     shape = run.concrete(run.region.entry, symbols)
     bias = run(torch.zeros(shape, dtype=torch.float64), symbols).reshape(-1, out)[0].clone()
     weight = torch.empty(out, width, dtype=dtype)
     ours = bias.repeat(len(theirs), 1)
     for first, last, columns in _columns(run, symbols, bias):
-        ours += value.reshape(-1, width)[:, first:last] @ columns
+        ours += value[:, first:last] @ columns
         weight[:, first:last] = columns.T
     return weight, bias.to(dtype), _relative(ours - theirs, theirs)
 
@@ -268,8 +272,7 @@ def _room(run: Evaluation, width: int) -> dict[Any, int]:
     axes = extents(run.region.entry.meta["val"])
     entry = axes if run.region.form is TABLE else axes[:-1]
     axis = next((s for s in entry if isinstance(s, sympy.Symbol)), None)
-    sizes_seen = [s for n in run.region.nodes if is_tensor(n) for s in extents(n.meta["val"])]
-    if axis is None or not all(sympy.sympify(s).is_polynomial() for s in (*entry, *sizes_seen)):
+    if axis is None or not _is_polynomial(run):
         return symbols
     tokens = math.prod(_number(s, symbols) for s in entry)
     widest = max(math.prod(run.concrete(n, symbols)) for n in run.region.nodes if is_tensor(n)) // tokens
@@ -288,16 +291,31 @@ def _probe_kernel(run: Evaluation, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     weight, bias = kernels.probe(
         lambda value, basis: run(value, basis=basis), where.entry.meta["val"].shape[1], where.state
     )
-    shape = run.concrete(where.entry, run.symbols())
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     target, geometry = operator_of(where)
-    theirs = run(value)
-    ours = target(value, weight, bias, *geometry)
-    wrong = _relative(ours - theirs, theirs) if ours.shape == theirs.shape else math.inf
+    wrong = 0.0
+    for value, symbols in _trials(run):
+        theirs, ours = run(value, symbols), target(value, weight, bias, *geometry)
+        wrong = max(wrong, _relative(ours - theirs, theirs) if ours.shape == theirs.shape else math.inf)
     return weight.to(dtype), bias.to(dtype), wrong
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _trials(run: Evaluation) -> Iterator[tuple[Tensor, dict[Any, int]]]:
+    """Noise for the entry, and the dynamic sizes it has: the example's, then others, which nothing may depend on."""
+    generator = torch.Generator().manual_seed(0)
+    example = run.symbols()
+    for more in (0, 1) if _is_polynomial(run) else (0,):
+        symbols = {symbol: size + more for symbol, size in example.items()}
+        shape = run.concrete(run.region.entry, symbols)
+        yield torch.randn(shape, generator=generator, dtype=torch.float64), symbols
+
+
+def _is_polynomial(run: Evaluation) -> bool:
+    """True where every size of the region is a whole number whatever the dynamic sizes are."""
+    nodes = [n for n in (run.region.entry, *run.region.nodes) if is_tensor(n)]
+    return all(sympy.sympify(s).is_polynomial() for n in nodes for s in extents(n.meta["val"]))
 
 
 def _relative(difference: Tensor, reference: Tensor) -> float:

@@ -27,6 +27,7 @@ from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, NORMS, arguments, is_constant, is_tensor, kind, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.probe import probe, replace
+from compressor.sharing import share_equal
 
 # Multiply-accumulates and operators that go, norms that stay, operators that cost nothing and go; compared in order.
 Saving = tuple[int, Fraction, int, int]
@@ -60,6 +61,8 @@ class Merge(Pass):
         folding = fold_constants(graph, self.max_bytes, ctx.limit)
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
+        for node in share_equal(graph, lambda n: kind(n) == "pad"):  # base and branch each pad what they both read
+            outcome.rewrites.append(Rewrite(site(node), "one padding for all that read it"))
         if self.absorb_norms:
             outcome.declines += _write_out_gains(graph)
         refused: dict[str, Decline] = {}

@@ -341,7 +341,7 @@ def test_windows_join_and_chain() -> None:
         (lambda m, x: F.conv2d(F.conv2d(x, K3), K3, padding=1), "already has a receptive field"),
         (lambda m, x: F.conv2d(x + 1, K3, padding=1), "already has a bias"),
         (lambda m, x: F.conv2d(x, K3) * x[:, :, :7, :7], ""),
-        (lambda m, x: x * torch.arange(9.0), "differs from position to position"),
+        (lambda m, x: x * torch.arange(9.0), "a value for every pixel"),
         (lambda m, x: F.conv2d(x, K2, padding="same"), "pads unevenly"),
         (lambda m, x: F.avg_pool2d(x, 3), "is not affine"),
     ],
