@@ -108,8 +108,10 @@ class Region:
     @property
     def tables(self) -> list[tuple[int, int]]:
         """(rows, features) of every table that is looked up in it."""
-        found = (arguments(n)["weight"] for n in self.nodes if kind(n) == "embedding")
-        return [shape(table)[:2] for table in found]  # type: ignore[misc]
+        bound = [(kind(n), arguments(n)) for n in self.nodes]
+        found = [a["weight"] for k, a in bound if k == "embedding"]
+        found += [a["self"] for k, a in bound if k == "index" and self.entry in a["indices"]]
+        return [(shape(table)[0], math.prod(shape(table)[1:])) for table in found]
 
 
 def reach(form: Form, entry: Node, free: DataFree, order: Mapping[Node, int]) -> Reach | None:
@@ -167,12 +169,10 @@ def region(found: Reach, exits: Sequence[Node], free: DataFree, order: Mapping[N
 def forks(found: Reach) -> Iterator[tuple[Node, ...]]:
     """Sets of exits that pieces of one contraction's output lead to, as of a fused qkv whose q and v are adapted.
 
-    For every contraction with a constant whose output is read more than once: the last exits on the ways from it.
+    For every contraction with a constant: the last exits on the ways from it.
     """
     for core in found.known:
-        if kind(core) not in found.form.core or (len(core.users) < 2 and not _is_split(core)):
-            continue
-        if not any(is_constant(n) for n in core.all_input_nodes):
+        if kind(core) not in found.form.core or not any(is_constant(n) for n in core.all_input_nodes):
             continue
         after = {core}
         for node in found.known:
@@ -187,10 +187,6 @@ def forks(found: Reach) -> Iterator[tuple[Node, ...]]:
         alike = found.form is FEATURES or all(state == states[0] for state in states)
         if len(last) > 1 and alike:
             yield tuple(last)
-
-
-def _is_split(node: Node) -> bool:
-    return any(kind(user) in ("split", "chunk", "unbind") for user in node.users)
 
 
 def _later(node: Node, found: Reach) -> set[Node]:

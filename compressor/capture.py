@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .composites import spell_out
+from .constants import constant_value
 from .errors import CompressorError, UnsupportedError, UsageError
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
@@ -459,12 +460,31 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
         raise _explain(error) from error
     flat = flatten(pure, graph.inputs, graph.example)
     restore_batch_norm(flat.graph)
+    _drop_settled_writes(flat)
     if not rename_in_place(flat.graph):
         culprit = next(n for n in flat.nodes if in_place(n))
         raise unsupported(culprit, "writes into the model's own state; a compiled model keeps none")
     graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters
     graph.clean()
     graph.reinfer()
+
+
+def _drop_settled_writes(graph: Graph) -> None:
+    """Removes writes into a parameter that change nothing the second time: a projection that every forward repeats."""
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.copy_.default or node.users:
+            continue
+        state, source = node.all_input_nodes[0], node.all_input_nodes[-1]
+        if state.op != "get_attr":
+            continue
+        first = constant_value(graph, source)
+        if first is None or first.shape != graph.tensor(state).shape:
+            continue
+        settled = graph.copy()
+        settled.tensors[str(state.target)] = first
+        second = constant_value(settled, settled.node(source.name))
+        if second is not None and torch.allclose(first, second, rtol=1e-5, atol=1e-6 * _scale(first)):
+            graph.erase(node)
 
 
 # -------------------------------------------------------------------- proof

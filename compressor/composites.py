@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from .ir import Graph, operator_name
+from .ops import arguments
 
 _PRODUCTS = frozenset(f"aten.{name}.default" for name in ("tensordot", "inner", "outer"))
 
@@ -39,6 +40,11 @@ def _spelled(node: Node) -> tuple[Any, tuple] | None:
             for a in node.args[1:3]
         )
         return aten.permute.default, (node.args[0], _moved(_rank(node.args[0]), source, destination))
+    if name in ("aten.tensor_split.sections", "aten.tensor_split.indices"):
+        axis = arguments(node)["dim"]
+        sizes = [part.shape[axis] for part in node.meta["val"]]
+        if all(isinstance(size, int) for size in sizes):
+            return aten.split_with_sizes.default, (node.args[0], sizes, axis)
     return None
 
 

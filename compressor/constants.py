@@ -79,6 +79,14 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
     return folding
 
 
+def constant_value(graph: Graph, node: Node) -> Tensor | None:
+    """What a node computes from tensors of the graph alone; None where something else has a part in it."""
+    under = _ancestors(node)
+    if not all(n.op == "get_attr" or (n.op == "call_function" and is_pure(n)) for n in under):
+        return None
+    return _compute(graph, under)
+
+
 def is_random(node: Node) -> bool:
     """True for an operator that draws numbers; dropout and attention only where their dropout is active."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
@@ -141,6 +149,9 @@ class DataFree:
             return self._operand_varies(node.all_input_nodes[0], from_end)
         if which in _POINTWISE:
             return any(self._operand_varies(n, from_end) for n in node.all_input_nodes if is_tensor(n))
+        if which in ("view", "flatten", "unflatten", "permute", "transpose", "repeat", "slice", "narrow"):
+            source = node.all_input_nodes[0]
+            return any(self.varies(source, i) for i in range(source.meta["val"].dim()))
         return True
 
     def _follows(self, node: Node) -> bool:
@@ -167,6 +178,8 @@ class DataFree:
     def _tensor_varies(self, node: Node, axis: int) -> bool:
         if (node, axis) not in self._equal:
             tensor = self._graph.tensor(node)
+            if not tensor.numel():
+                return False
             self._equal[node, axis] = bool((tensor == tensor.narrow(axis, 0, 1)).all())
         return not self._equal[node, axis]
 
@@ -180,6 +193,8 @@ def _works_along_fixed_axes(node: Node, data: list[Node]) -> bool:
     if kind(node) not in _INDEXING or len(tensors) != 1 or dims is None or dims == []:
         return False
     sizes = extents(tensors[0].meta["val"])
+    if kind(node) == "slice" and extents(node.meta["val"]) == sizes:  # all of it
+        return True
     return all(isinstance(sizes[d], int) for d in ([dims] if isinstance(dims, int) else dims))
 
 

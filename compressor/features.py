@@ -18,37 +18,61 @@ from .constants import DataFree, is_random, shape_only
 from .ir import operator_name
 from .layout import Layout, reshaped, run, tokens
 from .ops import arguments, extents, is_tensor, kind
-from .steps import Foreign, NotAffine, Step, aligned, broadcast, operands
+from .steps import Foreign, Step, aligned, broadcast, operands
 
 _SHAPED = frozenset(
     {"view", "flatten", "unflatten", "expand", "repeat", "slice"}
 )  # may be told a dynamic size
+_PER_POSITION = frozenset({"mul", "div"})
 
 
 def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
     """The layout of what `node` computes (a list for several outputs). Raises NotAffine or Foreign."""
+    step = _step(node, known, free)
+    rule = RULES.get(kind(node))
+    if rule is None:
+        raise step.fail()
+    if not _has_floats(node):
+        raise step.fail("gives integers")
+    return rule(step)
+
+
+def _step(node: Node, known: Mapping[Node, Any], free: DataFree) -> Step:
+    """A node whose operands are values of the region and constants, and which draws no numbers."""
+    step = Step(node, known, free, arguments(node))
     for operand in node.all_input_nodes:
         if operand not in known and operand not in free and not shape_only(node, operand):
             raise Foreign
-    rule = RULES.get(kind(node))
-    if rule is None or is_random(node):
-        raise NotAffine(node, "is random" if is_random(node) else "is not affine")
+    if is_random(node):
+        raise step.fail("is random")
     if kind(node) not in _SHAPED and any(not is_tensor(n) and n not in known for n in node.all_input_nodes):
-        raise NotAffine(node, "computes with a dynamic size")
+        raise step.fail("computes with a dynamic size")
+    return step
+
+
+def _has_floats(node: Node) -> bool:
     value = node.meta["val"]
-    if isinstance(value, Tensor) and not (value.dtype.is_floating_point or value.dtype.is_complex):
-        raise NotAffine(node, "gives integers")
-    return rule(Step(node, known, free, arguments(node)))
+    return not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex
 
 
 def look_up(node: Node, known: Mapping[Node, Any], free: DataFree) -> Layout | list[Layout]:
     """As `follow`, from an entry of indices: looking up a constant table makes features of them."""
-    bound = arguments(node)
-    if kind(node) != "embedding" or bound["indices"] not in known or bound["weight"] in known:
+    bound, which = arguments(node), kind(node)
+    if which in _PER_POSITION and _has_floats(node):  # a table holds any function of its index
+        step = _step(node, known, free)
+        return aligned(step, *operands(step, bound.values()), step.sizes)
+    if which not in ("embedding", "index"):
         return follow(node, known, free)
-    if bound["weight"] not in free:
+    table, index = (
+        bound[name] for name in (("weight", "indices") if which == "embedding" else ("self", "indices"))
+    )
+    if which == "index":
+        index = index[0] if len(index) == 1 else None
+    if index not in known or table in known:
+        return follow(node, known, free)
+    if table not in free:
         raise Foreign
-    return (*known[bound["indices"]], run(extents(node.meta["val"])[-1]))
+    return (*known[index], *map(run, extents(table.meta["val"])[1:]))
 
 
 # -------------------------------------------------------------------- rules
@@ -291,6 +315,26 @@ def _side_by_side(step: Step, values: Iterable[Any]) -> Layout:
     return tuple(result)
 
 
+def _scatter(step: Step) -> Layout:
+    """Features written, or added, where a constant says that is the same for every position."""
+    index, dim = step.bound["index"], step.bound["dim"] % len(step.sizes)
+    if step.reads(index) or extents(index.meta["val"]) != extents(step.bound["src"].meta["val"]):
+        raise step.fail("writes where an activation says")
+    if any(step.free.varies(index, axis) for axis in range(len(step.sizes)) if axis != dim):
+        raise step.fail("writes to other places from position to position")
+    return _side_by_side(step, (step.bound["self"], step.bound["src"]))
+
+
+def _as_complex(step: Step) -> Layout:
+    layout = step.layout(step.first)
+    step.features(layout, -1)
+    return layout[:-1]
+
+
+def _as_real(step: Step) -> Layout:
+    return (*step.layout(step.first), run(2))
+
+
 def _index_put(step: Step) -> Layout:
     """Features written, or added, at constant places along one axis of another value."""
     bound = dict(step.bound)
@@ -386,5 +430,6 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
     "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
     "slice_scatter": _cat, "index_put": _index_put,
-    "select_scatter": _select_scatter, "copy": _copy, "binary": _pointwise, "conv": _conv, "batch_norm": _batch_norm,
+    "select_scatter": _select_scatter, "copy": _copy, "binary": _pointwise, "conv": _conv,
+    "scatter": _scatter, "as_complex": _as_complex, "as_real": _as_real, "batch_norm": _batch_norm,
 }  # fmt: skip

@@ -85,17 +85,31 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     return rule(node, known, free)
 
 
+def small_image(window: Window, entry: Node, pixels: int) -> tuple[int, ...]:
+    """Sizes of an image that holds so many output pixels that read no padding, and their neighbours at the border.
+
+    A fixed size of the entry is kept modulo the stride: there branches give the same number of pixels that elsewhere
+    would not.
+    """
+    image = []
+    for taps, stride, size in zip(window.taps, window.stride, entry.meta["val"].shape[2:], strict=True):
+        first = -(min(taps) // stride)
+        least = stride * (first + pixels - 1) + max(taps) + 1
+        image.append(least + (size - least) % stride if isinstance(size, int) else least)
+    return tuple(image)
+
+
 def probe(
-    run: Callable[[Tensor, Impulses | None], Tensor], channels: int, window: Window
+    run: Callable[[Tensor, Impulses | None], Tensor], entry: Node, window: Window
 ) -> tuple[Tensor, Tensor]:
     """Kernel [out, in / blocks, size...] and bias [out] of `run`, read off impulses, in float64.
 
-    run: [N, C, spatial...] -> [N, out, spatial...], one convolution with this window. The image is just large enough
-    to hold one output pixel that reads no padding, and an impulse is put under each of its taps in turn.
+    run: [N, C, spatial...] -> [N, out, spatial...], one convolution of `entry` with this window. The image is just
+    large enough to hold one output pixel that reads no padding; an impulse is put under each of its taps in turn.
     """
+    channels = entry.meta["val"].shape[1]
     pixel = [-(-p // s) for p, s in zip(window.padding, window.stride, strict=True)]
-    reach = [max(t) for t in window.taps]
-    image = tuple(s * o + r + 1 for s, o, r in zip(window.stride, pixel, reach, strict=True))
+    image = small_image(window, entry, 1)
     at: Any = (slice(None), slice(None), *pixel)
     bias = run(torch.zeros(1, channels, *image, dtype=torch.float64), None)[at][0]
     grid = [_places(*axis) for axis in zip(window.taps, window.dilation, window.stride, pixel, strict=True)]

@@ -38,6 +38,9 @@ _NORM_CHAIN = frozenset({"activation", "add", "cast", "identity", "expand", "uns
 _JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
 _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
 _MAYBE_IDLE = frozenset({"identity", "cast", "view", "flatten", "slice", "expand", "squeeze", "unsqueeze"})
+_MOVING = frozenset(
+    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index"}
+)  # operators that mix positions, where they block
 _FAR = 32  # operators between what blocks a branch and where the branch joins again
 
 
@@ -61,7 +64,9 @@ class Merge(Pass):
         folding = fold_constants(graph, self.max_bytes, ctx.limit)
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
-        for node in share_equal(graph, lambda n: kind(n) == "pad"):  # base and branch each pad what they both read
+        for node in share_equal(
+            graph, lambda n: kind(n) == "pad"
+        ):  # base and branch each pad what they both read
             outcome.rewrites.append(Rewrite(site(node), "one padding for all that read it"))
         if self.absorb_norms:
             outcome.declines += _write_out_gains(graph)
@@ -80,6 +85,7 @@ class Merge(Pass):
                         refused[one.exit.name] = done
                     advance(1)
             graph.clean()
+            outcome.rewrites = writer.untied(outcome.rewrites)
             if not chosen:
                 outcome.declines += plan.declines()
             if not chosen or room < len(chosen):
@@ -362,9 +368,7 @@ def _leads_to_reduction(node: Node) -> bool:
 
 
 def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node, str]]:
-    """(join, reason) for bottlenecks that leave the region through an operator that is not affine, and come back."""
-    axis = found.form.axis
-    width = found.entry.meta["val"].shape[axis]
+    """(join, reason) for branches that leave the region through an operator that is not affine, and come back."""
     for blocker, reason in found.blocked.items():
         if found.form is KERNELS and kind(blocker) != "conv":
             continue  # every residual block has an activation; only convolutions that just miss are worth a word
@@ -375,13 +379,23 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
             waiting.remove(node)
             others = [n for n in node.all_input_nodes if n in found.known]
             if kind(node) in _JOINS and others:
-                sources = (n for one in after for n in one.all_input_nodes)
-                before = _below(sources, found) - _below(others, found)
-                if any(_narrows(n, axis, width) for n in (*before, *(after if is_random(blocker) else ()))):
+                if _looks_like_a_branch(found, blocker, after, others):
                     yield node, reason
                 break
             after.add(node)
             waiting |= {u for u in node.users if u.op == "call_function"}
+
+
+def _looks_like_a_branch(found: Reach, blocker: Node, after: set[Node], others: list[Node]) -> bool:
+    """True for a convolution beside another, and for what goes through fewer features than it came from."""
+    if found.form is KERNELS:
+        return True
+    axis = found.form.axis
+    width = found.entry.meta["val"].shape[axis]
+    sources = (n for one in after for n in one.all_input_nodes)
+    before = _below(sources, found) - _below(others, found)
+    moved = is_random(blocker) or kind(blocker) in _MOVING
+    return any(_narrows(n, axis, width) for n in (*before, *(after if moved else ())))
 
 
 def _below(nodes: Iterable[Node], found: Reach) -> set[Node]:
@@ -414,6 +428,7 @@ class _Writer:
         self.graph = graph
         self.now: dict[Node, Node] = {}  # exit of a replaced region -> what computes it now
         self.made: dict[tuple[Any, ...], list[Node]] = {}
+        self._ties: dict[Rewrite, tuple[Node, str]] = {}
 
     def write(self, where: Region) -> Rewrite | Decline:
         where = copy_with(where, entry=self.now.get(where.entry, where.entry))
@@ -431,10 +446,19 @@ class _Writer:
         if any(n not in where.dead and _is_operator(n) for n in where.nodes):
             names += " (and what others read, too)"
         what = f"{names} into one {_word(where)} {sizes}"
+        made_here = Rewrite(site(named), what)
         for old in [w for w in tied if w is not weight][:1]:
             reader = next(site(user) for user in old.users if user not in where.dead)
-            what += f"; {old.target} is shared with {reader}, this site now has its own"
-        return Rewrite(site(named), what)
+            self._ties[made_here] = (
+                old,
+                f"; {old.target} is shared with {reader}, this site now has its own",
+            )
+        return made_here
+
+    def untied(self, rewrites: list[Rewrite]) -> list[Rewrite]:
+        """The same rewrites, saying which took a site out of sharing a tensor that others still read."""
+        apart = {one: words for one, (old, words) in self._ties.items() if old.users}
+        return [copy_with(one, what=one.what + apart.pop(one, "")) for one in rewrites]
 
     def _tensor(self, where: Region, name: str, value: Tensor) -> Node:
         """The node of an equal tensor of the region, or of an earlier replacement; a new one where there is none."""

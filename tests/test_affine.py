@@ -368,7 +368,7 @@ def test_impulses_read_a_kernel_off(shape: tuple[int, ...], geometry: dict[str, 
     assert torch.equal(operator.weight, 2 * weight) and operator.bias is not None
     assert torch.equal(operator.bias, 2 * bias)
     # without the short cut through the first convolution's weight: the same kernel from its values alone
-    plain, _ = kernels.probe(lambda value, basis: Evaluation(graph, found)(value), shape[1], found.state)
+    plain, _ = kernels.probe(lambda value, basis: Evaluation(graph, found)(value), found.entry, found.state)
     assert torch.allclose(plain.float(), operator.weight, atol=1e-6)
     assert not torch.allclose(plain.float().flip(-1), operator.weight, atol=1e-2)
 
