@@ -22,10 +22,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Node
 
+from .constants import is_uninitialised
 from .data import Batch
 from .errors import ContractError
 from .ir import Graph, operator_name, site, source_line
-from .ops import is_tensor
+from .ops import is_tensor, kind
 from .slices import Region, float_feeders, index, regions, text
 
 WARN_DB, FAIL_DB = 20.0, 6.0
@@ -33,6 +34,7 @@ POWER = 100.0  # a check counts as proof when a wrong answer would have shown at
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EMITTED = 1e-4  # emitted float model against the graph
 SIMULATION_DB = 30.0  # emitted integer model against its simulation
+_BLOCK = 1 << 20  # numbers that are compared in float64 at once: 8 MB each
 FLIPS = 0.02  # share of whole numbers that may differ where the floats that they were made from agree: ties
 
 
@@ -132,12 +134,15 @@ class _Sums:
     def update(self, ref: Tensor, got: Tensor, wrong: Tensor | None) -> None:
         self.dtype = ref.dtype
         self._rank(ref, got)
-        a, b = ref.double(), got.double()
+        flat = [None if t is None else t.reshape(-1) for t in (ref, got, wrong)]
+        for start in range(0, ref.numel(), _BLOCK):
+            a, b, c = (None if t is None else t[start : start + _BLOCK].double() for t in flat)
+            self._add(a, b, c)  # type: ignore[arg-type]
+
+    def _add(self, a: Tensor, b: Tensor, wrong: Tensor | None) -> None:
         if not _same_infinities(a, b):
             self.finite = False
         a, b = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (a, b))
-        if not a.numel():
-            return
         delta = a - b
         self.diff = max(self.diff, float(delta.abs().max()))
         self.scale = max(self.scale, float(a.abs().max()))
@@ -146,9 +151,7 @@ class _Sums:
         self.dot += float((a * b).sum())
         self.other += float(b.square().sum())
         if wrong is not None:
-            self.moved = max(
-                self.moved, float(torch.nan_to_num(a - wrong.double(), 0.0, 0.0, 0.0).abs().max())
-            )
+            self.moved = max(self.moved, float(torch.nan_to_num(a - wrong, 0.0, 0.0, 0.0).abs().max()))
 
     def _rank(self, ref: Tensor, got: Tensor) -> None:
         if not ref.dtype.is_floating_point:
@@ -217,7 +220,7 @@ class Observer:
 def observe(graph: Graph, batches: Iterable[Batch]) -> list[Outputs]:
     """Everything that a check compares, batch by batch; only outputs are kept."""
     observer = Observer(graph)
-    return [observer.run(batch.inputs) for batch in batches]
+    return [tuple(map(graph.keep, observer.run(batch.inputs))) for batch in batches]
 
 
 def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] | None:
@@ -253,6 +256,8 @@ def widened(graph: Graph, dtype: torch.dtype) -> Graph:
             born |= {_cast(twin, node, user, dtype) for user in list(node.users)}
         elif node.op == "call_function":
             args, kwargs = pytree.tree_map(wide, (node.args, node.kwargs))
+            if kind(node) == "create" and node.meta["val"].dtype in narrow:  # by default, where none is given
+                kwargs = {**kwargs, "dtype": dtype}
             twin.set_args(node, tuple(args), dict(kwargs))
     twin.journal = replace(graph.journal, born=born)
     return twin
@@ -348,7 +353,11 @@ def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Ite
     """
     journal = after.journal
     there = {n.name for n in before.graph.nodes if is_tensor(n)}
-    floats = {n.name for n in after.graph.nodes if is_tensor(n) and n.meta["val"].dtype.is_floating_point}
+    floats = {
+        n.name
+        for n in after.graph.nodes
+        if is_tensor(n) and n.meta["val"].dtype.is_floating_point and not is_uninitialised(n)
+    }
     pairs = {new: old for old, new in journal.equal.items() if new in floats and old in there}
     for node in before.graph.nodes:
         if node.name in floats and node.name not in journal.born and node.op == "call_function":

@@ -38,6 +38,7 @@ _NORM_CHAIN = frozenset({"activation", "add", "cast", "identity", "expand", "uns
 _JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
 _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
 _MAYBE_IDLE = frozenset({"identity", "cast", "view", "flatten", "slice", "expand", "squeeze", "unsqueeze"})
+_LINEAR_IN_IMAGES = frozenset({"conv", "batch_norm", "add", "sub", "mul", "identity", "cast"})
 _MOVING = frozenset(
     {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index"}
 )  # operators that mix positions, where they block
@@ -199,6 +200,9 @@ class _Plan:
         macs, operators, *_ = self._saving(where)
         if not any(kind(n) in where.form.core for n in where.dead) or _grows(where):
             return False
+        if not _branches(where) and sum(kind(n) in where.form.core for n in where.dead) == 1:
+            free_of_norms = not any(kind(n) == "batch_norm" for n in where.dead)  # which fold takes, after pruning
+            return not _tied(where) and (macs > 0 or (macs == 0 and operators > 0 and free_of_norms))
         return macs > 0 or (macs == 0 and operators > 0 and not _tied(where))
 
     def _saving(self, where: Region) -> Saving:
@@ -227,6 +231,13 @@ class _Plan:
 
     def declines(self) -> Iterator[Decline]:
         """Regions that stay, and branches that something on them keeps from merging, each with the reason."""
+        yield from self._prompts()
+        seen: set[Node] = set()
+        for found in self.reaches:
+            for join, reason in _blocked_joins(found, self.order):
+                if join not in seen:
+                    seen.add(join)
+                    yield Decline.at(join, reason)
         covered = {n for one in self.chosen for n in one.nodes}
         for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
             if end in covered or end.name in self.refused:
@@ -239,13 +250,6 @@ class _Plan:
                 where = max(expected, key=lambda one: _contractions(one.nodes))
                 covered |= set(where.nodes)
                 yield Decline.at(end, self._why_not(where))
-        yield from self._prompts()
-        seen: set[Node] = set()
-        for found in self.reaches:
-            for join, reason in _blocked_joins(found, self.order):
-                if join not in seen:
-                    seen.add(join)
-                    yield Decline.at(join, reason)
 
     def _prompts(self) -> Iterator[Decline]:
         """Learned positions beside those of the input: prompts, prefixes, P-tuning."""
@@ -291,6 +295,12 @@ class _Plan:
             f"one {where.form.name} would cost {cost:,} multiply-accumulates a sample, "
             f"these {count} cost {now:,}: they stay"
         )
+
+
+def _branches(where: Region) -> bool:
+    """True where an operator joins two values of the region."""
+    inside = {where.entry, *where.nodes}
+    return any(sum(n in inside for n in node.all_input_nodes) > 1 for node in where.nodes)
 
 
 def _grows(where: Region) -> bool:
@@ -389,7 +399,7 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
 def _looks_like_a_branch(found: Reach, blocker: Node, after: set[Node], others: list[Node]) -> bool:
     """True for a convolution beside another, and for what goes through fewer features than it came from."""
     if found.form is KERNELS:
-        return True
+        return all(kind(n) in _LINEAR_IN_IMAGES for n in after)
     axis = found.form.axis
     width = found.entry.meta["val"].shape[axis]
     sources = (n for one in after for n in one.all_input_nodes)

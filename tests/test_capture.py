@@ -233,3 +233,26 @@ def test_arguments_and_macs():
     conv = next(n for n in graph.nodes if kind(n) == "conv")
     assert arguments(conv)["stride"] == [2, 2] and arguments(conv)["groups"] == 1
     assert macs(graph) == 8 * 9 * 27 + 72 * 5
+
+
+class Projecting(nn.Module):
+    """Writes its weight back into bounds at every forward; `drift` moves it further each time."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.drift = nn.Parameter(torch.linspace(-2, 2, 12).view(3, 4)), drift
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.copy_(self.weight.clamp(-1, 1) + self.drift)
+        return x @ self.weight.T
+
+
+def test_a_projection_that_every_forward_repeats_is_no_state() -> None:
+    x, model = torch.randn(2, 4), Projecting()
+    graph = capture(model, (x,))
+    expected = x @ torch.linspace(-2, 2, 12).view(3, 4).clamp(-1, 1).T
+    assert torch.allclose(graph.run(x)[0], expected)
+    assert not torch.allclose(graph.run(x)[0], x @ torch.linspace(-2, 2, 12).view(3, 4).T)
+    with pytest.raises(UnsupportedError, match="writes into the model's own state"):
+        capture(Projecting(drift=0.1), (x,))
