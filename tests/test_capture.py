@@ -242,7 +242,7 @@ class Projecting(nn.Module):
         super().__init__()
         self.weight, self.drift = nn.Parameter(torch.linspace(-2, 2, 12).view(3, 4)), drift
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             self.weight.copy_(self.weight.clamp(-1, 1) + self.drift)
         return x @ self.weight.T
