@@ -43,7 +43,9 @@ class Form:
 
 FEATURES = Form("linear", -1, layout.start, features.follow, layout.is_exit)
 KERNELS = Form("convolution", 1, kernels.start, kernels.follow, kernels.is_exit)
-TABLE = Form("embedding", -1, layout.start_index, features.look_up, layout.is_exit, frozenset({"embedding"}))
+TABLE = Form(
+    "embedding", -1, layout.start_index, features.look_up, layout.is_exit, frozenset({"embedding", "index"})
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Region:
     @property
     def dead_macs(self) -> int:
         return sum(node_macs(n) for n in self.dead)
+
+    @property
+    def looks_up(self) -> bool:
+        """False where tables are read by indexing alone, which counts negative indices from the end."""
+        return any(kind(n) == "embedding" for n in self.nodes)
 
     @property
     def tables(self) -> list[tuple[int, int]]:
@@ -169,43 +176,46 @@ def region(found: Reach, exits: Sequence[Node], free: DataFree, order: Mapping[N
 def forks(found: Reach) -> Iterator[tuple[Node, ...]]:
     """Sets of exits that pieces of one contraction's output lead to, as of a fused qkv whose q and v are adapted.
 
-    For every contraction with a constant: the last exits on the ways from it.
+    For every contraction with a constant: the nearest exits behind which nothing else of the region joins.
     """
     for core in found.known:
-        if kind(core) not in found.form.core or not any(is_constant(n) for n in core.all_input_nodes):
-            continue
-        after = {core}
-        for node in found.known:
-            if not after.isdisjoint(node.all_input_nodes):
-                after.add(node)
-        last = [
-            node
-            for node in after
-            if found.is_exit(node) and not any(found.is_exit(n) for n in _later(node, found))
-        ]
-        states = [found.known[node] for node in last]
-        alike = found.form is FEATURES or all(state == states[0] for state in states)
-        if len(last) > 1 and alike:
-            yield tuple(last)
+        if kind(core) in found.form.core and any(is_constant(n) for n in core.all_input_nodes):
+            exits = _frontier(core, found)
+            states = [found.known[node] for node in exits]
+            if len(exits) > 1 and (found.form is FEATURES or all(state == states[0] for state in states)):
+                yield exits
 
 
-def _later(node: Node, found: Reach) -> set[Node]:
-    """Every value of the region that is computed from a node."""
-    seen: set[Node] = set()
-    stack = [node]
+def _frontier(core: Node, found: Reach) -> tuple[Node, ...]:
+    after: dict[Node, None] = {core: None}
+    for node in found.known:  # in topological order
+        if not after.keys().isdisjoint(node.all_input_nodes):
+            after[node] = None
+    joins = {
+        node for node in after if any(n in found.known and n not in after for n in node.all_input_nodes)
+    } - {core}
+    before_join: set[Node] = set()
+    for node in reversed(after):
+        if any(user in joins or user in before_join for user in node.users):
+            before_join.add(node)
+    exits: dict[Node, None] = {}
+    stack = [core]
     while stack:
-        for user in stack.pop().users:
-            if user in found.known and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return seen
+        node = stack.pop()
+        if node not in before_join and found.is_exit(node):
+            exits[node] = None
+        else:
+            stack.extend(user for user in node.users if user in after)
+    return tuple(exits)
 
 
 def operator_of(where: Region) -> tuple[Any, list[Any]]:
     """The ATen operator of a region's form, and the arguments that follow entry, weight and bias."""
-    if where.form is not KERNELS:
-        aten = torch.ops.aten
-        return (aten.linear if where.form is FEATURES else aten.embedding).default, []
+    aten = torch.ops.aten
+    if where.form is FEATURES:
+        return aten.linear.default, []
+    if where.form is TABLE:
+        return aten.embedding.default if where.looks_up else aten.index.Tensor, []
     window, dims = where.state, where.entry.meta["val"].dim()
     return _CONVOLUTIONS[dims], [*map(list, (window.stride, window.padding, window.dilation)), window.blocks]
 

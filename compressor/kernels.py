@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,14 +73,14 @@ def is_exit(window: Window, entry: Node, node: Node) -> bool:
     return min(window.padding) >= 0 and all(isinstance(c, int) and c % window.blocks == 0 for c in channels)
 
 
-def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
-    """The window of what `node` computes. Raises NotAffine or Foreign."""
+def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window | list[Window]:
+    """The window of what `node` computes (a list for several outputs). Raises NotAffine or Foreign."""
     if any(n not in known and n not in free for n in node.all_input_nodes):
         raise Foreign
     rule = _RULES.get(kind(node))
     if rule is None or is_random(node):
         raise NotAffine(node, "is random" if is_random(node) else "is not affine")
-    if not all(is_tensor(n) for n in node.all_input_nodes):
+    if not all(is_tensor(n) or n in known for n in node.all_input_nodes):
         raise NotAffine(node, "computes with a dynamic size")
     return rule(node, known, free)
 
@@ -307,7 +307,39 @@ def _sizes(node: Node) -> list[Any]:
     return extents(node.meta["val"])
 
 
-_RULES: dict[str, Callable[[Node, Mapping[Node, Any], DataFree], Window]] = {
+def _cat(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    """Channels side by side: every one of them may read all of the entry's."""
+    bound = arguments(node)
+    values = list(bound["tensors"])
+    if bound["dim"] % node.meta["val"].dim() != 1 or not all(v in known for v in values):
+        raise NotAffine(node, "joins more than channels of the region")
+    windows = [known[v] for v in values]
+    if len({w.stride for w in windows}) > 1:
+        raise NotAffine(node, "joins values of different sizes")
+    taps = tuple(frozenset().union(*axis) for axis in zip(*(w.taps for w in windows), strict=True))
+    return Window(windows[0].stride, taps, 1, any(w.biased for w in windows))
+
+
+def _channels(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window | list[Window]:
+    """Some of the channels, or all of them in parts."""
+    bound = arguments(node)
+    value = node.meta["val"]
+    source = next(iter(bound.values()))
+    rank = source.meta["val"].dim()
+    if bound.get("dim", 0) % rank != 1:
+        raise NotAffine(node, "cuts the image")
+    part = replace(known[source], blocks=1)
+    return [part] * len(value) if isinstance(value, (list, tuple)) else part
+
+
+def _getitem(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+    source, index = arguments(node).values()
+    found: Window = known[source][index]
+    return found
+
+
+_RULES: dict[str, Callable[[Node, Mapping[Node, Any], DataFree], Window | list[Window]]] = {
     "conv": _conv, "add": _sum, "sub": _sum, "mul": _product, "div": _product, "neg": _same, "cast": _same,
-    "identity": _same, "batch_norm": _batch_norm,
+    "identity": _same, "batch_norm": _batch_norm, "cat": _cat, "slice": _channels, "narrow": _channels,
+    "split": _channels, "chunk": _channels, "getitem": _getitem,
 }  # fmt: skip

@@ -60,7 +60,9 @@ def replace(
     """
     target, rest = operator_of(where)
     args: tuple[Any, ...] = (where.entry, weight, bias, *rest) if rest or bias else (where.entry, weight)
-    new = graph.insert(target, (weight, where.entry) if where.form is TABLE else args, before=before)
+    if where.form is TABLE:
+        args = (weight, where.entry if where.looks_up else [where.entry])
+    new = graph.insert(target, args, before=before)
     widths = [end.meta["val"].shape[where.form.axis] for end in where.exits]
     made = tuple(_pieces(graph, new, where.form.axis % new.meta["val"].dim(), widths, before))
     for end, piece in zip(where.exits, made, strict=True):
@@ -157,8 +159,9 @@ class Evaluation:
     def _in_blocks(self, node: Node, env: Mapping[Node, Any]) -> Tensor | None:
         """Operators on large tables, which are widened a block at a time or only where they are read."""
         bound = arguments(node)
-        if kind(node) == "embedding" and is_constant(bound["weight"]) and bound["indices"] in env:
-            return self.graph.tensor(bound["weight"])[env[bound["indices"]]]
+        table, index = _looked_up(node)
+        if is_constant(table) and index in env:
+            return self.graph.tensor(table)[env[index]]
         if kind(node) != "linear" or not is_constant(bound["weight"]) or bound["input"] not in env:
             return None
         weight, bias, value = self.graph.tensor(bound["weight"]), bound["bias"], env[bound["input"]]
@@ -170,6 +173,16 @@ class Evaluation:
 
 
 # -------------------------------------------------------------------- tables
+
+
+def _looked_up(node: Node) -> tuple[Any, Any]:
+    """(table, index) of a look-up along the first axis; (None, None) for every other operator."""
+    bound = arguments(node)
+    if kind(node) == "embedding":
+        return bound["weight"], bound["indices"]
+    if kind(node) == "index" and len(bound["indices"]) == 1:
+        return bound["self"], bound["indices"][0]
+    return None, None
 
 
 def _probe_table(run: Evaluation, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
@@ -333,7 +346,8 @@ def _fits(graph: Graph, where: Region, weight: Tensor) -> bool:
     entry = where.entry.meta["val"]
     with graph.fake_mode, torch.no_grad():
         made = torch.empty(weight.shape, dtype=weight.dtype)
-        out = target(made, entry) if where.form is TABLE else target(entry, made, None, *rest)
+        index = entry if where.looks_up else [entry]
+        out = target(made, index) if where.form is TABLE else target(entry, made, None, *rest)
     expected = extents(where.exit.meta["val"])
     expected[where.form.axis] = where.width
     return extents(out) == expected

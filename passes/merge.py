@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as copy_with
 from fractions import Fraction
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +43,7 @@ _LINEAR_IN_IMAGES = frozenset({"conv", "batch_norm", "add", "sub", "mul", "ident
 _MOVING = frozenset(
     {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index"}
 )  # operators that mix positions, where they block
+_REPEATED = frozenset({"pad", "cast"})  # what layer and adapter each do for themselves before they start
 _FAR = 32  # operators between what blocks a branch and where the branch joins again
 
 
@@ -161,22 +163,27 @@ class _Plan:
 
     def choose(self) -> list[Region]:
         """Regions worth replacing, in the graph's order; none holds an operator of another."""
-        used: set[Node] = set()
         for form, end in sorted(self.entries, key=lambda key: self.order[key[1]], reverse=True):
             for one in self._best(form, end).regions():
-                self._take(one, used)
+                if not self._rivals(one):
+                    self.chosen.append(one)
         for found in self.reaches:
             for exits in forks(found):
                 one = region(found, exits, self.free, self.order)
-                if one.exit.name not in self.refused and one.dead_macs > one.macs:
-                    self._take(one, used)
+                rivals = self._rivals(one)
+                lost = _sum(self._saving(rival) for rival in rivals)
+                if (
+                    one.exit.name not in self.refused
+                    and one.dead_macs > one.macs
+                    and self._saving(one) > lost
+                ):
+                    self.chosen = [*(c for c in self.chosen if c not in rivals), one]
         self.chosen.sort(key=lambda one: self.order[one.exit])
         return self.chosen
 
-    def _take(self, one: Region, used: set[Node]) -> None:
-        if used.isdisjoint(one.nodes):
-            self.chosen.append(one)
-            used.update(one.nodes)
+    def _rivals(self, one: Region) -> list[Region]:
+        """The chosen regions that share an operator with this one."""
+        return [other for other in self.chosen if not set(other.nodes).isdisjoint(one.nodes)]
 
     def _best(self, form: Form, end: Node) -> _Best:
         key = (form, end)
@@ -201,7 +208,9 @@ class _Plan:
         if not any(kind(n) in where.form.core for n in where.dead) or _grows(where):
             return False
         if not _branches(where) and sum(kind(n) in where.form.core for n in where.dead) == 1:
-            free_of_norms = not any(kind(n) == "batch_norm" for n in where.dead)  # which fold takes, after pruning
+            free_of_norms = not any(
+                kind(n) == "batch_norm" for n in where.dead
+            )  # which fold takes, after pruning
             return not _tied(where) and (macs > 0 or (macs == 0 and operators > 0 and free_of_norms))
         return macs > 0 or (macs == 0 and operators > 0 and not _tied(where))
 
@@ -210,7 +219,8 @@ class _Plan:
         norms = [n for n in where.nodes if self._is_gain(n)]
         gone = [n for n in norms if n in where.dead]
         idle = [n for n in standing if _is_idle(n)]
-        operators = Fraction(len(standing) - len(idle) - len(gone) - 1)
+        made = 1 + len(where.exits) * (len(where.exits) > 1)
+        operators = Fraction(len(standing) - len(idle) - len(gone) - made)
         if self.absorb_norms:
             operators += len(gone) + _SHARE * (len(norms) - len(gone))
         return where.dead_macs - where.macs, operators, -len(gone), len(idle)
@@ -317,6 +327,10 @@ def _contractions(nodes: Iterable[Node]) -> int:
 
 def _plus(a: Saving, b: Saving) -> Saving:
     return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+def _sum(savings: Iterable[Saving]) -> Saving:
+    return reduce(_plus, savings, _NOTHING)
 
 
 def _at(node: Node) -> str:
