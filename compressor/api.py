@@ -12,11 +12,14 @@ from torch.export import ExportedProgram
 
 from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
+from .adapters import found_in
 from .delivery import CPU
-from .load import peek, sniff
+from .emit import companion_of
+from .errors import CompressorError
+from .load import adapters_of, peek, sniff
 from .ops import kind, macs
 from .registry import passes, targets
-from .run import Options, Result, Run, capture_model, dtype_name, given, load_model, shape_of, streams
+from .run import Options, Result, Run, capture_model, dtype_name, load_model, shape_of, streams
 from .target import Target
 
 __all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
@@ -45,14 +48,15 @@ def compress(
     opt = Options.of(options)
     where = target if isinstance(target, Target) else registry.target(target)
     run = Run(opt, where, passes or where.recipe)
-    with run.step("reading the model"):
-        loaded = load_model(model, opt)
-    folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
-    if opt.stop_after:
-        return run.compile(loaded, example_inputs, calibration, None)
-    with delivery.staging(folder) as stage:
-        result = run.compile(loaded, example_inputs, calibration, stage)
-        report.write_report(stage / "report.json", result.report)
+    with run.memory:
+        with run.step("reading the model"):
+            loaded = load_model(model, opt)
+        folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
+        if opt.stop_after:
+            return run.compile(loaded, example_inputs, calibration, None)
+        with delivery.staging(folder) as stage:
+            result = run.compile(loaded, example_inputs, calibration, stage)
+            report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
 
 
@@ -73,11 +77,17 @@ def verify(
     opt = Options.of(options)
     loaded = load_model(model, opt)
     graph = capture_model(loaded, example_inputs, opt)
-    source, _, held_out = streams(graph, data, opt, given(loaded, example_inputs))
-    batches = list((source or held_out).limited(opt.calib_limit))
-    session = runtime.session(onnx)
-    inputs = delivery.session_inputs(session, graph.inputs)
-    comparison = delivery.compare_session(graph, session, inputs, [batch.inputs for batch in batches])
+    with delivery.opened(Path(onnx)) as session:
+        inputs = delivery.session_inputs(session, graph.inputs)
+        pairs = [
+            pair
+            for a, b in zip(graph.inputs, inputs, strict=True)
+            for pair in zip(a.shape, b.shape, strict=True)
+        ]
+        sizes = {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
+        source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
+        batches = list((source or held_out).limited(opt.calib_limit))
+        comparison = delivery.compare_session(graph, session, inputs, [batch.inputs for batch in batches])
     checks = comparison.checks(tolerance)
     bad = [
         c
@@ -93,24 +103,31 @@ def verify(
 
 
 def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
-    """Facts about an ONNX file or a model: inputs, outputs, operators, parameters, MACs, bytes.
+    """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
 
-    Of a checkpoint without its architecture: what tensors it holds.
+    Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
+    and the problem.
     """
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
         return _inspect_onnx(path)
     opt = Options.of(options)
     if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
-        return _inspect_weights(path)
-    graph = capture_model(load_model(path, opt), None, opt)
+        return _inspect_weights(path, adapters_of(path, opt.adapter))
+    facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
+    try:
+        graph = capture_model(load_model(path, opt), None, opt)
+    except CompressorError as error:
+        if not facts["adapters"]:
+            raise
+        return facts | {"problem": str(error)}
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_function":
             name = str(node.target)
             counts[name] = counts.get(name, 0) + 1
-    return {
-        "path": str(path),
+    return facts | {
+        "adapters": facts["adapters"] or found_in(graph.tensors),
         "inputs": [shape_of(spec) for spec in graph.inputs],
         "outputs": list(graph.outputs),
         "params": measure.parameters(graph),
@@ -126,8 +143,11 @@ def bench(
     paths: Sequence[str | Path], *, threads: int = 1, batch: int = 1, seconds: float = 5.0
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with."""
-    arrays = measure.random_feeds(runtime.session(paths[0]), batch=batch)
-    found = measure.bench(paths, feeds=arrays, threads=threads, seconds=seconds)
+    files = [Path(path) for path in paths]
+    with delivery.opened(files[0]) as session:
+        arrays = measure.random_feeds(session, batch=batch)
+    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
+    found = timed(files, feeds=arrays, threads=threads, seconds=seconds)
     rows = []
     for path, latency in zip(paths, found, strict=True):
         row = {"path": str(path), **dataclasses.asdict(latency)}
@@ -149,11 +169,12 @@ def _stem(model: Any) -> str:
     return type(model).__name__.lower()
 
 
-def _inspect_weights(path: Path) -> dict[str, Any]:
+def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, Any]:
     found = peek(path)
     tensors = found.places[0].tensors if found.places else {}
     return {
         "path": str(path),
+        "adapters": adapters,
         "kind": found.summary() if found.places else found.kind,
         "architecture": found.architecture,
         "labels": list(found.labels),
@@ -162,12 +183,11 @@ def _inspect_weights(path: Path) -> dict[str, Any]:
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
-    session = runtime.session(path)
     return {
         "path": str(path),
-        "bytes": path.stat().st_size,
-        "inputs": [{"name": i.name, "dtype": i.type, "shape": i.shape} for i in session.get_inputs()],
-        "outputs": [{"name": o.name, "dtype": o.type, "shape": o.shape} for o in session.get_outputs()],
-        "metadata": dict(session.get_modelmeta().custom_metadata_map),
-        "operators": runtime.optimized_operators(path) if path.suffix == ".onnx" else {},
+        "bytes": sum(f.stat().st_size for f in (path, companion_of(path)) if f.exists()),
+        **runtime.facts(path),
+        "operators": {}
+        if path.suffix != ".onnx" or delivery.is_large(path)
+        else runtime.optimized_operators(path),
     }

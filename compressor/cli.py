@@ -121,7 +121,8 @@ def _next(*words: str | os.PathLike[str]) -> None:
 def commands() -> None:
     """Compile a PyTorch model to a smaller, faster ONNX model, and prove what each step did to the numbers.
 
-    MODEL is a .pt2, .safetensors, .pt, .pth or .ckpt file, or a Hugging Face folder.
+    MODEL is a .pt2, .safetensors, .pt, .pth or .ckpt file, or a folder: a Hugging Face model, a
+    sentence-transformers pipeline, or a PEFT adapter, whose base model is found on this disk.
     """
 
 
@@ -183,7 +184,7 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
 @loading
 @printing
 def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Show a report, an ONNX file, or what a model file holds."""
+    """Show a report, an ONNX file, or what a model holds, its adapters first."""
     found = Path(existing(path))
     if (found / "report.json").is_file():
         found = found / "report.json"
@@ -213,8 +214,8 @@ def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
         elif "tensors" in facts:
             model = facts.get("architecture") or "path/to/your/model.py:FACTORY"
             _next(path, "--model", model, "--input", "x:f32[?,3,224,224]")
-        else:
-            _next(path)
+        elif "problem" not in facts:
+            _next(path, *(word for one in options["adapter"] for word in ("--adapter", one)))
 
 
 @commands.command()

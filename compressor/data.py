@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import images, sources
+from . import images, sources, texts
 from .batches import Batch, Reader, Spool, first, rebatch, rows_of
 from .errors import DataError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
+from .ops import arguments, kind
 from .sources import Source
 
 __all__ = [
     "Batch",
     "Data",
-    "Evaluator",
-    "evaluator",
-    "metric",
     "open_data",
     "parse_input",
     "split",
     "synthetic",
+    "table_sizes",
 ]
 
 SPOOL_BYTES = 1 << 30  # decoded pictures up to this size are kept in a temporary file, more are decoded anew
 IN_SAMPLE = 8  # fewer samples than this are not split
+_MOVES = ("cast", "identity", "activation", "view", "flatten", "unsqueeze", "squeeze", "expand", "slice", "transpose",
+          "permute")  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -112,6 +113,7 @@ def open_data(
     inputs: Sequence[Input],
     *,
     preprocess: str | Callable[..., Any] | None = None,
+    text: texts.Reading | None = None,
     limit: int = 1024,
     batch_size: int = 32,
 ) -> Data:
@@ -121,10 +123,13 @@ def open_data(
     what was expected and what was seen. What may not read the same twice (an iterator, a shuffling loader, an
     augmenting dataset) is kept in a temporary file, at most `limit` samples of it. preprocess: see
     `images.preprocessing`; needed for folders of images, and for uint8 pixels where the model takes floats.
+    text: how files of texts become token ids.
     """
     if limit < 1 or batch_size < 1:
         raise UsageError("the limit of samples and the batch size must be at least 1")
     reader = Reader(inputs, preprocess)
+    if paths := texts.files(source):
+        return _open_texts(paths, reader, text or texts.Reading(), limit)
     parts = _sources(source, reader, limit, batch_size)
     size = reader.fixed or batch_size
 
@@ -220,6 +225,23 @@ def synthetic(
     return Data(batches, sizes, description, {"generated": True}, batched=reader.batched, fixed=reader.fixed)
 
 
+def table_sizes(graph: Graph) -> dict[str, int]:
+    """Input name -> rows of the smallest table that its own values index."""
+    found: dict[str, int] = {}
+    names = dict(zip(graph.placeholders, (spec.name for spec in graph.inputs), strict=True))
+    for node in graph.nodes:
+        if kind(node) != "embedding":
+            continue
+        bound = arguments(node)
+        source = bound["indices"]
+        while kind(source) in _MOVES:
+            source = source.args[0]
+        if source in names:
+            rows = int(bound["weight"].meta["val"].shape[0])
+            found[names[source]] = min(rows, found.get(names[source], rows))
+    return found
+
+
 def parse_input(text: str) -> Input:
     """`x:f32[?,3,224,224]` -> Input. The name may be left out (`x`); `?` or a name is a dynamic axis."""
     found = re.fullmatch(r"\s*(?:([^:\[\]\s]+)\s*:)?\s*(\w+)\s*\[([^\[\]]*)\]\s*", text)
@@ -242,73 +264,23 @@ def parse_input(text: str) -> Input:
     return Input(name, _DTYPES[kind], tuple(shape))
 
 
-# -------------------------------------------------------------------- evaluation
-
-
-Run = Callable[..., Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """A task metric: over data with labels, or a function of the user's that is given the model to run."""
-
-    name: str
-    data: Data | None = None
-    function: Callable[[Run], Any] | None = None
-
-    def of(self, run: Run) -> dict[str, float]:
-        """Metric by name, for whatever runs the model. Over data: the mean over all samples."""
-        if self.function is not None:
-            result = self.function(run)
-            if isinstance(result, Mapping):
-                return {str(name): float(value) for name, value in result.items()}
-            return {self.name: float(result)}
-        total = count = 0.0
-        for batch in self.data or ():
-            rows = len(batch.labels) if batch.labels is not None else 1
-            total += metric(run(*batch.inputs), batch, self.name) * rows
-            count += rows
-        return {self.name: total / max(count, 1)}
-
-    def of_graph(self, graph: Graph) -> dict[str, float]:
-        return self.of(graph.run)
-
-
-def evaluator(spec: Any, graph: Graph, *, preprocess: str | Callable[..., Any] | None = None) -> Evaluator:
-    """`--eval`: data with labels (whole numbers: top1; vectors: cosine), or `module:function`.
-
-    The function gets `run(*inputs) -> outputs` (tensors) and returns a number, or a dict of them.
-    """
-    if isinstance(spec, str) and ":" in spec and not Path(spec).exists():
-        function = images.imported(spec, "--eval")
-        return Evaluator(spec.rpartition(":")[2], function=function)
-    data = open_data(spec, graph.inputs, preprocess=preprocess, limit=50_000)
-    labels = next(iter(data)).labels
-    if labels is None:
-        raise DataError(f"{data.description}: evaluation needs labels; add an array named y")
-    return Evaluator("cosine" if labels.is_floating_point() and labels.dim() > 1 else "top1", data)
-
-
-def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> float:
-    """Mean of the first output's `top1` (its largest class is the label) or `cosine` with the label."""
-    first, labels = outputs[0].detach().cpu(), batch.labels
-    if labels is None:
-        raise DataError(f"{name} needs labels, and the data have none")
-    if name == "top1":
-        if first.dim() < 2 or first.argmax(1).shape != labels.shape:
-            raise DataError(
-                f"top1 needs outputs [n, classes] and labels [n], not {_show(first)}, {_show(labels)}"
-            )
-        return float((first.argmax(1) == labels).float().mean())
-    if name == "cosine":
-        if first.shape != labels.shape:
-            raise DataError(f"cosine needs labels like the output, {_show(first)}, not {_show(labels)}")
-        both = first.flatten(1).double(), labels.flatten(1).double()
-        return float(torch.nn.functional.cosine_similarity(*both).mean())
-    raise UsageError(f"no metric '{name}'; there are top1 and cosine")
-
-
 # -------------------------------------------------------------------- helpers
+
+
+def _open_texts(paths: Sequence[Path], reader: Reader, how: texts.Reading, limit: int) -> Data:
+    if reader.transform is not None:
+        raise UsageError(f"{paths[0]}: holds texts; --preprocess is for images")
+    corpus = texts.read(paths, reader.inputs, how, limit, reader.fixed)
+    source = Source(corpus.where, batches=corpus.batches)
+
+    def batches() -> Iterator[Batch]:
+        return reader.batches(source, 1)
+
+    sizes = [rows_of(batch.inputs, reader.batched) for batch in batches()]
+    shown = "first " if len(corpus.tokens["input_ids"]) == limit else ""
+    description = f"{corpus.where}, {shown}{sum(sizes):,} samples"
+    facts = {**reader.facts, **corpus.facts, "batch": max(sizes)}
+    return Data(batches, sizes, description, facts, batched=reader.batched, fixed=reader.fixed)
 
 
 def _sources(source: Any, reader: Reader, limit: int, batch_size: int) -> list[Source]:
@@ -366,7 +338,3 @@ def _imitate(
     if table is not None:
         return torch.randint(0, table, tuple(shape), generator=draw).to(example.dtype)
     return flat[torch.randint(0, flat.numel(), tuple(shape), generator=draw)]
-
-
-def _show(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from . import measure, runtime, verify
+from . import apart, measure, runtime, verify
 from .data import Batch
-from .emit import Emitted, emit, feeds, is_integer
+from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
 from .ir import Graph, Input
 from .target import Target
@@ -28,6 +28,7 @@ from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
 COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
+ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
 @contextmanager
@@ -90,11 +91,11 @@ def deliver(
     }
     emitted = emit(graph, path, **options)
     try:
-        runtime.session(path)
+        _load(path)
     except TargetError:
         emitted = emit(graph, path, **options, optimize=False)
         try:
-            runtime.session(path)
+            _load(path)
         except TargetError as error:
             half = any(t.dtype == torch.bfloat16 for t in graph.tensors.values())
             hint = (
@@ -104,8 +105,58 @@ def deliver(
             )
             raise TargetError(f"{str(error).replace(f'{path}: ', '')}{hint}") from error
     if "ort" in target.formats:
-        runtime.to_ort_format(path, folder / "model.ort")
+        _write_ort(emitted, folder / "model.ort")
     return emitted
+
+
+def is_large(path: Path) -> bool:
+    """True for a model whose weights have a file of their own: ONNX Runtime then runs apart from torch."""
+    return companion_of(path).exists()
+
+
+@contextmanager
+def opened(path: Path, provider: str = CPU) -> Iterator[Any]:
+    """A session to compare numbers with. A large model is mapped and not copied, in a process of its own."""
+    if not is_large(path):
+        yield runtime.session(path, providers=[provider])
+        return
+    with apart.Session(path, providers=[provider], weights="mapped") as session:
+        yield session
+
+
+def _load(path: Path) -> None:
+    with opened(path):
+        pass
+
+
+def _on(path: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """The answer of a function that loads this model, apart where the model is large."""
+    return apart.call(function, *args) if is_large(path) else function(*args)
+
+
+def _write_ort(emitted: Emitted, path: Path) -> None:
+    if emitted.bytes >= ORT_BYTES:
+        raise TargetError(
+            f"model.ort cannot hold {emitted.bytes:,} bytes, its format ends at {ORT_BYTES:,}: add a pass that makes "
+            "the model smaller (int8), or choose a target that takes model.onnx alone (--target cpu)"
+        )
+    _on(emitted.path, runtime.to_ort_format, emitted.path, path)
+
+
+def mobile_usability(emitted: Emitted) -> list[str]:
+    """The lines of ONNX Runtime's mobile usability checker."""
+    lines: list[str] = _on(emitted.path, runtime.mobile_usability, emitted.path)
+    return lines
+
+
+def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
+    """Operator -> how often it stands in ONNX Runtime's own optimised graph."""
+    if not is_large(emitted.path):
+        return runtime.optimized_operators(emitted.path)
+    ran: dict[str, int] = apart.call(
+        runtime.operators_that_ran, emitted.path, _single(emitted.inputs, example)
+    )
+    return ran
 
 
 def provider_of(target: Target) -> tuple[str, str]:
@@ -130,8 +181,8 @@ def check_emitted(
 
     Float models within 1e-4 (half precision: 30 dB), integer models at 30 dB; ContractError beyond.
     """
-    session = runtime.session(emitted.path, providers=[provider])
-    comparison = compare_session(graph, session, emitted.inputs, _varied(graph, batches))
+    with opened(emitted.path, provider) as session:
+        comparison = compare_session(graph, session, emitted.inputs, _varied(graph, batches))
     checks = comparison.checks(tolerance or verify.EMITTED)
     judge_emitted(graph, checks)
     return checks
@@ -309,21 +360,33 @@ def _cut(tensor: Tensor, spec: Input, name: str, size: int) -> Tensor:
 def latencies(
     files: Mapping[str, Emitted], example: Sequence[Tensor], *, threads: int = 1, seconds: float = 2.0
 ) -> dict[str, Any]:
-    """Interleaved medians by name ({"model", "float"}), and how many times faster the first is than the second."""
-    first = next(iter(files.values()))
-    one = [
-        t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t
-        for s, t in zip(first.inputs, example, strict=True)
-    ]
-    arrays = list(feeds(first.inputs, one).values())
-    found = measure.bench([e.path for e in files.values()], feeds=arrays, threads=threads, seconds=seconds)
+    """Medians by name ({"model", "float"}), and how many times faster the first is than the second.
+
+    They are taken in turns; large models one at a time, and the `note` says so.
+    """
+    arrays = _single(next(iter(files.values())).inputs, example)
+    paths = [e.path for e in files.values()]
+    alone = any(map(is_large, paths))
+    bench = measure.bench_alone if alone else measure.bench
+    found = bench(paths, feeds=arrays, threads=threads, seconds=seconds)
     report: dict[str, Any] = {name: asdict(latency) for name, latency in zip(files, found, strict=True)}
     for entry in report.values():
         entry.pop("rounds")
     if len(found) == 2:
         ratio = measure.ratio(found[1], found[0])
         report |= {"ratio": ratio.median, "spread": [ratio.low, ratio.high], "threads": threads, "batch": 1}
+    if alone:
+        report["note"] = "one model in memory at a time, each visited twice"
     return report
+
+
+def _single(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[np.ndarray]:
+    """The first sample of the example, in order of the inputs."""
+    one = [
+        t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t
+        for s, t in zip(inputs, example, strict=True)
+    ]
+    return list(feeds(inputs, one).values())
 
 
 def sha256(path: Path) -> str:

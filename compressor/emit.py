@@ -8,7 +8,7 @@ the versions and the metadata alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
-from onnx_ir.passes.common import CheckerPass
 from torch import Tensor
 from torch.fx import Node
 
@@ -25,7 +24,10 @@ from .errors import CompressorError, UnsupportedError
 from .ir import Graph, Input, as_declared, module_path, unsupported
 from .ops import arguments, is_tensor, kind
 
-EXTERNAL_DATA_BYTES = 2_000_000_000  # protobuf cannot hold 2 GiB
+EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf of this size is built in memory, twice; it cannot hold 2 GiB
+_INLINE_BYTES = 256  # smaller tensors stay in the model: shapes and scalars, from which shapes are inferred
+_PIECE_BYTES = 1 << 24
+_PAGE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,19 @@ def emit(
     model.metadata_props.clear()
     model.metadata_props.update(metadata or {})
     model.producer_name, model.producer_version = "compressor", None
+    companion = companion_of(path)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < EXTERNAL_DATA_BYTES:
-        onnx_ir.save(model, path)
-        onnx.checker.check_model(str(path))
-    else:
-        CheckerPass()(model)
-        onnx_ir.save(model, path, external_data=f"{path.name}.data")
-    companion = path.with_name(f"{path.name}.data")
-    total = path.stat().st_size + (companion.stat().st_size if companion.exists() else 0)
-    return Emitted(path, ready.inputs, ready.outputs, total)
+    total = 0
+    if size >= EXTERNAL_DATA_BYTES:
+        total = _write_weights(model, companion)
+    onnx_ir.save(model, path)
+    onnx.checker.check_model(str(path))
+    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size)
+
+
+def companion_of(path: Path) -> Path:
+    """The file beside a model that holds the weights of a large one."""
+    return path.with_name(f"{path.name}.data")
 
 
 def is_integer(graph: Graph) -> bool:
@@ -208,12 +213,54 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+# -------------------------------------------------------------------- weights
+
+
+def _write_weights(model: onnx_ir.Model, path: Path) -> int:
+    """Moves the weights to a file of their own, piece by piece; answers its size in bytes.
+
+    Each begins on a page, as a runtime that maps the file wants it. Written here and not by onnx_ir, whose layout
+    changes with its version, and which copies a transposed tensor element by element.
+    """
+    with path.open("wb") as file:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            file.seek(-(-file.tell() // _PAGE) * _PAGE)
+            start = file.tell()
+            for piece in _pieces(tensor):
+                file.write(piece)
+            value.const_value = onnx_ir.ExternalTensor(
+                path.name,
+                start,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=onnx_ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=path.parent,
+            )
+        return file.tell()
+
+
+def _pieces(tensor: onnx_ir.TensorProtocol) -> Iterator[bytes]:
+    """A tensor's bytes in order. A weight that the exporter transposed is a view, and is put in order row by row."""
+    if tensor.dtype.bitwidth < 8:  # packed: rows may end within a byte
+        yield tensor.tobytes()
+        return
+    array = tensor.numpy()
+    rows = max(1, _PIECE_BYTES * len(array) // tensor.nbytes)
+    for first in range(0, len(array), rows):
+        yield array[first : first + rows].tobytes()
+
+
 # -------------------------------------------------------------------- names
 
 
 def _rename(model: onnx_ir.Model, graph: Graph) -> None:
     symbols = _symbols(model, graph)
     _rename_values(model, graph)
+    _rename_weights(model)
     taken: dict[str, int] = {}
     for node in model.graph.all_nodes():
         stem = f"{_module_path(node)}/{node.op_type}".lstrip("/")
@@ -281,9 +328,7 @@ def _rename_values(model: onnx_ir.Model, graph: Graph) -> None:
     values = {id(v) for v, _ in ends}
     for value in list(model.graph.initializers.values()):
         if value.name in names:
-            del model.graph.initializers[value.name]
-            value.name = f"{value.name}.value"
-            model.graph.initializers[value.name] = value
+            _rename_initializer(model, value.name, f"{value.name}.value")
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if value.name in names and id(value) not in values:
@@ -292,6 +337,23 @@ def _rename_values(model: onnx_ir.Model, graph: Graph) -> None:
         value.name = f"__end_{i}"
     for value, name in ends:
         value.name = name
+
+
+def _rename_weights(model: onnx_ir.Model) -> None:
+    """The weight of a linear, which the exporter stores transposed and numbers, is called after its module again."""
+    for node in model.graph.all_nodes():
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        name = f"{_module_path(node)}.weight"
+        if weight is None or not weight.is_initializer() or not re.fullmatch(r"val_\d+", weight.name or ""):
+            continue
+        if name != ".weight" and name not in model.graph.initializers:
+            _rename_initializer(model, weight.name or "", name)
+
+
+def _rename_initializer(model: onnx_ir.Model, old: str, new: str) -> None:
+    value = model.graph.initializers.pop(old)
+    value.name = new
+    model.graph.initializers[new] = value
 
 
 def feeds(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""Hugging Face model folders and PEFT adapter folders: from disk only, every weight accounted for.
+"""Hugging Face model folders: from disk only, every weight accounted for, none copied.
 
 No code of the folder is run (`trust_remote_code=False`), nothing is downloaded, and weights are read from
-safetensors, or inertly from .bin. The libraries' own loaders warn, or say nothing, when a head is missing and
-filled at random: here that is an error.
+safetensors, or inertly from .bin. The library's own loader warns, or says nothing, when a head is missing and filled
+at random: here that is an error. It is handed the tensors as they lie in the files, so that a float32 model takes no
+memory of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,32 +17,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import pickles
+from . import folders, tasks
 from .architecture import guarded, library
 from .capture import quiet
 from .checkpoint import printable
 from .errors import FileError, UsageError
+from .folders import Adapter
 from .ir import Input
-
-_CHUNK = 1 << 24
-
-
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a model folder in Hugging Face's layout."""
-    return (path / "config.json").is_file()
 
 
 def architecture(folder: Path) -> nn.Module:
     """The model that the folder's config.json describes, its weights as its code makes them."""
     spec, config = f"hf:{folder}", _config(folder)
-    kind = _class(config)
-
-    def make() -> Any:
-        return kind(config) if kind else _auto(spec).from_config(config, trust_remote_code=False)
-
+    kind = tasks.model_class(config, None, (), str(folder))
     with quiet():
-        model: nn.Module = guarded(make, spec, "build it")
+        model: nn.Module = guarded(lambda: kind(config), spec, "build it")
     return model
+
+
+def load(
+    folder: Path, *, task: str | None = None, adapters: Sequence[Adapter] = (), allow: Sequence[str] = ()
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in float32, ready for the adapters, and notes. FileError unless weights and architecture fit.
+
+    A trained head that the folder lacks may come from an adapter, which is not attached yet; the vocabulary is as
+    large as the adapters' embeddings.
+    """
+    where, config = str(folder), _config(folder)
+    stored = folders.read_weights(folder)
+    promised = {name: tensor for one in adapters for name, tensor in one.tensors_of_base.items()}
+    with quiet():
+        kind = folders.attempt(
+            lambda: tasks.model_class(config, task, adapters, where), where, "tell its class"
+        )
+        folders.attempt(lambda: tasks.set_labels(kind, config, (promised, stored)), where, "build it")
+        options = _without_pooler(kind, stored)
+        model, info = folders.attempt(lambda: _fill(kind, config, stored, options), where, "load it")
+        _resize(model, promised, where)
+    notes = _account(folder, model, info, promised, allow)
+    dtypes = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} - {torch.float32}
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return model, (*notes, *(f"{name} weights were read as float32" for name in names))
 
 
 def labels(model: nn.Module) -> tuple[str, ...]:
@@ -58,105 +72,29 @@ def inputs(model: nn.Module) -> tuple[Input, ...]:
     """What a text or image model takes, batch and sequence dynamic; nothing where its config does not say."""
     main = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
-    if main == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        names = [
-            n for n in ("input_ids", "attention_mask") if n in inspect.signature(model.forward).parameters
-        ]
-        return tuple(Input(name, torch.int64, ("batch", "sequence")) for name in names)
+    formals = inspect.signature(model.forward).parameters
+    if main == "input_ids" and "decoder_input_ids" not in formals:
+        names = [name for name in ("input_ids", "attention_mask") if name in formals]
+        text = tuple(Input(name, torch.int64, ("batch", "sequence")) for name in names)
+        return text + (_image(getattr(config, "vision_config", None)) if "pixel_values" in formals else ())
+    return _image(config) if main == "pixel_values" else ()
+
+
+def _image(config: Any) -> tuple[Input, ...]:
     size = getattr(config, "image_size", None)
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if main == "pixel_values" and isinstance(height, int) and isinstance(width, int):
-        channels = getattr(config, "num_channels", 3)
-        return (Input(main, torch.float32, ("batch", channels, height, width)),)
-    return ()
-
-
-def load(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, in float32, and notes. Raises FileError unless weights and architecture fit exactly."""
-    spec, config = f"hf:{folder}", _config(folder)
-    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    if any(folder.glob("*.safetensors")):
-        options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
-        source: str | None = str(folder)
-    else:
-        options["state_dict"] = _bin_weights(folder)
-        source = None
-    kind = _class(config) or _auto(spec)
-    with quiet():
-        model, info = guarded(lambda: kind.from_pretrained(source, **options), spec, "load it")
-    notes, problems = [], []
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{what}_keys", ()))
-        named = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
-        if named:
-            notes.append(f"{len(named)} {what} weights, by consent ({printable(named)})")
-        if rest := [key for key in keys if key not in named]:
-            problems.append(f"{len(rest)} {what} ({printable(rest)})")
-    if problems:
-        raise FileError(
-            f"{folder} does not fit its own architecture, {type(model).__name__}: weights {'; '.join(problems)}. "
-            f"Consent by name: --allow-missing PATTERN."
-        )
-    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    if stored not in ("None", "float32"):
-        notes.append(f"{stored} weights were read as float32")
-    return model, tuple(notes)
-
-
-def adapt(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
-    """`model` with the PEFT adapter in `folder`, and a note. Raises FileError unless every adapter tensor is used."""
-    spec = f"--adapter {folder}"
-    settings = _json(folder / "adapter_config.json", spec)
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise FileError(f"{spec}: there is no adapter_model.safetensors in it.")
-    if settings.get("megatron_config") is not None:
-        raise FileError(f"{spec}: its adapter_config.json names a module to import (megatron_core): refused.")
-    peft = library("peft", spec)
-    with quiet():
-        adapted = guarded(lambda: peft.PeftModel.from_pretrained(model, str(folder)), spec, "attach it")
-    ours: dict[str, Tensor] = peft.get_peft_model_state_dict(adapted)
-    theirs = library("safetensors.torch", spec).load_file(weights)
-    missing, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    wrong = sorted(key for key in ours.keys() & theirs.keys() if not _equal(ours[key], theirs[key]))
-    problems = [
-        f"{len(keys)} {what} ({printable(keys)})"
-        for keys, what in ((missing, "missing"), (unused, "not used"), (wrong, "not taken over"))
-        if keys
-    ]
-    if problems:
-        raise FileError(f"{spec} does not fit {type(model).__name__}: weights {'; '.join(problems)}.")
-    return adapted, f"adapter {folder.name} ({settings.get('peft_type')}): {len(ours)} tensors"
-
-
-def digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of one file's bytes, or of several files' names and bytes."""
-    sha = hashlib.sha256()
-    files = sorted(paths)
-    for path in files:
-        if len(files) > 1:
-            sha.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                sha.update(chunk)
-    return sha.hexdigest()
-
-
-def files(folder: Path) -> list[Path]:
-    """The files of a folder that decide what the model is."""
-    patterns = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
-def _auto(spec: str) -> Any:
-    return library("transformers", spec).AutoModel
+    if not isinstance(height, int) or not isinstance(width, int):
+        return ()
+    return (
+        Input("pixel_values", torch.float32, ("batch", getattr(config, "num_channels", 3), height, width)),
+    )
 
 
 def _config(folder: Path) -> Any:
     spec = f"hf:{folder}"
-    if not is_folder(folder):
+    if not (folder / "config.json").is_file():
         raise UsageError(f"{spec}: there is no config.json in that folder.")
-    settings = _json(folder / "config.json", spec)
+    settings = folders.read_table(folder / "config.json", spec)
     if "quantization_config" in settings:
         raise FileError(
             f"{folder} holds weights that are quantised already; give the model that they were made from."
@@ -169,47 +107,101 @@ def _config(folder: Path) -> Any:
     )
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache is no tensor: it cannot be an output of a graph
+    _use_plain_attention(config)
     return config
 
 
-def _class(config: Any) -> Any:
-    """The transformers class that the config names first; None where it names none that exists."""
-    import transformers
-
-    for name in config.architectures or ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return None
+def _use_plain_attention(config: Any) -> None:
+    """Attention as torch computes it: a config.json may name a kernel, which the library would fetch and run."""
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            _use_plain_attention(part)
 
 
-def _bin_weights(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    parts = sorted(folder.glob("pytorch_model*.bin"))
-    if not parts:
+def _fill(
+    kind: Any, config: Any, stored: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The library's renaming and tying of weights, on tensors that stay where they are."""
+    found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+        None, config=config, state_dict=stored, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True, **options,
+    )  # fmt: skip
+    return found
+
+
+def _without_pooler(kind: Any, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A bare encoder whose folder holds no pooler is built without: else its second output would be random."""
+    optional = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    held = any("pooler" in name.split(".") for name in stored)
+    return {"add_pooling_layer": False} if optional and not held else {}
+
+
+def _account(
+    folder: Path,
+    model: nn.Module,
+    info: Mapping[str, Any],
+    promised: Mapping[str, Tensor],
+    allow: Sequence[str],
+) -> list[str]:
+    """Notes about weights that are missing, left over or of another size for a reason; FileError for all others."""
+    notes, problems = [], []
+    for what in ("missing", "mismatched", "unexpected"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{what}_keys", ()))
+        if what != "unexpected":
+            keys = [key for key in keys if key not in promised]
+        elif keys and (other := _other_head(model)):
+            left = [key for key in keys if key in other]
+            keys = [key for key in keys if key not in left]
+            if left:
+                notes.append(f"{len(left)} weights of another head are not used ({printable(left)})")
+        named = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in allow)]
+        if named:
+            notes.append(f"{len(named)} {what} weights, by consent ({printable(named)})")
+        if rest := [key for key in keys if key not in named]:
+            problems.append(f"{len(rest)} {what} ({printable(rest)})")
+    if problems:
         raise FileError(
-            f"{folder} holds no weights: there is no *.safetensors and no pytorch_model.bin in it."
+            f"{folder} does not fit {type(model).__name__}: weights {'; '.join(problems)}. Name what it was trained "
+            f"for (--task) or the adapter that holds them (--adapter), or consent by name: --allow-missing PATTERN."
         )
-    for part in parts:
-        value = pickles.read(part)
-        found = (
-            {key: pickles.to_tensor(item) for key, item in value.items()} if isinstance(value, dict) else {}
-        )
-        weights |= {str(key): tensor for key, tensor in found.items() if tensor is not None}
-    return weights
+    return notes
 
 
-def _json(path: Path, where: str) -> dict[str, Any]:
+def _other_head(model: nn.Module) -> frozenset[str]:
+    """Weights of the class that the folder was saved from, where the task asks for another one."""
+    config: Any = model.config
+    own = tasks.own_class(config)
+    if own is None or isinstance(model, own):
+        return frozenset()
+    with quiet():
+        return frozenset(folders.attempt(lambda: tasks.shapes(own, config), str(own), "build it"))
+
+
+def _resize(model: Any, promised: Mapping[str, Tensor], where: str) -> None:
+    """Give the vocabulary the size of the adapters' embeddings, if they hold any: they grow it when tokens are added.
+
+    FileError where rows that the folder does not have would not come from the adapter either.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{where}: there is no {path.name} in it.") from None
-    except (OSError, ValueError) as error:
-        raise FileError(f"{where}: its {path.name} cannot be read: {error}.") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{where}: its {path.name} is not a table of settings.")
-    return value
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # the library's word for a model without one
+        return
+    if not isinstance(table, nn.Embedding):
+        return
+    name = next(name for name, module in model.named_modules() if module is table)
+    new = promised.get(f"{name}.weight")
+    size = table.num_embeddings
+    if new is None or len(new) == size:
+        return
+    before = {key: tensor.shape for key, tensor in model.named_parameters()}
+    folders.attempt(
+        lambda: model.resize_token_embeddings(len(new), mean_resizing=False), where, "resize its vocabulary"
+    )
+    changed = [key for key, tensor in model.named_parameters() if before.get(key) != tensor.shape]
+    if missing := [key for key in changed if key not in promised]:
+        raise FileError(
+            f"{where}: the adapter's vocabulary has {len(new)} tokens, the model's {size}, and "
+            f"nothing holds the {printable(missing)} that goes with it."
+        )

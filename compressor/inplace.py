@@ -39,22 +39,17 @@ def rename_in_place(graph: fx.Graph) -> bool:
         if node.target is torch.ops.aten.dropout_.default and node.args[2] is False:
             node.target = torch.ops.aten.dropout.default
     mutations = [n for n in graph.nodes if in_place(n)]
+    order = {n: i for i, n in enumerate(graph.nodes)}
     plans = []
     for node in mutations:
         pure = _pure(node)
         written = node.args[0] if node.args else None
-        if (
-            pure is None
-            or not isinstance(written, Node)
-            or written.op == "get_attr"
-            or _shares_memory(written)
-        ):
+        if pure is None or not isinstance(written, Node) or _is_seen_elsewhere(written, node, order):
             return False
         plans.append((node, pure))
     for node, pure in plans:
         written = node.args[0]  # an earlier plan may have re-pointed it
         node.target = pure
-        order = {n: i for i, n in enumerate(graph.nodes)}
         for reader in [user for user in written.users if order[user] > order[node]]:
             reader.replace_input_with(written, node)
     return True
@@ -74,9 +69,21 @@ def _pure(node: Node) -> Any:
     return pure if formals == own else None
 
 
-def _shares_memory(value: Node) -> bool:
-    """True when the value is a view, or has a view: writing into it would be seen elsewhere."""
-    return _may_view(value) or any(_may_view(user) and value in user.all_input_nodes for user in value.users)
+def _is_seen_elsewhere(written: Node, mutation: Node, order: dict[Node, int]) -> bool:
+    """True when memory of the caller is written, or what is written may be read later under another name."""
+    root = written
+    while _may_view(root) or in_place(root):
+        root = root.all_input_nodes[0]
+    if root.op == "get_attr" or (root.op == "placeholder" and root is not written):
+        return True
+    family, stack = {root}, [root]
+    while stack:
+        for user in stack.pop().users:
+            alias = _may_view(user) or (in_place(user) and user.args[0] in family)
+            if alias and user is not mutation and user not in family:
+                family.add(user)
+                stack.append(user)
+    return any(order[user] > order[mutation] for one in family - {written} for user in one.users)
 
 
 def _may_view(node: Node) -> bool:

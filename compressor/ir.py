@@ -70,6 +70,7 @@ class Graph:
     inputs: the tensors it takes, in order; outputs: path names of the tensors it returns, in order.
     example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
     tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
+    keep: puts a new tensor where it is to lie, in memory or in a mapped file, and answers it from there.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Graph:
         self.parameters = parameters
         self.notices: list[str] = []
         self.journal = Journal()
+        self.keep: Callable[[Tensor], Tensor] = _in_memory
 
     # ---------------------------------------------------------------- reading
 
@@ -144,13 +146,10 @@ class Graph:
         last = _last_uses(self.graph)
         feed = iter([as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(feed)
-            else:
-                env[node] = self.execute(node, env)
-            yield node, env[node]
+            value = env[node] = next(feed) if node.op == "placeholder" else self.execute(node, env)
             for dead in last.get(node, ()):
                 env.pop(dead, None)
+            yield node, value
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs for flat inputs, without gradients."""
@@ -196,7 +195,7 @@ class Graph:
         while free in self.tensors or any(t.startswith(free + ".") for t in self.tensors):
             count += 1
             free = f"{name}_{count}"
-        self.tensors[free] = value.detach()
+        self._bind(free, value)
         anchor = before if before is not None else next(iter(self.graph.nodes))
         with self.graph.inserting_before(anchor):
             node = self.graph.create_node("get_attr", free)
@@ -206,9 +205,15 @@ class Graph:
 
     def set_tensor(self, node: Node, value: Tensor) -> None:
         """Binds another tensor to the name that a `get_attr` node reads. Every reader of that name sees it."""
-        self.tensors[str(node.target)] = value.detach()
+        self._bind(str(node.target), value)
         self.journal.changed.add(node.name)
         self._infer(node)
+
+    def _bind(self, name: str, value: Tensor) -> None:
+        """A view of a tensor that is there already stays a view; a new tensor goes where `keep` puts it."""
+        memory = value.untyped_storage().data_ptr()
+        known = any(t.untyped_storage().data_ptr() == memory for t in self.tensors.values())
+        self.tensors[name] = value.detach() if known else self.keep(value.detach())
 
     def set_args(
         self, node: Node, args: tuple, kwargs: dict | None = None, *, target: Callable[..., Any] | None = None
@@ -283,7 +288,7 @@ class Graph:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
         twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
-        twin.notices = list(self.notices)
+        twin.notices, twin.keep = list(self.notices), self.keep
         return twin
 
     # ---------------------------------------------------------------- invariants and views
@@ -359,6 +364,10 @@ class Graph:
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 _ACCUMULATING = frozenset(getattr(torch.ops.aten, name) for name in (*_CONVOLUTIONS, *_PRODUCTS))
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def as_declared(tensor: Tensor, spec: Input) -> Tensor:

@@ -1,11 +1,13 @@
 """Files on disk -> a model, inertly: what a file holds is data, whatever its name and whoever made it.
 
-    .pt2                         an exported program, through the gate (gate.py)
-    .safetensors                 weights; the architecture comes from --model (architecture.py)
-    .pt .pth .ckpt .bin .tar     any checkpoint, read without running its pickle (pickles.py), and --model
-    a folder with config.json    a Hugging Face model, and a PEFT adapter on top (huggingface.py)
+    .pt2                              an exported program, through the gate (gate.py)
+    .safetensors                      weights; the architecture comes from --model (architecture.py)
+    .pt .pth .ckpt .bin .tar          any checkpoint, read without running its pickle (pickles.py), and --model
+    a folder with config.json         a Hugging Face model (huggingface.py)
+    a folder with modules.json        a sentence-transformers pipeline (sentence.py)
+    a folder with adapter_config.json an adapter alone; its base model is looked for on this disk (folders.py)
 
-The kind is told by the first bytes, not by the name.
+On any but the first, --adapter puts PEFT adapters (adapters.py). The kind is told by the first bytes, not by the name.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ import difflib
 import hashlib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from . import architecture, archive, gate, huggingface, pickles, weights
+from . import adapters, architecture, archive, folders, gate, huggingface, pickles, sentence, tasks, weights
+from .blend import Combination, combination
 from .checkpoint import Contents, Weights, contents
 from .errors import FileError, UsageError
+from .folders import Adapter
 from .ir import Input
 
 _MODULES = ("ema", "model_ema", "model", "module", "net")  # where checkpoints keep whole modules
@@ -37,7 +41,7 @@ class Loaded:
 
     sha256: of the file's bytes, or of the folder's config and weights. example: (args, kwargs) found in the file.
     inputs: what the model takes, where its library says so. labels: class names found in the file. notes: what the
-    user should know, a few words each.
+    user should know, a few words each. tokenizer: the folder that holds the tokenizer's files, of text models.
     """
 
     model: nn.Module | ExportedProgram
@@ -47,34 +51,68 @@ class Loaded:
     inputs: tuple[Input, ...] = ()
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+
+
+Words = str | os.PathLike[str]
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: Words,
     *,
     model: str | None = None,
-    adapter: str | None = None,
+    adapter: Words | Sequence[Words] = (),
+    combine: str | Combination | None = None,
+    task: str | None = None,
     trust_pickle: bool = False,
     allow_missing: Sequence[str] = (),
 ) -> Loaded:
-    """The model in `path`: an exported program, or the architecture `model` with the weights of the file.
+    """The model in `path`: an exported program, a folder's model, or the architecture `model` with the file's weights.
 
-    `model` is a --model specification (architecture.py), `adapter` a PEFT folder, `trust_pickle` the consent to
-    run code of the file, `allow_missing` patterns of weights that it may lack or hold in vain.
-    Raises FileError for the file, UsageError for the other arguments.
+    `model` is a --model specification (architecture.py); `adapter` one or several PEFT folders, each with a weight
+    after a colon; `combine` how several become one (blend.py), side by side if None; `task` what a folder's model is
+    for (tasks.py); `trust_pickle` the consent to run code of the file; `allow_missing` patterns of weights that it may
+    lack or hold in vain. Raises FileError for the files, UsageError for the other arguments.
     """
     path = Path(path).expanduser()
+    tasks.check(task)
+    how = combine if isinstance(combine, Combination) else combination(combine)
     try:
         _check_exists(path)
-        if path.is_dir():
-            loaded = _load_folder(path, model, allow_missing)
-        elif (kind := sniff(path)) == "pt2":
-            return _load_program(path, model, adapter, trust_pickle)
-        else:
-            loaded = _load_weights(path, kind, model, trust_pickle, allow_missing)
+        kind = "folder" if path.is_dir() else sniff(path)
+        if kind == "pt2":
+            unfit = {"--model": model, "--adapter": adapter, "--combine": combine, "--task": task}
+            return _load_program(path, unfit, trust_pickle)
+        stack = [folders.adapter(words) for words in words_of(adapter)]
+        if kind == "folder":
+            return _finish(_load_folder(path, model, stack, how, task, allow_missing))
+        if task is not None:
+            raise UsageError(f"--task {task} is for the model of a folder, and {path.name} is a file.")
+        loaded = _load_weights(path, kind, model, trust_pickle, allow_missing)
+        return _finish(_adapted(loaded, stack, how))
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _finish(loaded, loaded.model, adapter)
+
+
+def words_of(adapter: Words | Sequence[Words]) -> Sequence[Words]:
+    """One adapter or several, as a sequence."""
+    return [adapter] if isinstance(adapter, (str, os.PathLike)) else adapter
+
+
+def adapters_of(path: Words, adapter: Words | Sequence[Words] = ()) -> list[dict[str, Any]]:
+    """What adapters a model would run with, one row each, told before anything is built or run."""
+    path = Path(path).expanduser()
+    _check_exists(path)
+    inside: list[dict[str, Any]] = []
+    if path.is_dir():
+        root = sentence.transformer(path) if folders.kind(path) == "sentence" else path
+        if folders.transformer_kind(root) == "adapter":
+            inside = [adapters.describe(folders.adapter(root))]
+        else:
+            inside = adapters.found_in(folders.read_weights(root))
+    elif sniff(path) != "pt2":
+        inside = [row for place in peek(path).places[:1] for row in adapters.found_in(place.tensors)]
+    return inside + [adapters.describe(folders.adapter(words)) for words in words_of(adapter)]
 
 
 def peek(path: str | os.PathLike[str]) -> Contents:
@@ -83,7 +121,7 @@ def peek(path: str | os.PathLike[str]) -> Contents:
     _check_exists(path)
     kind = "folder" if path.is_dir() else sniff(path)
     if kind == "safetensors":
-        return Contents("a safetensors file", (Weights("", _safetensors(path)),))
+        return Contents("a safetensors file", (Weights("", folders.read_safetensors(path)),))
     if kind != "pickle":
         raise UsageError(f"{path.name} holds its architecture; it needs no --model.")
     return contents(pickles.read(path), path.name)
@@ -130,13 +168,11 @@ def _what(head: bytes) -> str:
 
 
 def _check_exists(path: Path) -> None:
-    if path.is_file() or (path.is_dir() and huggingface.is_folder(path)):
+    if path.is_file() or (path.is_dir() and folders.kind(path)):
         return
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            raise FileError(f"{path} is an adapter: give its base model's folder, and --adapter {path}.")
         raise FileError(
-            f"{path} is a folder without config.json: give a model file, or a Hugging Face folder."
+            f"{path} is a folder without config.json: give a model file, a Hugging Face folder or an adapter's folder."
         )
     folder = path.parent
     names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
@@ -144,18 +180,77 @@ def _check_exists(path: Path) -> None:
     raise FileError(f"There is no file {path}." + (f" Did you mean {folder / near[0]}?" if near else ""))
 
 
-def _load_folder(path: Path, model: str | None, allow: Sequence[str]) -> Loaded:
-    if model is not None:
+def _load_folder(
+    path: Path,
+    model: str | None,
+    stack: list[Adapter],
+    how: Combination | None,
+    task: str | None,
+    allow: Sequence[str],
+) -> Loaded:
+    root, pipeline = path, None
+    if folders.kind(path) == "sentence":
+        root = sentence.transformer(path)
+        pipeline = sentence.read(path) if task is None else None
+    if folders.transformer_kind(root) == "adapter":
+        stack = [folders.adapter(root), *stack]
+        if model is not None:
+            return _adapted(_load_factory(path, model), stack, how)
+        root = folders.base(stack[0])
+        root = sentence.transformer(root) if folders.kind(root) == "sentence" else root
+    elif model is not None:
         raise UsageError(f"{path} names its architecture in config.json: leave --model out.")
-    built, notes = huggingface.load(path, allow)
-    sha256 = huggingface.digest(huggingface.files(path))
-    inputs, labels = huggingface.inputs(built), huggingface.labels(built)
-    return Loaded(built, path, sha256, inputs=inputs, labels=labels, notes=notes)
+    if pipeline is not None:
+        task = "feature-extraction"
+    built, notes = huggingface.load(root, task=task, adapters=stack, allow=allow)
+    files = {file for folder in (path, root) for file in folders.files(folder)}
+    loaded = Loaded(
+        built,
+        path,
+        folders.digest(files),
+        inputs=huggingface.inputs(built),
+        labels=huggingface.labels(built),
+        notes=notes,
+        tokenizer=folders.tokenizer([*(one.folder for one in stack), path, root]),
+    )
+    loaded = _adapted(loaded, stack, how)
+    if pipeline is None or not isinstance(loaded.model, nn.Module):
+        return loaded
+    whole = sentence.build(pipeline, loaded.model)
+    return replace(loaded, model=whole, labels=(), notes=(*loaded.notes, *pipeline.notes))
 
 
-def _load_program(path: Path, model: str | None, adapter: str | None, trust: bool) -> Loaded:
-    for option, value in (("--model", model), ("--adapter", adapter)):
-        if value is not None:
+def _load_factory(path: Path, model: str) -> Loaded:
+    """The base of an adapter as the user's own code makes it, its weights included."""
+    if model.partition(":")[0] in ("hf", "timm", "torchvision"):
+        raise UsageError(
+            f"--model {model} has no trained weights: give the file that holds them as MODEL, and --adapter {path}."
+        )
+    note = f"the base model's weights are those that {model} makes"
+    return Loaded(architecture.build(model), path, folders.digest(folders.files(path)), notes=(note,))
+
+
+def _adapted(loaded: Loaded, stack: Sequence[Adapter], how: Combination | None) -> Loaded:
+    """The same with its adapters attached; they are part of what the checksum is of."""
+    if not stack:
+        if how is not None:
+            raise UsageError(f"--combine {how.kind} takes several adapters: give them by --adapter.")
+        return loaded
+    if not isinstance(loaded.model, nn.Module):
+        raise UsageError(f"{loaded.path.name} is an exported program: no adapter can be attached to it.")
+    model, notes = adapters.attach(loaded.model, stack, how)
+    parts = [
+        loaded.sha256,
+        str(how),
+        *(f"{folders.digest(folders.files(one.folder))} {one.weight}" for one in stack),
+    ]
+    sha256 = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return replace(loaded, model=model, sha256=sha256, notes=(*loaded.notes, *notes))
+
+
+def _load_program(path: Path, unfit: Mapping[str, Any], trust: bool) -> Loaded:
+    for option, value in unfit.items():
+        if value:
             raise UsageError(f"{path.name} is an exported program, complete as it is: leave {option} out.")
     data = path.read_bytes()
     program = gate.open_program(data, path.name, trust=trust)
@@ -167,7 +262,7 @@ def _load_program(path: Path, model: str | None, adapter: str | None, trust: boo
 
 
 def _load_weights(path: Path, kind: str, model: str | None, trust: bool, allow: Sequence[str]) -> Loaded:
-    sha256 = huggingface.digest([path])
+    sha256 = folders.digest([path])
     if kind == "pickle" and trust and model is None:
         module = _find_module(_unpickle(path))
         if isinstance(module, torch.jit.ScriptModule):
@@ -183,16 +278,6 @@ def _load_weights(path: Path, kind: str, model: str | None, trust: bool, allow: 
         built = architecture.build(model)
     notes = weights.fill(built, found, path.name, allow)
     return Loaded(built, path, sha256, labels=found.labels or huggingface.labels(built), notes=notes)
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise FileError(f"{path.name} is damaged ({str(error).splitlines()[0]}). Fetch it again.") from None
 
 
 def _advice(path: Path, found: Contents) -> str:
@@ -224,12 +309,11 @@ def _find_module(value: Any) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def _finish(loaded: Loaded, model: Any, adapter: str | None) -> Loaded:
-    """Adapter, eval mode, all weights there and finite; float32 where half precision would not run here."""
-    name, notes = loaded.path.name, list(loaded.notes)
-    if adapter is not None:
-        model, note = huggingface.adapt(model, Path(adapter).expanduser())
-        notes.append(note)
+def _finish(loaded: Loaded) -> Loaded:
+    """Eval mode, all weights there and finite; float32 where half precision would not run here."""
+    name, notes, model = loaded.path.name, list(loaded.notes), loaded.model
+    if not isinstance(model, nn.Module):
+        return loaded
     empty = [key for key, item in (*model.named_parameters(), *model.named_buffers()) if item.is_meta]
     if empty:
         raise FileError(f"{name} leaves {len(empty)} tensors of the model without values: {empty[0]}, ...")

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import runtime
+from . import apart, runtime
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     Feeds = Mapping[str, np.ndarray] | Sequence[np.ndarray]
 
+_SAME_KB = 256  # what another thread of the parent may allocate between two readings
+ALONE_ROUNDS = 8  # at each of the two visits of `bench_alone`
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
 # Best first: the instruction set that decides how fast (and how exact) 8-bit kernels are.
 _ISA = (
@@ -111,19 +114,48 @@ def bench(
     if rounds < 3 or not models:
         raise UsageError("a latency comparison needs at least one model and 3 rounds")
     sessions = [runtime.session(path, providers=providers, threads=threads) for path in models]
-    arrays = [_ordered(session, feeds) for session in sessions]
-    repeats = []
-    for session, feed in zip(sessions, arrays, strict=True):
-        _timed(session, feed, 2)  # allocates arenas, unpacks what is left
-        once = min(_timed(session, feed, 3))
-        share = seconds * 1e3 / (rounds * len(models))
-        repeats.append(max(1, int(share / max(once, 1e-3))))
+    share = seconds / (rounds * len(models))
+    stopwatches = [Stopwatch(session, feeds, share) for session in sessions]
     times: list[list[list[float]]] = [[] for _ in models]
     for turn in range(rounds):
         order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
         for i in order:
-            times[i].append(_timed(sessions[i], arrays[i], repeats[i]))
+            times[i].append(stopwatches[i].round())
     return [_latency(one) for one in times]
+
+
+def bench_alone(
+    models: Sequence[str | os.PathLike[str]], *, feeds: Feeds, threads: int = 1, seconds: float = 2.0
+) -> list[Latency]:
+    """Like `bench`, for models too large to lie in memory side by side: a process for each, one at a time.
+
+    A B ... B A, half of the rounds at each visit. Kernels pack their weights, as always; no other copy is made.
+    """
+    times: list[list[list[float]]] = [[] for _ in models]
+    share = seconds / (2 * ALONE_ROUNDS * len(models))
+    for i in (*range(len(models)), *reversed(range(len(models)))):
+        with apart.Session(models[i], threads=threads, weights="packed") as session:
+            times[i] += session.call(_rounds, feeds, share)
+    return [_latency(one) for one in times]
+
+
+def _rounds(session: ort.InferenceSession, feeds: Feeds, share: float) -> list[list[float]]:
+    stopwatch = Stopwatch(session, feeds, share)
+    return [stopwatch.round() for _ in range(ALONE_ROUNDS)]
+
+
+class Stopwatch:
+    """Times one session, warm: every round runs it about `seconds` long, at least once."""
+
+    def __init__(self, session: ort.InferenceSession, feeds: Feeds, seconds: float) -> None:
+        self.session, self.feed = session, _ordered(session, feeds)
+        _timed(session, self.feed, 2)  # allocates arenas, unpacks what is left
+        once = min(_timed(session, self.feed, 3))
+        self.repeats = max(1, int(1e3 * seconds / max(once, 1e-3)))
+
+    def round(self) -> list[float]:
+        """Milliseconds of each run."""
+        return _timed(self.session, self.feed, self.repeats)
 
 
 def ratio(base: Latency, other: Latency) -> Ratio:
@@ -216,18 +248,68 @@ def peak_memory_mb() -> float:
 
 def resident_memory_mb(pid: int | None = None) -> float | None:
     """Resident memory of a process and its children in MB now, None where /proc does not tell."""
-    return _tree_mb(pid, "status", "VmRSS")
+    return _tree_mb(pid or os.getpid(), "VmRSS")
 
 
 def anonymous_memory_mb(pid: int | None = None) -> float | None:
     """Anonymous memory (no mapped files) of a process and its children in MB now, None without /proc."""
-    return _tree_mb(pid, "smaps_rollup", "Anonymous")
+    return _tree_mb(pid or os.getpid(), "RssAnon")
 
 
-def _tree_mb(pid: int | None, file: str, field: str) -> float | None:
-    sizes = [_kilobytes(Path(f"/proc/{one}/{file}"), field) for one in _tree(pid or os.getpid())]
-    known = [size for size in sizes if size is not None]  # a child may be gone by now
-    return sum(known) / 1024 if known else None
+class MemoryWatch:
+    """Largest memory of a process and its children while the block runs, in MB, read every `interval` seconds.
+
+    start: anonymous memory when it began. anonymous, resident: the largest seen; a spike between two readings is
+    missed. All are None where /proc does not tell.
+    """
+
+    def __init__(self, pid: int | None = None, interval: float = 0.05) -> None:
+        self.pid, self.interval = pid or os.getpid(), interval
+        self.start: float | None = None
+        self.anonymous: float | None = None
+        self.resident: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self.start = self.look().anonymous
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> MemoryWatch:
+        """One more reading, now."""
+        for name, field in (("anonymous", "RssAnon"), ("resident", "VmRSS")):
+            now, before = _tree_mb(self.pid, field), getattr(self, name)
+            setattr(self, name, now if before is None else max(before, now or 0.0))
+        return self
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For the report."""
+        return {
+            "start_anonymous_mb": self.start,
+            "peak_anonymous_mb": self.anonymous,
+            "peak_resident_mb": self.resident,
+        }
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.look()
+
+
+def _tree_mb(pid: int, field: str) -> float | None:
+    """Sum of a field of /proc/PID/status. `RssAnon` is what smaps adds up as Anonymous, without walking the pages.
+
+    A child that has not begun its own program shows its parent's memory; it is not counted twice.
+    """
+    own, *children = (_kilobytes(Path(f"/proc/{one}/status"), field) for one in _tree(pid))
+    if own is None:
+        return None
+    begun = [size for size in children if size is not None and abs(size - own) > _SAME_KB]
+    return (own + sum(begun)) / 1024
 
 
 def _tree(pid: int) -> list[int]:

@@ -48,7 +48,8 @@ compiling = _all(
         "--calib",
         "calibration",
         metavar="DATA",
-        help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, or a folder of images.",
+        help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, a folder of images, or texts "
+        "as .txt, .jsonl, .csv, .tsv or .parquet.",
     ),
     click.option(
         "--calib-limit",
@@ -61,6 +62,9 @@ compiling = _all(
         "evaluate",
         metavar="DATA",
         help="Data with labels (key y) or module:function; adds a metric to every row of the report.",
+    ),
+    click.option(
+        "--label-field", metavar="NAME", help="Which field of texts for --eval is the label; default: label."
     ),
     click.option(
         "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
@@ -114,7 +118,23 @@ loading = _all(
         help="Architecture of a checkpoint: package.module:factory, file.py:factory(num_classes=37), "
         "torchvision:NAME, timm:NAME or hf:DIR.",
     ),
-    click.option("--adapter", metavar="DIR", help="Adapter (LoRA and others) to load on top of the model."),
+    click.option(
+        "--adapter",
+        metavar="DIR[:WEIGHT]",
+        multiple=True,
+        help="PEFT adapter (LoRA and others) on top of the model, its change times WEIGHT. Repeatable.",
+    ),
+    click.option(
+        "--combine",
+        metavar="HOW",
+        help="Make one LoRA of several: linear, cat, svd, ties:DENSITY, dare:DENSITY ...; default: side by side.",
+    ),
+    click.option(
+        "--task",
+        metavar="NAME",
+        help="What a Hugging Face folder is for: text-classification, causal-lm, feature-extraction ...; "
+        "default: the adapter's task, then the architecture in its config.json.",
+    ),
     click.option(
         "--input",
         "inputs",
@@ -126,6 +146,11 @@ loading = _all(
         "--preprocess",
         metavar="HOW",
         help="For images: imagenet, a timm or Hugging Face preprocessing file, or module:function.",
+    ),
+    click.option(
+        "--text-field",
+        metavar="NAME",
+        help="Which field of a file of texts holds them; NAME,NAME for pairs.",
     ),
     click.option(
         "--trust-pickle",

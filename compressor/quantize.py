@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from .batches import Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
+from .padding import Padding
 from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax
 from .target import QuantSpec
@@ -134,26 +135,29 @@ def calibrate(
 ) -> dict[Node, Range]:
     """(low, high) of each node's value over all batches, in one pass and constant memory.
 
-    percentile: 100 for the extremes; 99.9 cuts 0.1 % of the values off either tail. advance is told of every sample.
+    percentile: 100 for the extremes; 99.9 cuts 0.1 % of the values off either tail. Padding counts nowhere. advance is
+    told of every sample.
     DataError on no data, and on NaN and infinite values, with the first tensor that holds them.
     """
-    wanted = set(nodes)
+    wanted, padding = set(nodes), Padding(graph)
     seen: dict[Node, MinMax | Histogram] = {}
     samples = 0
     for batch in batches:
-        for node, value in graph.values(*batch.inputs):
-            if node not in wanted or not value.numel():
+        real, size = padding.of(batch.inputs), len(batch.inputs[0])
+        for node, whole in graph.values(*batch.inputs):
+            value = real.values(node, whole) if node in wanted else None
+            if value is None or not value.numel():
                 continue
             if node not in seen:
                 seen[node] = MinMax() if percentile == 100 else Histogram(stride=_stride(value.numel()))
             seen[node].update(value)
             if seen[node].dropped:
                 raise DataError(
-                    f"calibration samples {samples} to {samples + len(value) - 1} give NaN or infinite values at "
+                    f"calibration samples {samples} to {samples + size - 1} give NaN or infinite values at "
                     f"{site(node)} ({operator_name(node)}): no integer stands for them"
                 )
-        samples += len(batch.inputs[0])
-        advance(len(batch.inputs[0]))
+        samples += size
+        advance(size)
     if not samples:
         raise DataError("the calibration data is empty: ranges need samples")
     return {node: _range(seen.get(node), percentile) for node in wanted}

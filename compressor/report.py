@@ -329,6 +329,10 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
         lines.append(f"{name:<8}  {was}{metric(name, value, before.get(name))}")
     verdicts = [line for line in emitted.get("mobile") or () if line.startswith("Model should perform well")]
     lines += [f"mobile    {escape(verdict)}" for verdict in verdicts]
+    memory = report.get("memory") or {}
+    if memory.get("peak_resident_mb") and memory.get("peak_anonymous_mb"):
+        most, own = (size(memory[f"peak_{kind}_mb"] * (1 << 20)) for kind in ("resident", "anonymous"))
+        lines.append(f"memory    {most} at most, {own} of it not mapped from files")
     for line in lines:
         _line(console, line)
 

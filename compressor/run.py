@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import TESTED_TORCH, __version__, data, delivery, measure, registry, report, runtime
+from . import TESTED_TORCH, __version__, data, delivery, emit, measure, registry, report
 from . import verify as contracts
+from .blend import combination
 from .capture import capture
 from .data import Batch, Data
-from .emit import Emitted
+from .emit import Emitted, companion_of
 from .errors import FileError, TargetError, UnsupportedError, UsageError
+from .evaluation import Evaluator, evaluator
 from .ir import DTYPE_NAMES, Graph, Input
 from .load import Loaded, load
-from .ops import arguments, kind
 from .pipeline import Context, Pipeline, Row, parse
+from .spill import spilling, trim
 from .target import Target
+from .texts import Reading
 
 SAMPLES = 8  # generated held-out samples where the user gave no data
 CHECKED = 64  # held-out samples that every contract is checked on, at most
@@ -40,9 +44,10 @@ class Options:
     """Everything that `compress` takes besides its main arguments; the command line has the same names.
 
     kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
-    model_spec, adapter, trust_pickle, allow_missing: how a file becomes a model, see `load`.
+    model_spec, adapter, combine, task, trust_pickle, allow_missing: how a file becomes a model, see `load`.
     evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
-    preprocess: how images become inputs. dynamic: True keeps the batch free, False fixes it, None asks the target.
+    preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
+    `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. command: what to write in the report.
     """
@@ -50,11 +55,15 @@ class Options:
     kwargs: Mapping[str, Any] | None = None
     inputs: Sequence[str | Input] = ()
     model_spec: str | None = None
-    adapter: str | None = None
+    adapter: str | Path | Sequence[str | Path] = ()
+    combine: str | None = None
+    task: str | None = None
     trust_pickle: bool = False
     allow_missing: Sequence[str] = ()
     evaluate: Any = None
     preprocess: Any = None
+    text_field: str | None = None
+    label_field: str = "label"
     calib_limit: int = 1024
     dynamic: bool | None = None
     seed: int = 0
@@ -97,9 +106,11 @@ class Run:
         self.opt, self.target = opt, target
         table = registry.passes()
         self.start = time.perf_counter()
+        self.memory = measure.MemoryWatch()
         self.notices = list(_version_notice())
         self.scratch = Path()
-        self.evaluator: data.Evaluator | None = None
+        self.large = False
+        self.evaluator: Evaluator | None = None
         self.stopwatch: dict[str, list[float]] = _latency_table(opt.latency_table)
         self.metric: dict[str, float] = {}
         self.timed: dict[str, Emitted] = {}
@@ -122,6 +133,8 @@ class Run:
         if self.evaluator is not None and row.status != "unchanged":
             self.metric = self.evaluator.of_graph(graph)
         row.metric = self.metric
+        if self.large:
+            trim()
         if row.name in self.opt.print_after:
             print(graph.text(provenance=True))
         if self.opt.time and self.opt.console is not None and row.seconds:
@@ -133,13 +146,19 @@ class Run:
             graph = capture_model(loaded, example, opt)
         _require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
-        source, statistics, held_out = streams(graph, calibration, opt, given(loaded, example))
+        source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
         self.facts = source.facts if source is not None else {}
-        self.notices += [self.facts[key] for key in ("renamed",) if key in self.facts]
+        said = ("renamed", "guessed", "unmasked", "segments")
+        self.notices += [self.facts[key] for key in said if key in self.facts]
         if opt.evaluate is not None:
-            self.evaluator = data.evaluator(opt.evaluate, graph, preprocess=opt.preprocess)
-        with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
+            text = reading(graph, loaded, opt, self.fixed(graph), opt.label_field)
+            self.evaluator = evaluator(opt.evaluate, graph, preprocess=opt.preprocess, text=text)
+        # beside the output, where there is room for a model; the folder for temporary files may well be memory
+        with tempfile.TemporaryDirectory(prefix="compressor-", dir=stage) as scratch:
             self.scratch = Path(scratch)
+            self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
+            if self.large:
+                graph.keep = spilling(self.scratch)
             baseline = self.baseline(graph) if stage is not None else None
             ctx = Context(
                 self.target,
@@ -157,6 +176,7 @@ class Run:
         made["notices"] = self.notices
         made["latency_table"] = self.stopwatch
         made["peak_mb"] = measure.peak_memory_mb()
+        made["memory"] = self.memory.look().to_dict()
         made["seconds"] = time.perf_counter() - self.start
         return Result(None, None, made, graph)
 
@@ -195,17 +215,21 @@ class Run:
             "file": emitted.path.name,
             "bytes": emitted.bytes,
             "sha256": delivery.sha256(emitted.path),
-            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir())},
+            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()},
             "provider": provider,
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
-            "operators": runtime.optimized_operators(emitted.path),
+            "operators": delivery.operators(emitted, graph.example),
         }
+        if delivery.is_large(emitted.path):
+            made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
         if "ort" in self.target.formats:
-            made["mobile"] = runtime.mobile_usability(emitted.path)
+            made["mobile"] = delivery.mobile_usability(emitted)
         if self.evaluator is not None:
-            session = runtime.session(emitted.path, providers=[provider])
-            made["metric"] = self.evaluator.of(lambda *x: delivery.run_emitted(session, emitted.inputs, x))
+            with delivery.opened(emitted.path, provider) as session:
+                made["metric"] = self.evaluator.of(
+                    lambda *x: delivery.run_emitted(session, emitted.inputs, x)
+                )
         if baseline is not None:
             made["float_bytes"] = baseline.bytes
         if self.opt.measure:
@@ -213,8 +237,9 @@ class Run:
             with self.step("timing"):
                 made["latency"] = delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
             if self.target.elsewhere:
-                made["latency"]["note"] = "timed on this host, not on the target"
-            elif made["latency"].get("ratio", 1.0) < 0.97:
+                notes = ("timed on this host, not on the target", made["latency"].get("note"))
+                made["latency"]["note"] = "; ".join(filter(None, notes))
+            elif made["latency"].get("ratio", 1.0) < 0.97 and made["latency"]["spread"][1] < 1:
                 self.notices.append(
                     f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
                     "leave out the pass that does not pay"
@@ -301,8 +326,12 @@ class Run:
             self.stopwatch[key] = [found[p]["median_ms"] for p in prints]
         return self.stopwatch[key]
 
-    def step(self, words: str) -> AbstractContextManager[Callable[[int], None]]:
-        return self.progress(words, None)
+    @contextmanager
+    def step(self, words: str) -> Iterator[None]:
+        with self.progress(words, None):
+            yield
+        if self.large:
+            trim()
 
     @contextmanager
     def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -340,9 +369,13 @@ def load_model(model: Any, opt: Options) -> Loaded:
             model,
             model=opt.model_spec,
             adapter=opt.adapter,
+            combine=combination(opt.combine, opt.seed),
+            task=opt.task,
             trust_pickle=opt.trust_pickle,
             allow_missing=opt.allow_missing,
         )
+    if opt.adapter or opt.combine or opt.task:
+        raise UsageError("adapter, combine and task are for models in files; attach the adapter to the module itself")
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise UsageError(
             f"a model is a torch module, an exported program or a file, not {type(model).__name__}"
@@ -370,40 +403,49 @@ def given(loaded: Loaded, example: Any) -> bool:
 
 
 def streams(
-    graph: Graph, source: Any, opt: Options, real_example: bool
+    graph: Graph, source: Any, opt: Options, loaded: Loaded, example: Any, sizes: Mapping[str, int]
 ) -> tuple[Data | None, Data | None, Data]:
-    """All data, the part for statistics, the part that is held out; generated held-out samples without data."""
+    """All data, the part for statistics, the part that is held out; generated held-out samples without data.
+
+    sizes: of dynamic axes that the emitted model fixes.
+    """
     if source is None:
-        sizes = {} if real_example else _table_sizes(graph)
+        sizes = {} if given(loaded, example) else data.table_sizes(graph)
         made = data.synthetic(graph.inputs, graph.example, samples=SAMPLES, seed=opt.seed, table_sizes=sizes)
         return None, None, made
-    opened = data.open_data(source, graph.inputs, preprocess=opt.preprocess, limit=opt.calib_limit)
+    text = reading(graph, loaded, opt, sizes)
+    opened = data.open_data(source, graph.inputs, preprocess=opt.preprocess, text=text, limit=opt.calib_limit)
     statistics, held_out = data.split(opened, seed=opt.seed)
     return opened, statistics, held_out.limited(CHECKED)
+
+
+def reading(
+    graph: Graph, loaded: Loaded, opt: Options, sizes: Mapping[str, int], label: str | None = None
+) -> Reading:
+    """How texts become inputs of this model. Where its tokenizer does not say how many tokens it takes, its table of
+    positions does, which some models (RoBERTa) enter behind the padding's number."""
+    config = getattr(loaded.model, "config", None)
+    positions, padding = (getattr(config, name, None) for name in ("max_position_embeddings", "pad_token_id"))
+    longest = positions - (padding or 0) - 1 if isinstance(positions, int) else None
+    return Reading(
+        tokenizer=loaded.tokenizer,
+        text=opt.text_field,
+        label=label,
+        classes=loaded.labels,
+        longest=longest,
+        tables=data.table_sizes(graph),
+        sizes=sizes,
+        seed=opt.seed,
+    )
 
 
 def _require_finite(graph: Graph) -> None:
     for name in sorted(graph.parameters):
         tensor = graph.tensors.get(name)
-        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FileError(f"parameter {name} holds NaN or inf; the model is broken before any pass")
-
-
-def _table_sizes(graph: Graph) -> dict[str, int]:
-    """Input name -> rows of the smallest table that it indexes."""
-    found: dict[str, int] = {}
-    names = dict(zip(graph.placeholders, (spec.name for spec in graph.inputs), strict=True))
-    for node in graph.nodes:
-        if kind(node) != "embedding":
+        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
             continue
-        bound = arguments(node)
-        source = bound["indices"]
-        while source not in names and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if source in names:
-            rows = int(bound["weight"].meta["val"].shape[0])
-            found[names[source]] = min(rows, found.get(names[source], rows))
-    return found
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+            raise FileError(f"parameter {name} holds NaN or inf; the model is broken before any pass")
 
 
 def _version_notice() -> Iterator[str]:

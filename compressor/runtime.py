@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from .errors import OutputError, TargetError
 if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
+
+    Weights = Literal["folded", "packed", "mapped"]
 
 _SILENT = (
     4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
@@ -36,14 +39,17 @@ def session(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
     optimize: bool = True,
+    weights: Weights = "folded",
     profile: bool = False,
     optimized_path: str | os.PathLike[str] | None = None,
 ) -> ort.InferenceSession:
     """A session on a file or on serialised bytes: sequential, deterministic, silent.
 
-    threads: inside one operator, 0 for all cores. optimize=False also leaves weights as they lie in the file,
-    so that a large model is verified in little memory. profile: `end_profiling()` names the trace, which lies
-    in the temporary folder. optimized_path: the optimised graph is written there, large weights beside it.
+    threads: inside one operator, 0 for all cores. weights: `folded` as ONNX Runtime likes it; `packed` folds no
+    constant, so that a weight which is read transposed too is not copied; `mapped` leaves them where they lie in a
+    file of their own, so that a large model is verified in little memory. optimize=False leaves the operators as they
+    are, and the weights mapped. profile: `end_profiling()` names the trace, which lies in the temporary folder.
+    optimized_path: the optimised graph is written there, large weights beside it.
     TargetError names the file and ONNX Runtime's first line, also when a provider is not installed.
     """
     runtime = _runtime()
@@ -52,7 +58,7 @@ def session(
     if missing:
         have = ", ".join(runtime.get_available_providers())
         raise TargetError(f"{name}: {missing[0]} is not in the installed ONNX Runtime, which has {have}")
-    options = _options(runtime, threads, optimize)
+    options = _options(runtime, threads, optimize, pack=optimize and weights != "mapped")
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
@@ -61,7 +67,8 @@ def session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", Path(optimized_path).name + ".data"
         )
-    return _create(runtime, model, options, providers=list(providers))
+    left_out = [] if weights == "folded" else ["ConstantFolding"]
+    return _create(runtime, model, options, providers=list(providers), disabled_optimizers=left_out)
 
 
 def run(
@@ -81,6 +88,16 @@ def run(
         raise TargetError(f"ONNX Runtime could not run the model: {_reason(error)}") from error
 
 
+def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Inputs, outputs and metadata of a model, whose weights are not touched."""
+    one = session(path, weights="mapped")
+    return {
+        "inputs": [{"name": i.name, "dtype": i.type, "shape": i.shape} for i in one.get_inputs()],
+        "outputs": [{"name": o.name, "dtype": o.type, "shape": o.shape} for o in one.get_outputs()],
+        "metadata": dict(one.get_modelmeta().custom_metadata_map),
+    }
+
+
 def optimized_nodes(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     """(operator, node name) of ONNX Runtime's own optimised graph, in execution order, without domains."""
     with _optimized(path) as (model, _):
@@ -90,6 +107,22 @@ def optimized_nodes(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
 def optimized_operators(path: str | os.PathLike[str]) -> dict[str, int]:
     """Operator -> how often it stands in ONNX Runtime's own optimised graph, commonest first."""
     return dict(Counter(op for op, _ in optimized_nodes(path)).most_common())
+
+
+def operators_that_ran(path: str | os.PathLike[str], feeds: Sequence[np.ndarray]) -> dict[str, int]:
+    """Like `optimized_operators`, read off one run with mapped weights: no optimised copy of the file is written.
+
+    Constants are not folded there, so the small operators on sizes are counted too.
+    """
+    one = session(path, weights="mapped", profile=True)
+    try:
+        run(one, feeds)
+    finally:
+        trace = Path(one.end_profiling())
+        events = json.loads(trace.read_text())
+        trace.unlink()
+    ran = {e["name"]: e["args"]["op_name"] for e in events if e["cat"] == "Node" and "op_name" in e["args"]}
+    return dict(Counter(ran.values()).most_common())
 
 
 def float_operators_inside(path: str | os.PathLike[str]) -> list[str]:
@@ -125,7 +158,7 @@ def to_ort_format(onnx_path: str | os.PathLike[str], out_path: str | os.PathLike
     TargetError if ONNX Runtime refuses the model, OutputError if the file cannot be written.
     """
     runtime = _runtime()
-    options = _options(runtime, threads=1, optimize=True)
+    options = _options(runtime, threads=1, optimize=True, pack=True)
     part = Path(f"{os.fspath(out_path)}.part")
     options.optimized_model_filepath = str(part)
     options.add_session_config_entry("session.save_model_format", "ORT")
@@ -173,7 +206,7 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _options(runtime: Any, threads: int, optimize: bool) -> ort.SessionOptions:
+def _options(runtime: Any, threads: int, optimize: bool, pack: bool) -> ort.SessionOptions:
     options = runtime.SessionOptions()
     options.log_severity_level = _SILENT
     options.intra_op_num_threads = threads
@@ -184,7 +217,7 @@ def _options(runtime: Any, threads: int, optimize: bool) -> ort.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = runtime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    if not optimize:
+    if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import images
+from . import images, records
 from .errors import DataError, UsageError
 
 FILES = frozenset({".npz", ".npy", ".pt", ".pth", ".safetensors"})
@@ -132,7 +132,8 @@ def _path(path: Path, arity: int, limit: int) -> list[Source]:
     suffix = path.suffix.lower()
     if suffix not in FILES:
         raise DataError(
-            f"{path}: not a kind of data known here ({', '.join(sorted(FILES))}, folders of images)"
+            f"{path}: not a kind of data known here ({', '.join(sorted(FILES))}; texts as "
+            f"{', '.join(sorted(records.FILES))}; folders of images)"
         )
     with reading(path):
         if suffix == ".npz":

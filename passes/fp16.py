@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, is_constant, is_tensor, kind, shape
+from compressor.padding import Padding, Real
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.quantize import behind, redirect
 
@@ -42,6 +43,7 @@ class Fp16(Pass):
 
     An operator stays in single precision where its values come near the end of the range of float16, or where half
     precision moves its output by more than 0.8 % of its scale, on the calibration data (made-up inputs if none).
+    Padding is left out of both, as long as it stays finite: an infinity would reach real positions as NaN.
     io: inputs and outputs `keep` their dtype, or become `half`. ignore: modules that stay in single precision.
     """
 
@@ -89,6 +91,7 @@ class _Survey:
 
     def __init__(self, graph: Graph, ignore: Sequence[str]) -> None:
         self.graph = graph
+        self._padding = Padding(graph)
         self.candidates = [n for n in graph.nodes if _computes_floats(n)]
         self.peak: dict[Node, float] = {}
         self.sentinels: set[Node] = set()
@@ -107,12 +110,13 @@ class _Survey:
         """Notes the range of every value; with `trial`, computes every operator in half precision as well."""
         live: dict[Node, Any] = {}
         left: dict[Node, int] = {}
+        real = self._padding.of(inputs)
         for node, value in self.graph.values(*inputs):
             live[node], left[node] = value, len(node.users)
             if node.op != "get_attr" or node not in self.peak:
-                self._note(node, value)
+                self._note(node, value, real)
             if trial and node in self._twins and node not in self._failed:
-                self._try(node, live)
+                self._try(node, live, real)
             for source in node.all_input_nodes:
                 left[source] -= 1
                 if not left[source]:
@@ -130,17 +134,17 @@ class _Survey:
                 found[node] = self._failed[node]
         return found
 
-    def _note(self, node: Node, value: Any) -> None:
-        for tensor in _floats(value):
-            peak = _largest(tensor)
-            if not peak < -LOWEST:
-                sentinel = _sentinel(tensor)
-                if bool(sentinel.any()):
-                    self.sentinels.add(node)
-                peak = _largest(tensor[~sentinel])
+    def _note(self, node: Node, value: Any, real: Real) -> None:
+        found = [_peak(tensor) for tensor in _floats(value)]
+        if any(sentinels for _, sentinels in found):
+            self.sentinels.add(node)
+        peak, kept = max((peak for peak, _ in found), default=0.0), real.values(node, value)
+        if kept is not value and peak <= LARGEST:
+            peak = max((_peak(tensor)[0] for tensor in _floats(kept)), default=0.0)
+        if found:
             self.peak[node] = max(self.peak.get(node, 0.0), peak)
 
-    def _try(self, node: Node, live: dict[Node, Any]) -> None:
+    def _try(self, node: Node, live: dict[Node, Any], real: Real) -> None:
         """Fails an operator that half precision changes, and what it reads where rounding that is what changes it."""
         if any(isinstance(t, Tensor) and t.dtype in _WHOLE for t in pytree.tree_leaves(live[node])):
             self._failed[node] = "it makes integers of floats, and rounded floats would make others"
@@ -157,7 +161,9 @@ class _Survey:
         if any(t.dtype == SINGLE for t in _floats(seen)):
             self._failed[node] = "it gives single precision whatever it reads"
             return
-        moved = _moved(live[node], seen)
+        moved, kept = _moved(live[node], seen), real.values(node, live[node])
+        if kept is not live[node] and moved < torch.inf:
+            moved = _moved(kept, real.values(node, seen))
         if moved <= TOLERANCE:
             return
         self._failed[node] = (
@@ -256,6 +262,15 @@ def _change(reference: Tensor, seen: Tensor) -> float:
     if scale == 0:
         return torch.inf if difference else 0.0
     return difference / scale
+
+
+def _peak(tensor: Tensor) -> tuple[float, bool]:
+    """The largest magnitude of what does not stand for infinity, and whether anything does."""
+    peak = _largest(tensor)
+    if peak < -LOWEST:
+        return peak, False
+    sentinel = _sentinel(tensor)
+    return _largest(tensor[~sentinel]), bool(sentinel.any())
 
 
 def _sentinel(tensor: Tensor) -> Tensor:

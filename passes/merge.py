@@ -41,7 +41,8 @@ _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
 _MAYBE_IDLE = frozenset({"identity", "cast", "view", "flatten", "slice", "expand", "squeeze", "unsqueeze"})
 _LINEAR_IN_IMAGES = frozenset({"conv", "batch_norm", "add", "sub", "mul", "identity", "cast"})
 _MOVING = frozenset(
-    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index"}
+    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index",
+     "linear", "addmm", "einsum"}
 )  # operators that mix positions, where they block
 _REPEATED = frozenset({"pad", "cast"})  # what layer and adapter each do for themselves before they start
 _FAR = 32  # operators between what blocks a branch and where the branch joins again

@@ -23,6 +23,7 @@ from compressor.errors import UsageError
 from compressor.ir import Graph, operator_name, site
 from compressor.measure import parameters
 from compressor.ops import arguments, is_constant, kind, macs, sizes
+from compressor.padding import Padding
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.reconstruct import LowRank, Moments, allocate, low_rank, numerical_rank
 from compressor.statistics import Covariance
@@ -341,7 +342,7 @@ def _groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 
 
 def _observe(graph: Graph, layers: Sequence[Layer], ctx: Context) -> dict[Value, Covariance]:
-    """Means and covariances over the calibration data, in one pass; nothing without data."""
+    """Means and covariances over the calibration data without padding, in one pass; nothing without data."""
     if ctx.calibration is None:
         return {}
     seen: dict[Value, Covariance] = {}
@@ -352,11 +353,13 @@ def _observe(graph: Graph, layers: Sequence[Layer], ctx: Context) -> dict[Value,
     axes: dict[Node, list[int]] = {}
     for node, axis in seen:
         axes.setdefault(node, []).append(axis)
+    padding = Padding(graph)
     with ctx.progress("squeeze: reading calibration data", ctx.calibration.samples) as advance:
         for batch in ctx.calibration:
+            real = padding.of(batch.inputs)
             for node, tensor in graph.values(*batch.inputs):
                 for axis in axes.get(node, ()):
-                    seen[node, axis].update(tensor.movedim(axis, -1))
+                    seen[node, axis].update(real.rows(node, tensor, axis))
             advance(len(batch.inputs[0]))
     return seen
 

@@ -77,5 +77,6 @@ def sample_report() -> dict[str, Any]:
         },
         "notices": ["int8: output SQNR 19.2 dB [check the metric]"],
         "peak_mb": 512.0,
+        "memory": {"start_anonymous_mb": 200.0, "peak_anonymous_mb": 300.0, "peak_resident_mb": 512.0},
         "seconds": 12.5,
     }

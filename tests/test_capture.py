@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from compressor.capture import capture, reexport
 from compressor.errors import UnsupportedError, UsageError
+from compressor.inplace import rename_in_place
 from compressor.ir import Input
 from compressor.ops import KINDS, arguments, kind, macs
 
@@ -256,3 +258,56 @@ def test_a_projection_that_every_forward_repeats_is_no_state() -> None:
     assert not torch.allclose(graph.run(x)[0], x @ torch.linspace(-2, 2, 12).view(3, 4).T)
     with pytest.raises(UnsupportedError, match="writes into the model's own state"):
         capture(Projecting(drift=0.1), (x,))
+
+
+def _written_view(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x).view(-1, 4)
+    y += 1
+    return y.view(x.shape) * 2
+
+
+def _written_twice(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x)
+    z = y.add_(1)
+    z.mul_(3)
+    return y + z
+
+
+def _base_read_later(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x)
+    y.view(-1, 4).mul_(3)
+    return y
+
+
+def _view_read_later(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x)
+    seen = y.view(-1, 4)
+    y += 1
+    return seen.view(x.shape) * 2
+
+
+def _view_read_before(x: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(x)
+    seen = y.view(-1, 4) * 5
+    y += 1
+    return y + seen.view(x.shape)
+
+
+@pytest.mark.parametrize(
+    "body, renamed",
+    [(_written_view, True), (_written_twice, True), (_view_read_before, True), (_base_read_later, False),
+     (_view_read_later, False)],
+)  # fmt: skip
+def test_writing_into_views(body: Callable[[torch.Tensor], torch.Tensor], renamed: bool) -> None:
+    """Renamed where nothing reads the memory under another name later; the exporter's replay of views elsewhere."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return body(x)
+
+    x = torch.randn(3, 2, 4)
+    graph = capture(Model(), (x,))
+    assert not any("_." in str(n.target) for n in graph.nodes if n.op == "call_function")
+    assert torch.equal(graph.run(x)[0], body(x))
+    program = torch.export.export(Model(), (x,), strict=False)
+    assert rename_in_place(program.module().graph) == renamed

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from compressor import batches as batching
 from compressor import data as module
-from compressor.data import Batch, Data, evaluator, metric, open_data, parse_input, split, synthetic
+from compressor.data import Batch, Data, open_data, parse_input, split, synthetic
 from compressor.errors import DataError, UsageError
+from compressor.evaluation import Evaluator, evaluator, metric
 from compressor.images import Custom, Preprocess, preprocessing
 from compressor.ir import Input
 
@@ -359,7 +360,7 @@ def damaged(folder, name: str) -> str:
     [
         ("missing.npz", "no such file or folder"),
         ("empty folder", "no images and no batch files"),
-        ("data.csv", "not a kind of data known here"),
+        ("data.xml", "not a kind of data known here"),
         ("objects.npz", "Python objects"),
         ("objects.pt", "more than tensors, and data are never unpickled"),
         ("text.npz", "damaged"), ("text.npy", "damaged"), ("text.pt", "damaged"), ("empty.pt", "damaged"),
@@ -716,7 +717,7 @@ def test_top1_over_uneven_batches_is_the_share_of_all_samples():
     data = Data(
         lambda: [Batch((torch.from_numpy(a),), torch.from_numpy(b)) for a, b in uneven], (9, 1), "test"
     )
-    assert module.Evaluator("top1", data).of(_Model().run) == {"top1": pytest.approx(0.8)}  # 0.44 by batches
+    assert Evaluator("top1", data).of(_Model().run) == {"top1": pytest.approx(0.8)}  # 0.44 by batches
     assert one.of(lambda x: (x.flip(1),)) != {"top1": pytest.approx(0.8)}
 
 

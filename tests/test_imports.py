@@ -20,11 +20,11 @@ import compressor
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors"],
-    ["ir", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
+    ["ir", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
     ["ops", "spec", "sources", "pickles", "architecture"],
-    ["batches", "checkpoint", "folders", "inplace", "flatten", "composites", "slices"],
+    ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
-    ["constants", "layout", "atoms"],
+    ["constants", "layout", "atoms", "evaluation"],
     ["steps", "moves", "sharing"],
     ["features", "positions"],
     ["kernels", "ties", "padding"],

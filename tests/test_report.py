@@ -149,10 +149,13 @@ def test_the_emitted_file_is_compared_with_the_float_one() -> None:
     assert "0.2 ms, 2.10x faster than fp32 ONNX (0.42 ms), 1 thread" in text
     assert "verified  on CPUExecutionProvider, 51 samples: error 2.0e-07, SQNR 38.0 dB" in text
     assert "99.00 % -> 98.50 % (-0.50)" in text
+    assert text.splitlines()[-1].strip() == "memory    537 MB at most, 315 MB of it not mapped from files"
     slower = sample_report()
     slower["emitted"]["latency"]["ratio"] = 0.5
     slower["emitted"]["bytes"] = 7_400_000
+    slower["memory"] = {"peak_anonymous_mb": None}  # where the system does not tell
     text = render(slower)
+    assert "memory" not in text
     assert "2.00x slower" in text and "2.00x larger" in text and "faster" not in text
 
 

@@ -1,0 +1,406 @@
+"""Every method of peft as data, and the small models that they are put on; random weights, nothing downloaded.
+
+A method turns a model into an adapted one. `moved` then takes every trained parameter away from where its method
+starts it, where many are the identity: a merge that drops or doubles one shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import config as lora_config
+from torch import Tensor, nn
+
+TARGETS = (
+    *("q_proj", "v_proj", "up_proj", "down_proj", "fc1", "fc2"),  # llama and ViT
+    *("c_attn", "c_fc", "conv1", "conv2", "conv3"),  # GPT-2 and Convolutions
+)  # fmt: skip
+EMBEDDINGS, HEADS = ("embed_tokens", "wte"), ("lm_head", "classifier", "head")
+NORMS = ("input_layernorm", "norm", "layernorm_before", "layernorm", "ln_1", "ln_f")
+WORDS, RANK, BLOCK = 50, 4, 8
+
+Adapt = Callable[[nn.Module, Tensor], nn.Module]
+
+
+# -------------------------------------------------------------------- models
+
+
+class Called(nn.Module):
+    """A model that is called with one tensor and gives one: logits, of the task 0 where a method knows tasks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self.model
+        if not hasattr(model, "config") or hasattr(model, "conv1"):
+            return model(x)
+        configs = getattr(model, "peft_config", {}).values()
+        tasks = any(hasattr(config, "num_tasks") or hasattr(config, "n_tasks") for config in configs)
+        task = {"task_ids": x.new_zeros(x.shape[:1], dtype=torch.long)} if tasks else {}
+        if not x.is_floating_point():
+            return model(input_ids=x, use_cache=False, **task).logits
+        return (model.base_model if tasks else model)(pixel_values=x, **task).logits
+
+
+class Convolutions(nn.Module):
+    """A convolution with padding, one with stride, a 1x1 one, and a linear. groups: of the first two."""
+
+    def __init__(self, dims: int, groups: int = 1) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.conv1 = conv(4, 16, 3, padding=1, groups=groups)
+        self.conv2 = conv(16, 32, 3, stride=2, padding=1, groups=groups)
+        self.conv3 = conv(32, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv3(self.conv2(self.conv1(x).relu()).relu())
+        return self.head(x.flatten(2).mean(-1))
+
+
+def llama(**options: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "vocab_size": WORDS, "use_cache": False, "initializer_range": 0.1}
+    return LlamaForCausalLM(LlamaConfig(**small | options))
+
+
+def vit(**options: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"image_size": 16, "patch_size": 4, "num_labels": 10, "initializer_range": 0.1}
+    return ViTForImageClassification(ViTConfig(**small | options))
+
+
+def gpt2(**options: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": WORDS}
+    small |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1}
+    return GPT2LMHeadModel(GPT2Config(**small | options))
+
+
+def tokens(samples: int) -> Tensor:
+    """Sentences of five words; one of them is the word 1."""
+    words = torch.randint(0, WORDS, (samples, 5))
+    words[torch.arange(samples), torch.arange(samples) % 5] = 1
+    return words
+
+
+def images(samples: int) -> Tensor:
+    return torch.randn(samples, 3, 16, 16)
+
+
+def moved(model: nn.Module, by: float = 0.05) -> nn.Module:
+    """Adds noise to every parameter that the method trains."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * by)
+    return model
+
+
+# -------------------------------------------------------------------- methods
+
+
+def use(config: str, **options: Any) -> Adapt:
+    """A method that its configuration names. also: layers to adapt besides TARGETS."""
+    return lambda model, example: peft.get_peft_model(model, configured(config, model, **options))
+
+
+def configured(config: str, model: nn.Module, also: tuple[str, ...] = (), **options: Any) -> peft.PeftConfig:
+    kind = getattr(peft, config)
+    if "target_modules" in {field.name for field in dataclasses.fields(kind)}:
+        options = {"target_modules": [*TARGETS, *also], **options}
+    if hasattr(model, "lm_head"):
+        options["task_type"] = "CAUSAL_LM"
+    return kind(**options)
+
+
+def lora(**options: Any) -> Adapt:
+    return use("LoraConfig", **{"r": RANK, **options})
+
+
+def eva(model: nn.Module, example: Tensor) -> nn.Module:
+    """Starts from the principal directions of activations."""
+    adapted = lora(init_lora_weights="eva", eva_config=lora_config.EvaConfig(rho=1.0))(model, example)
+    peft.initialize_lora_eva_weights(
+        adapted, [example] * 4, forward_fn=lambda m, x: Called(m)(x), prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda seen, *_: seen[0].flatten(0, -2), show_progress_bar=False,
+    )  # fmt: skip
+    return adapted
+
+
+def corda(model: nn.Module, example: Tensor) -> nn.Module:
+    """Starts from a decomposition that covariances orient."""
+    attr = types.ModuleType("attr")  # peft wants of this package, which is not here, the one name
+    attr.dataclass = dataclasses.dataclass  # type: ignore[attr-defined]
+    sys.modules.setdefault("attr", attr)
+    from peft.tuners.lora.corda import preprocess_corda
+
+    start = {"init_lora_weights": "corda", "corda_config": lora_config.CordaConfig()}
+    config = configured("LoraConfig", model, r=RANK, **start)
+    preprocess_corda(model, config, run_model=lambda: [Called(model)(one) for one in example.split(1)])
+    return peft.get_peft_model(model, config)
+
+
+def lora_ga(model: nn.Module, example: Tensor) -> nn.Module:
+    """Starts from gradients."""
+    start = {"init_lora_weights": "lora_ga", "lora_ga_config": lora_config.LoraGAConfig()}
+    config = configured("LoraConfig", model, r=RANK, **start)
+    peft.preprocess_loraga(model, config, lambda: Called(model)(example).square().mean().backward())
+    model.zero_grad()
+    return peft.get_peft_model(model, config)
+
+
+def together(
+    *methods: tuple[str, dict[str, Any]], mixed: bool = False, scales: tuple[float, ...] = ()
+) -> Adapt:
+    """Several adapters at once on the same layers; scales: of each, for LoRA."""
+
+    def adapt(model: nn.Module, example: Tensor) -> nn.Module:
+        configs = [configured(name, model, **options) for name, options in methods]
+        names = [f"adapter{i}" for i in range(len(configs))]
+        adapted = peft.get_peft_model(model, configs[0], adapter_name=names[0], mixed=mixed)
+        for name, config in zip(names[1:], configs[1:], strict=True):
+            adapted.add_adapter(name, config)
+        adapted.base_model.set_adapter(names)
+        for part in adapted.modules() if scales else ():
+            if hasattr(part, "set_scale"):
+                for name, scale in zip(names, scales, strict=True):
+                    part.set_scale(name, scale)
+        return adapted
+
+    return adapt
+
+
+def combined(kind: str) -> Adapt:
+    """Two LoRA that peft adds up into a third, weighted."""
+
+    def adapt(model: nn.Module, example: Tensor) -> nn.Module:
+        adapted = moved(together(("LoraConfig", {"r": RANK}), ("LoraConfig", {"r": RANK}))(model, example))
+        names = ["adapter0", "adapter1"]
+        adapted.add_weighted_adapter(names, [0.7, 0.4], "both", combination_type=kind, density=0.5)
+        adapted.set_adapter("both")
+        return adapted
+
+    return adapt
+
+
+def saved(model: nn.Module, folder: str, count: int = 2) -> dict[str, str]:
+    """Name and folder of some LoRA for this model, on disk."""
+    paths = {str(i): str(Path(folder) / str(i)) for i in range(count)}
+    for path in paths.values():
+        moved(lora(init_lora_weights=False)(copy.deepcopy(model), torch.empty(0))).save_pretrained(path)
+    return paths
+
+
+def x_lora(model: nn.Module, example: Tensor) -> nn.Module:
+    """Experts weighted by a classifier of the hidden states."""
+    with tempfile.TemporaryDirectory() as folder:
+        width = model.config.hidden_size
+        return use("XLoraConfig", hidden_size=width, xlora_size=8, adapters=saved(model, folder))(
+            model, example
+        )
+
+
+def arrow(model: nn.Module, example: Tensor) -> nn.Module:
+    """Experts weighted token by token."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = list(saved(model, folder).values())
+        return peft.create_arrow_model(model, paths, lora_config.ArrowConfig(top_k=1))
+
+
+class GroupedLoRA(nn.Module):
+    """A low-rank pair of convolutions beside a convolution, both in its groups; LoRA of peft mixes them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        conv, ins, outs, size = type(base), base.in_channels, base.out_channels, base.kernel_size
+        self.base = base
+        shape = {"stride": base.stride, "padding": base.padding, "groups": base.groups, "bias": False}
+        self.down = conv(ins, RANK * base.groups, size, **shape)
+        self.up = conv(RANK * base.groups, outs, 1, groups=base.groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2 * self.up(self.down(x))
+
+
+class PooledLoRA(nn.Module):
+    """LoRA on averages of groups of features. Xu et al. 2023, QA-LoRA (arXiv:2309.14717)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.pool = base, nn.AvgPool1d(BLOCK)
+        self.down = nn.Linear(base.in_features // BLOCK, RANK, bias=False)
+        self.up = nn.Linear(RANK, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(self.pool(x) * BLOCK))
+
+
+def put(adapter: type[nn.Module]) -> Adapt:
+    """A plain module in the place of every target."""
+
+    def adapt(model: nn.Module, example: Tensor) -> nn.Module:
+        for path, layer in list(model.named_modules()):
+            if path.rpartition(".")[2] in TARGETS:
+                model.set_submodule(path, adapter(layer))
+        return model
+
+    return adapt
+
+
+def blocks(side: str) -> Adapt:
+    return lora(
+        use_bdlora=lora_config.BdLoraConfig(nblocks=2, **{f"target_modules_bd_{side}": list(TARGETS)})
+    )
+
+
+LINEAR: Mapping[str, Adapt] = {
+    "LoRA": lora(),
+    "rsLoRA": lora(use_rslora=True),
+    "DoRA": lora(use_dora=True),
+    "LoRA with bias": lora(lora_bias=True),
+    "LoRA, all biases": lora(bias="all"),
+    "LoRA and a trained head": lora(modules_to_save=list(HEADS)),
+    "LoRA on weights": lora(target_modules=[], target_parameters=["q_proj.weight", "fc1.weight"]),
+    "PiSSA": lora(init_lora_weights="pissa"),
+    "OLoRA": lora(init_lora_weights="olora"),
+    "EVA": eva,
+    "CorDA": corda,
+    "LoRA-GA": lora_ga,
+    "orthogonal": lora(init_lora_weights="orthogonal"),
+    "BD-LoRA, blocks in A": blocks("a"),
+    "BD-LoRA, blocks in B": blocks("b"),
+    "KaSA": lora(kasa_config=lora_config.KasaConfig()),
+    "VeLoRA": lora(velora_config=lora_config.VeloraConfig()),
+    "MonteCLoRA": lora(monteclora_config=lora_config.MontecloraConfig(buffer_size=1)),
+    "AdaLoRA": use("AdaLoraConfig", init_r=RANK, target_r=RANK, total_step=10),
+    "AdaMSS": use("AdamssConfig", r=RANK, num_subspaces=2),
+    "IA3": use("IA3Config", feedforward_modules=["down_proj", "fc2", "conv2"]),
+    "BEFT": use("BeftConfig"),
+    "LN tuning": use("LNTuningConfig", target_modules=list(NORMS)),
+    "LoHa": use("LoHaConfig", r=RANK),
+    "LoKr": use("LoKrConfig", r=RANK),
+    "LoKr, both factors decomposed": use("LoKrConfig", r=2, decompose_both=True, decompose_factor=4),
+    "OFT": use("OFTConfig", oft_block_size=BLOCK),
+    "OFT, exact Cayley": use("OFTConfig", oft_block_size=BLOCK, use_cayley_neumann=False),
+    "OFT, shared block": use("OFTConfig", oft_block_size=BLOCK, block_share=True),
+    "COFT": use("OFTConfig", oft_block_size=BLOCK, coft=True, eps=1e-2),
+    "BOFT": use("BOFTConfig", boft_block_size=BLOCK),
+    "BOFT, two butterflies": use("BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=2),
+    "HRA": use("HRAConfig", r=RANK),
+    "HRA, Gram-Schmidt": use("HRAConfig", r=RANK, apply_GS=True),
+    "PSOFT": use("PsoftConfig", r=RANK),
+    "GLoRA": use("GloraConfig", r=RANK),
+    "Poly, one task": use("PolyConfig", r=RANK, n_tasks=2, n_skills=2),
+    "VeRA": use("VeraConfig", r=RANK),
+    "PVeRA": use("PveraConfig", r=RANK),
+    "FRoD": use("FrodConfig", progressbar=False),
+    "VB-LoRA": use("VBLoRAConfig", r=RANK, num_vectors=8, vector_length=BLOCK),
+    "Uni-LoRA": use("UniLoraConfig", r=RANK),
+    "RandLoRA": use("RandLoraConfig", r=RANK),
+    "RandLoRA, sparse": use("RandLoraConfig", r=RANK, sparse=True),
+    "TinyLoRA": use("TinyLoraConfig", r=2),
+    "FourierFT": use("FourierFTConfig", n_frequency=20),
+    "WaveFT": use("WaveFTConfig", n_frequency=20),
+    "WaveFT, no inverse": use("WaveFTConfig", n_frequency=20, use_idwt=False),
+    "C3A": use("C3AConfig", block_size=BLOCK),
+    "MiSS": use("MissConfig", r=RANK),
+    "MiSS, mini": use("MissConfig", r=8, mini_r=4, init_weights="mini"),
+    "Bone (MiSS, bat)": use("MissConfig", r=BLOCK, init_weights="bat"),
+    "RoAd 1": use("RoadConfig", group_size=BLOCK),
+    "RoAd 2": use("RoadConfig", group_size=BLOCK, variant="road_2"),
+    "RoAd 4": use("RoadConfig", group_size=BLOCK, variant="road_4"),
+    "HiRA": use("HiraConfig", r=RANK),
+    "SHiRA": use("ShiraConfig", r=RANK),
+    "OSF": use("OSFConfig", effective_rank=8),
+    "DeLoRA": use("DeloraConfig", r=RANK),
+    "GraLoRA": use("GraloraConfig", r=RANK),
+    "GraLoRA, hybrid": use("GraloraConfig", r=RANK, hybrid_r=RANK),
+    "Peanut": use("PeanutConfig", r=RANK),
+    "Peanut, depth 1": use("PeanutConfig", r=RANK, depth=1),
+    "Supertuning": use("SupertuningConfig", sparsity=0.9),
+    "Supertuning and LoRA": use("SupertuningConfig", sparsity=0.9, r=RANK, lora_alpha=8),
+    "DEFT": use("DeftConfig", r=RANK),
+    "DEFT, QR": use("DeftConfig", r=RANK, decomposition_method="qr"),
+    "DEFT, PaRa": use("DeftConfig", r=RANK, para=True),
+    "Lily": use("LilyConfig", r=RANK),
+    "QA-LoRA (plain module)": put(PooledLoRA),
+    "LoRA + LoRA, scaled": together(("LoraConfig", {"r": 4}), ("LoraConfig", {"r": 8}), scales=(0.7, 0.4)),
+    "LoRA + LoRA, added by cat": combined("cat"),
+    "LoRA + LoRA, added by ties": combined("ties"),
+    "DoRA + DoRA": together(("LoraConfig", {"use_dora": True}), ("LoraConfig", {"use_dora": True})),
+    "LoRA + DoRA": together(("LoraConfig", {}), ("LoraConfig", {"use_dora": True})),
+    "OFT + OFT": together(("OFTConfig", {"oft_block_size": 8}), ("OFTConfig", {"oft_block_size": 8})),
+    "LoRA + LoHa + LoKr": together(("LoraConfig", {}), ("LoHaConfig", {}), ("LoKrConfig", {}), mixed=True),
+}
+
+PROMPT = {"num_virtual_tokens": 3}
+LANGUAGE: Mapping[str, Adapt] = {
+    "LoRA and embeddings": lora(also=EMBEDDINGS),
+    "DoRA and embeddings": lora(also=EMBEDDINGS, use_dora=True),
+    "LoRA and the head": lora(also=HEADS),
+    "LoRA, embeddings and the head": lora(also=(*EMBEDDINGS, *HEADS)),
+    "OFT and embeddings": use("OFTConfig", oft_block_size=BLOCK, also=EMBEDDINGS),
+    "LoRA and some tokens": lora(trainable_token_indices=[1, 4]),
+    "trainable tokens": use("TrainableTokensConfig", token_indices=[1, 4], target_modules=list(EMBEDDINGS)),
+    "aLoRA": lora(alora_invocation_tokens=[1]),
+    "Arrow": arrow,
+    "X-LoRA": x_lora,
+    "Shadow": use("ShadowConfig", target_modules=None, shadow_num_hidden_layers=1),
+    "prompt tuning": use("PromptTuningConfig", **PROMPT),
+    "multitask prompts": use("MultitaskPromptTuningConfig", **PROMPT),
+    "P-tuning": use("PromptEncoderConfig", encoder_hidden_size=16, **PROMPT),
+    "prefix tuning": use("PrefixTuningConfig", **PROMPT),
+    "prefix tuning, projected": use(
+        "PrefixTuningConfig", encoder_hidden_size=16, prefix_projection=True, **PROMPT
+    ),
+    "adaption prompts": use("AdaptionPromptConfig", adapter_len=3, adapter_layers=2, target_modules=None),
+    "CPT": use("CPTConfig", cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
+    "Cartridge": use("CartridgeConfig", **PROMPT),
+}
+
+TIED: Mapping[str, Adapt] = {
+    name: LANGUAGE[name]
+    for name in (
+        *("LoRA and embeddings", "DoRA and embeddings", "LoRA and the head", "LoRA, embeddings and the head"),
+        *("LoRA and some tokens", "trainable tokens"),
+    )
+}
+
+TRANSPOSED: Mapping[str, Adapt] = {
+    name: LINEAR[name]
+    for name in (
+        *("LoRA", "rsLoRA", "DoRA", "LoRA with bias", "AdaLoRA", "IA3", "LN tuning", "HiRA", "VeRA", "PVeRA"),
+        *("FourierFT", "WaveFT", "RandLoRA", "Uni-LoRA", "VB-LoRA", "GraLoRA", "TinyLoRA", "DEFT"),
+        *("LoRA + LoRA, scaled", "DoRA + DoRA"),
+    )
+}
+
+CONVOLUTION: Mapping[str, Adapt] = {
+    name: LINEAR[name]
+    for name in (
+        *("LoRA", "rsLoRA", "DoRA", "LoRA with bias", "IA3", "HiRA", "LoHa", "LoKr", "OFT", "HRA"),
+        *("LoRA + LoRA, scaled", "DoRA + DoRA"),
+    )
+} | {
+    "grouped LoRA (plain module)": put(GroupedLoRA),
+    "LoHa, factored kernel": use("LoHaConfig", r=RANK, use_effective_conv2d=True),
+    "LoKr, factored kernel": use("LoKrConfig", r=2, use_effective_conv2d=True, decompose_factor=4),
+    "BOFT": use("BOFTConfig", boft_block_size=4),
+}
