@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,7 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
             continue
         if all(user in constant and user not in results for user in node.users):
             continue
-        under = _ancestors(node)
+        under = ancestors(node)
         source = _unchanged(node)
         if source is None:
             name = node.name if site(node) == node.name else f"{site(node)}.{node.name}"
@@ -81,7 +82,7 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
 
 def constant_value(graph: Graph, node: Node) -> Tensor | None:
     """What a node computes from tensors of the graph alone; None where something else has a part in it."""
-    under = _ancestors(node)
+    under = ancestors(node)
     if not all(n.op == "get_attr" or (n.op == "call_function" and is_pure(n)) for n in under):
         return None
     return _compute(graph, under)
@@ -149,8 +150,21 @@ class DataFree:
             return self._operand_varies(node.all_input_nodes[0], from_end)
         if which in _POINTWISE:
             return any(self._operand_varies(n, from_end) for n in node.all_input_nodes if is_tensor(n))
+        if which in ("linear", "embedding"):
+            source = arguments(node)["input" if which == "linear" else "indices"]
+            last = axis == node.meta["val"].dim() - 1
+            return last or self.varies(source, axis)
         if which in ("view", "flatten", "unflatten", "permute", "transpose", "repeat", "slice", "narrow"):
             source = node.all_input_nodes[0]
+            if which in ("slice", "narrow"):
+                return self.varies(source, axis)
+            if which == "permute":
+                return self.varies(source, arguments(node)["dims"][axis])
+            if (
+                extents(source.meta["val"])[: axis + 1] == extents(node.meta["val"])[: axis + 1]
+                and which == "view"
+            ):
+                return self.varies(source, axis)
             return any(self.varies(source, i) for i in range(source.meta["val"].dim()))
         return True
 
@@ -163,13 +177,23 @@ class DataFree:
         data = [n for n in node.all_input_nodes if not shape_only(node, n)]
         if not all(n in self._nodes for n in data):
             return False
-        if which not in _POINTWISE | _REARRANGING and not _works_along_fixed_axes(node, data):
+        if which not in _POINTWISE | _REARRANGING and not (
+            _works_along_fixed_axes(node, data) or self._takes_one_of_equals(node)
+        ):
             return False
         if len(data) == len(node.all_input_nodes):
             return True
         name = operator_name(node).removeprefix("aten.").split(".")[0]
         shaped = name in _UNIFORM or which in ("create_like", "expand", "view", "unflatten", "repeat")
         return shaped and not _fills_with_size(node)
+
+    def _takes_one_of_equals(self, node: Node) -> bool:
+        """True for the first entry along an axis whose entries are all equal."""
+        bound = arguments(node)
+        if kind(node) != "slice" or (bound["start"] or 0, bound["end"], bound["step"]) != (0, 1, 1):
+            return False
+        source: Node = bound["self"]
+        return not self.varies(source, bound["dim"] % source.meta["val"].dim())
 
     def _operand_varies(self, operand: Node, from_end: int) -> bool:
         dims = operand.meta["val"].dim()
@@ -189,6 +213,10 @@ def _works_along_fixed_axes(node: Node, data: list[Node]) -> bool:
     tensors = [n for n in data if is_tensor(n)]
     if all(isinstance(size, int) for n in tensors for size in extents(n.meta["val"])):
         return True
+    if kind(node) in ("linear", "embedding"):
+        bound = arguments(node)
+        whole = [n for n in (bound["weight"], bound.get("bias")) if n is not None]
+        return all(isinstance(size, int) for n in whole for size in extents(n.meta["val"]))
     dims = arguments(node).get("dim", arguments(node).get("dims", 0))
     if kind(node) not in _INDEXING or len(tensors) != 1 or dims is None or dims == []:
         return False
@@ -252,8 +280,8 @@ def _tensor_bytes(value: Tensor) -> int:
     return math.prod(s for s in value.shape if isinstance(s, int)) * value.dtype.itemsize
 
 
-def _ancestors(node: Node) -> list[Node]:
-    """The node and everything below it, in an order that can be computed."""
+def ancestors(node: Node, stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """The node and everything below it, in an order that can be computed; without what `stop` is true of."""
     seen: dict[Node, None] = {}
     stack = [(node, False)]
     while stack:
@@ -262,7 +290,7 @@ def _ancestors(node: Node) -> list[Node]:
             seen[current] = None
         elif current not in seen:
             stack.append((current, True))
-            stack.extend((n, False) for n in current.all_input_nodes if n not in seen)
+            stack.extend((n, False) for n in current.all_input_nodes if n not in seen and not stop(n))
     return list(seen)
 
 

@@ -260,7 +260,7 @@ def _pieces(tensor: onnx_ir.TensorProtocol) -> Iterator[bytes]:
 def _rename(model: onnx_ir.Model, graph: Graph) -> None:
     symbols = _symbols(model, graph)
     _rename_values(model, graph)
-    _rename_weights(model)
+    _rename_weights(model, graph)
     taken: dict[str, int] = {}
     for node in model.graph.all_nodes():
         stem = f"{_module_path(node)}/{node.op_type}".lstrip("/")
@@ -339,15 +339,15 @@ def _rename_values(model: onnx_ir.Model, graph: Graph) -> None:
         value.name = name
 
 
-def _rename_weights(model: onnx_ir.Model) -> None:
-    """The weight of a linear, which the exporter stores transposed and numbers, is called after its module again."""
-    for node in model.graph.all_nodes():
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        name = f"{_module_path(node)}.weight"
-        if weight is None or not weight.is_initializer() or not re.fullmatch(r"val_\d+", weight.name or ""):
+def _rename_weights(model: onnx_ir.Model, graph: Graph) -> None:
+    """A tensor of the graph that the exporter transposed, and numbered, has its name again: the memory is the same."""
+    names = {t.data_ptr(): name for name, t in graph.tensors.items() if t.numel()}
+    for value in list(model.graph.initializers.values()):
+        if value.const_value is None or not re.fullmatch(r"val_\d+", value.name or ""):
             continue
-        if name != ".weight" and name not in model.graph.initializers:
-            _rename_initializer(model, weight.name or "", name)
+        name = names.get(value.const_value.numpy().__array_interface__["data"][0])
+        if name is not None and name not in model.graph.initializers:
+            _rename_initializer(model, value.name or "", name)
 
 
 def _rename_initializer(model: onnx_ir.Model, old: str, new: str) -> None:

@@ -268,6 +268,7 @@ class MemoryWatch:
         self.start: float | None = None
         self.anonymous: float | None = None
         self.resident: float | None = None
+        self._lap: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -285,7 +286,15 @@ class MemoryWatch:
         for name, field in (("anonymous", "RssAnon"), ("resident", "VmRSS")):
             now, before = _tree_mb(self.pid, field), getattr(self, name)
             setattr(self, name, now if before is None else max(before, now or 0.0))
+            if name == "anonymous":
+                self._lap = now if self._lap is None else max(self._lap, now or 0.0)
         return self
+
+    def lap(self) -> float | None:
+        """Largest anonymous memory since the last call."""
+        self.look()
+        most, self._lap = self._lap, None
+        return most
 
     def to_dict(self) -> dict[str, float | None]:
         """For the report."""

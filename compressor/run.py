@@ -107,6 +107,7 @@ class Run:
         table = registry.passes()
         self.start = time.perf_counter()
         self.memory = measure.MemoryWatch()
+        self.steps: dict[str, dict[str, float | None]] = {}
         self.notices = list(_version_notice())
         self.scratch = Path()
         self.large = False
@@ -133,8 +134,8 @@ class Run:
         if self.evaluator is not None and row.status != "unchanged":
             self.metric = self.evaluator.of_graph(graph)
         row.metric = self.metric
-        if self.large:
-            trim()
+        if row.config:
+            self.done(row.config, row.seconds)
         if row.name in self.opt.print_after:
             print(graph.text(provenance=True))
         if self.opt.time and self.opt.console is not None and row.seconds:
@@ -177,6 +178,7 @@ class Run:
         made["latency_table"] = self.stopwatch
         made["peak_mb"] = measure.peak_memory_mb()
         made["memory"] = self.memory.look().to_dict()
+        made["steps"] = self.steps
         made["seconds"] = time.perf_counter() - self.start
         return Result(None, None, made, graph)
 
@@ -328,8 +330,14 @@ class Run:
 
     @contextmanager
     def step(self, words: str) -> Iterator[None]:
+        start = time.perf_counter()
         with self.progress(words, None):
             yield
+        self.done(words, time.perf_counter() - start)
+
+    def done(self, words: str, seconds: float) -> None:
+        """Notes what a step cost, and gives back what it freed."""
+        self.steps[words] = {"seconds": seconds, "peak_anonymous_mb": self.memory.lap()}
         if self.large:
             trim()
 

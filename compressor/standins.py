@@ -2,7 +2,7 @@
 
 A layer that builds a sparse matrix on the way, or asks a tensor for a number, stops the exporter. What it computes may
 be a linear all the same, and then its own forward tells: f(0) is the bias, f(identity) - f(0) the weight, both in
-float64, and random inputs of three sizes must agree. Such a layer is replaced while the model is exported.
+float64, and random inputs of many sizes must agree. Such a layer is replaced while the model is exported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 _ROWS = 1 << 23  # float64 elements of one block of the identity: 64 MB
 _CHECK = 1e-8  # relative difference in float64 that is still rounding
-_SCALES = (1e-3, 1.0, 1e3)  # of the random inputs: what saturates or has a kink is not linear at all of them
+_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # of the random inputs: what saturates or has a kink is not linear at all of them
 
 
 class StandIns:
@@ -151,7 +151,7 @@ def as_linear(module: nn.Module, example: Tensor) -> nn.Linear | None:
 
 
 def _probes(example: Tensor) -> Iterator[Tensor]:
-    """The example, and noise of three sizes with one token more along every axis than the example has."""
+    """The example, and noise of many sizes with one token more along every axis than the example has."""
     generator = torch.Generator().manual_seed(0)
     shape = [*(size + 1 for size in example.shape[:-1]), example.shape[-1]]
     yield example.double()

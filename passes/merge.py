@@ -29,6 +29,7 @@ from compressor.ops import CONTRACTIONS, NORMS, arguments, is_constant, is_tenso
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.probe import probe, replace
 from compressor.sharing import share_equal
+from compressor.uniform import fold_uniform
 
 # Multiply-accumulates and operators that go, norms that stay, operators that cost nothing and go; compared in order.
 Saving = tuple[int, Fraction, int, int]
@@ -41,8 +42,22 @@ _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
 _MAYBE_IDLE = frozenset({"identity", "cast", "view", "flatten", "slice", "expand", "squeeze", "unsqueeze"})
 _LINEAR_IN_IMAGES = frozenset({"conv", "batch_norm", "add", "sub", "mul", "identity", "cast"})
 _MOVING = frozenset(
-    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index",
-     "linear", "addmm", "einsum"}
+    {
+        "reduce",
+        "pad",
+        "roll",
+        "flip",
+        "view",
+        "flatten",
+        "transpose",
+        "permute",
+        "slice",
+        "select",
+        "index",
+        "linear",
+        "addmm",
+        "einsum",
+    }
 )  # operators that mix positions, where they block
 _REPEATED = frozenset({"pad", "cast"})  # what layer and adapter each do for themselves before they start
 _FAR = 32  # operators between what blocks a branch and where the branch joins again
@@ -68,6 +83,7 @@ class Merge(Pass):
         folding = fold_constants(graph, self.max_bytes, ctx.limit)
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
+        outcome.rewrites += [Rewrite(*made) for made in fold_uniform(graph, self.max_bytes)]
         for node in share_equal(
             graph, lambda n: kind(n) == "pad"
         ):  # base and branch each pad what they both read
@@ -95,7 +111,17 @@ class Merge(Pass):
             if not chosen or room < len(chosen):
                 break
         outcome.declines += refused.values()
+        if outcome.rewrites:
+            _drop_idle_casts(graph)
         return outcome
+
+
+def _drop_idle_casts(graph: Graph) -> None:
+    """Adapters cast to their own precision; where that is the layer's, the cast does nothing."""
+    for node in graph.nodes:
+        if kind(node) == "cast" and _is_idle(node):
+            graph.replace_uses(node, node.all_input_nodes[0])
+            graph.erase(node)
 
 
 def _write_out_gains(graph: Graph) -> Iterator[Decline]:
@@ -268,6 +294,9 @@ class _Plan:
             if kind(node) != "cat":
                 continue
             bound = arguments(node)
+            rank = node.meta["val"].dim()
+            if bound["dim"] % rank == rank - 1 or (rank > 3 and bound["dim"] % rank == 1):
+                continue  # features or channels
             learned = [n for n in bound["tensors"] if n in self.free and self._is_learned(n)]
             count = sum(int(shape(n)[bound["dim"]]) for n in learned)
             if learned and count > 1 and len(learned) < len(bound["tensors"]):

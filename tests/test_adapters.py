@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import adapters
 import pytest
@@ -14,14 +14,12 @@ from adapters import RANK, LoRA, Method
 from merging import (
     HEADS,
     LENGTH,
-    TOLERANCE,
     WIDTH,
     FeedForward,
     Merged,
     broken,
     captured,
     declined,
-    error,
     excess,
     merge,
     operators,
@@ -75,7 +73,7 @@ def test_tuned_norms_stay_norms() -> None:
 class Fused(Method):
     """Attention over one linear for q, k and v; `spelling` adds the updates of q and v to its output."""
 
-    shapes = {"a": "2ri", "b": "2ir", "magnitude": "i"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "2ri", "b": "2ir", "magnitude": "i"}
 
     def __init__(self, spelling: Body) -> None:
         super().__init__(WIDTH, 3 * WIDTH)
@@ -138,6 +136,18 @@ def _dora(m: Fused, x: Tensor) -> tuple[Tensor, ...]:
     return q + (gain - 1) * F.linear(x, weight) + gain * m.update(x, 0), k, v
 
 
+def _turned(m: Fused, x: Tensor) -> tuple[Tensor, ...]:
+    """Rotary positions behind the adapters."""
+    q, k, v = m.base(x).chunk(3, dim=-1)
+    angles = torch.arange(LENGTH)[:, None] / torch.arange(1, WIDTH // 2 + 1).repeat(2)
+    half = WIDTH // 2
+    turned = [
+        part * angles.cos() + torch.cat([-part[..., half:], part[..., :half]], dim=-1) * angles.sin()
+        for part in (q + m.update(x, 0), k + m.update(x, 1))
+    ]
+    return (*turned, v)
+
+
 def _rejoined(m: Fused, x: Tensor) -> Tensor:
     q, k, v = m.base(x).split(WIDTH, -1)
     return torch.cat((q + m.update(x, 0), k, m.update(x, 1) + v), dim=-1)
@@ -166,6 +176,7 @@ FUSED: dict[str, Body] = {
     "unbind": _unbound,
     "head by head": _interleaved,
     "DoRA on q": _dora,
+    "turned behind": _turned,
 }
 
 
@@ -177,11 +188,10 @@ def fused() -> Merged:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_adapters_on_parts_of_a_fused_linear(name: str, fused: Merged) -> None:
-    taking_apart = ("chunk", "split", "unbind", "getitem", "slice", "view", "unflatten", "flatten", "opaque")
-    counts = (
-        {k: n for k, n in fused.operators(row).items() if k not in taking_apart} for row in (name, "nobody")
-    )
-    assert next(counts) == next(counts) == {"linear": 1, "attention": 1}
+    behind = {"chunk", "split", "unbind", "getitem", "slice", "view", "unflatten", "flatten"}
+    behind |= {"mul", "add", "neg", "cat"} if name == "turned behind" else set()
+    rest = {kind: n for kind, n in fused.operators(name).items() if kind not in behind}
+    assert rest == fused.contractions("nobody", fused.after) == {"linear": 1, "attention": 1}
     assert fused.reasons(name) == []
     assert fused.excess[name] <= 1 < 100 < fused.broken[name]
 
@@ -218,6 +228,7 @@ EMBEDDINGS: dict[str, Body] = {
         (m.per_token / m.norm(1))[ids].unsqueeze(-1) * (m.base(ids) + F.embedding(ids, m.a) @ m.b)
     ),
     "IA3": lambda m, ids: m.base(ids) * m.gain,
+    "LoRA by indexing": lambda m, ids: m.base.weight[ids] + 2 * (m.a[ids] @ m.b),
     "several": lambda m, ids: m.base(ids) + 0.5 * (m.a[ids] @ m.b) + F.embedding(ids, m.a * 2) @ m.b,
 }
 
@@ -228,7 +239,7 @@ def test_adapters_on_embeddings(spelling: Body) -> None:
     model = with_power(Lookup(spelling), ids)
     before = capture(model, (ids,))
     after, outcome = merge(before)
-    assert operators(after) == {"embedding": 1, "activation": 1}
+    assert operators(after) in ({"embedding": 1, "activation": 1}, {"index": 1, "activation": 1})
     assert reasons(outcome) == []
     ids = torch.tensor([[19, 3, 3, 8, 1], [0, 7, 12, 7, 6], [11, 2, 1, 13, 19]])
     assert max(excess(model, after, ids)) <= 1 < 100 < max(excess(model, broken(after), ids))
@@ -245,10 +256,11 @@ def test_an_embedding_by_other_ids_is_no_adapter() -> None:
             return torch.tanh(self.words(ids) + self.up(self.types(ids % 2)))
 
     ids = torch.arange(10).view(2, 5)
-    before = captured(Net(), ids)
-    after, _ = merge(before)
+    model = with_power(Net(), ids)
+    after, _ = merge(capture(model, (ids,)))
     assert operators(after)["embedding"] == 2
-    assert error(before, after, ids.flip(1)) < TOLERANCE < error(before, after, ids) + 1
+    ids = torch.tensor([[19, 18, 3, 8, 1]])
+    assert max(excess(model, after, ids)) <= 1 < 100 < max(excess(model, broken(after), ids))
 
 
 class Tied(nn.Module):
@@ -293,7 +305,7 @@ class Bottleneck(LoRA):
 class Houlsby(Method):
     """The same behind the base. Houlsby et al. 2019 (arXiv:1902.00751)."""
 
-    shapes = {"a": "ro", "b": "or"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "ro", "b": "or"}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -303,7 +315,7 @@ class Houlsby(Method):
 class KAN(Method):
     """Every weight a function of its input, here a sum of sines. Liu et al. 2024 (arXiv:2404.19756)."""
 
-    shapes = {"frequencies": "r", "b": "oir", "a": "ri", "c": "or"}  # noqa: RUF012
+    shapes: ClassVar = {"frequencies": "r", "b": "oir", "a": "ri", "c": "or"}
 
     def change(self, x: Tensor) -> Tensor:
         waves = torch.sin(x.unsqueeze(-1) * self.frequencies)
@@ -313,7 +325,7 @@ class KAN(Method):
 class Routed(Method):
     """Experts of low rank, weighed by a router that reads the activation. Dou et al. 2023 (arXiv:2312.09979)."""
 
-    shapes = {"router": "ki", "a": "kri", "b": "kor"}  # noqa: RUF012
+    shapes: ClassVar = {"router": "ki", "a": "kri", "b": "kor"}
 
     def change(self, x: Tensor) -> Tensor:
         weights = F.softmax(F.linear(x, self.router), dim=-1)
@@ -372,6 +384,7 @@ def test_what_stays_compiles(tmp_path: Any) -> None:
     after, outcome = merge(captured(Net(), x))
     named = " ".join(reasons(outcome))
     assert all(f"aten.{name} at layers" in named for name in ("relu", "gelu", "sin", "softmax.int"))
+    assert named.count("4 learned positions") == 2 and "5 learned positions" in named  # prefixes and prompts
     assert sum("into one linear" in r.what for r in outcome.rewrites) == 1  # the LoRA
     target = Target("cpu", "", ("CPUExecutionProvider",))
     emitted = delivery.deliver(after, target, tmp_path, {}, {})

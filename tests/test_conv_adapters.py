@@ -6,7 +6,7 @@ All rows of a table are modules of one network, see `merging.Merged`; images of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 class ConvMethod(nn.Module):
     """A convolution of 8 channels and an adapter that adds `change(x)` to its output.
@@ -29,7 +31,7 @@ class ConvMethod(nn.Module):
     ranks of one group, k the kernel's own axes, 1 as many axes of size 1.
     """
 
-    shapes: dict[str, str] = {}  # noqa: RUF012
+    shapes: ClassVar[dict[str, str]] = {}
 
     def __init__(self, dims: int = 2, kernel: Any = 3, **geometry: Any) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class ConvMethod(nn.Module):
 class LoRA(ConvMethod):
     """A thin convolution like the base, then 1x1. Hu et al. 2021 (arXiv:2106.09685)."""
 
-    shapes = {"a": "rdk", "b": "cq1"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rdk", "b": "cq1"}
 
     def change(self, x: Tensor) -> Tensor:
         return self.point(self.like(x, self.a), self.b) * 0.5
@@ -78,7 +80,7 @@ class LoRA(ConvMethod):
 class Pointwise(ConvMethod):
     """1x1 to few channels first, then a convolution like the base, without a bias before its padding."""
 
-    shapes = {"a": "rd1", "b": "cqk"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rd1", "b": "cqk"}
 
     def change(self, x: Tensor) -> Tensor:
         return self.like(self.point(x, self.a), self.b)
@@ -87,7 +89,7 @@ class Pointwise(ConvMethod):
 class Tucker(ConvMethod):
     """1x1, a small kernel, 1x1. LoCon; Yeh et al. 2023 (arXiv:2309.14859)."""
 
-    shapes = {"a": "rd1", "core": "rqk", "b": "cq1"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rd1", "core": "rqk", "b": "cq1"}
 
     def change(self, x: Tensor) -> Tensor:
         return self.point(self.like(self.point(x, self.a), self.core), self.b)
@@ -96,7 +98,7 @@ class Tucker(ConvMethod):
 class DoRA(ConvMethod):
     """A norm an output channel. Liu et al. 2024 (arXiv:2402.09353)."""
 
-    shapes = {"a": "rdk", "b": "cq1", "magnitude": "c"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rdk", "b": "cq1", "magnitude": "c"}
 
     def change(self, x: Tensor) -> Tensor:
         groups = self.base.groups
@@ -110,7 +112,7 @@ class DoRA(ConvMethod):
 class LoHa(ConvMethod):
     """A product of two low-rank kernels, elementwise. Hyeon-Woo et al. 2021 (arXiv:2108.06098)."""
 
-    shapes = {"a": "rdk", "b": "cr", "c": "rdk", "d": "cr"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rdk", "b": "cr", "c": "rdk", "d": "cr"}
 
     def change(self, x: Tensor) -> Tensor:
         first, second = (torch.einsum("or,r...->o...", b, a) for a, b in ((self.a, self.b), (self.c, self.d)))
@@ -134,7 +136,7 @@ class LoKr(ConvMethod):
 class IA3(ConvMethod):
     """Vectors on the channels before and behind. Liu et al. 2022 (arXiv:2205.05638)."""
 
-    shapes = {"before": "c", "behind": "c"}  # noqa: RUF012
+    shapes: ClassVar = {"before": "c", "behind": "c"}
 
     def adapted(self, x: Tensor) -> Tensor:
         return self.base(x * self.along(self.before)) * self.along(self.behind)
@@ -143,7 +145,7 @@ class IA3(ConvMethod):
 class SSF(ConvMethod):
     """Scale and shift behind. Lian et al. 2022 (arXiv:2210.08823)."""
 
-    shapes = {"scale": "c", "shift": "c"}  # noqa: RUF012
+    shapes: ClassVar = {"scale": "c", "shift": "c"}
 
     def adapted(self, x: Tensor) -> Tensor:
         return self.base(x) * self.along(self.scale) + self.along(self.shift)
@@ -152,7 +154,7 @@ class SSF(ConvMethod):
 class Several(ConvMethod):
     """Two adapters at once, stacked and weighed."""
 
-    shapes = {"a": "rdk", "b": "cq1", "c": "rdk", "d": "cq1", "weights": "11"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rdk", "b": "cq1", "c": "rdk", "d": "cq1", "weights": "11"}
 
     def change(self, x: Tensor) -> Tensor:
         each = [self.point(self.like(x, a), b) for a, b in ((self.a, self.b), (self.c, self.d))]
@@ -162,7 +164,7 @@ class Several(ConvMethod):
 class Nested(ConvMethod):
     """An adapter on the adapter's own thin convolution."""
 
-    shapes = {"a": "rdk", "b": "cq1", "c": "rdk", "d": "rq1"}  # noqa: RUF012
+    shapes: ClassVar = {"a": "rdk", "b": "cq1", "c": "rdk", "d": "rq1"}
 
     def change(self, x: Tensor) -> Tensor:
         down = self.like(x, self.a) + self.point(self.like(x, self.c), self.d)
@@ -199,7 +201,7 @@ METHODS = (LoRA, Pointwise, Tucker, DoRA, LoHa, LoKr, IA3, SSF, Several, Nested,
 class Form(LoRA):
     """A convolution, its LoRA, and some parameters more, run by a function of the module and its input."""
 
-    shapes = LoRA.shapes | {
+    shapes: ClassVar = LoRA.shapes | {
         "v": "c", "w": "cdk", "one": "cd1", "thin": "rd1", "back": "crk", "dense": "rck", "wide": "cr1",
     }  # fmt: skip
 
@@ -243,7 +245,9 @@ FORMS: dict[str, nn.Module] = {
         lambda m, x: m.base(F.pad(x, (0, 1, 0, 1))) + m.change(F.pad(x, (0, 1, 0, 1))), stride=2, padding=0
     ),
     "asymmetric branches": Form(
-        lambda m, x: m.base(x) + F.conv2d(x, m.w[..., :1], padding=(1, 0)) + F.conv2d(x, m.w[..., :1, :], padding=(0, 1))
+        lambda m, x: (
+            m.base(x) + F.conv2d(x, m.w[..., :1], padding=(1, 0)) + F.conv2d(x, m.w[..., :1, :], padding=(0, 1))
+        )
     ),  # ACNet, Ding et al. 2019 (arXiv:1908.03930)
     "2x2 within 3x3": Form(lambda m, x: m.base(x) + F.conv2d(x, m.w[..., :2, :2], stride=2), stride=2),
     "5x5 and 2x2, strided": Form(
@@ -254,9 +258,12 @@ FORMS: dict[str, nn.Module] = {
         lambda m, x: m.base(x) + F.conv2d(F.conv2d(x, m.thin, m.v[:RANK], padding=1), m.back)
     ),  # Ding et al. 2021 (arXiv:2103.13425)
     "a chain that widens": Form(expanded),
-    "batch norm of little variance": Form(lambda m, x: m.base(x) + m.norm(m.point(x, m.one)) + m.norm(x)),
+    "batch norm of next to no variance": Form(lambda m, x: m.base(x) + m.norm(m.point(x, m.one) * 1e-3)),
     "dropout of channels, inactive": Form(
         lambda m, x: m.base(x) + m.point(F.dropout2d(m.like(x, m.a), 0.5, training=False), m.b)
+    ),
+    "half of the channels adapted": Form(
+        lambda m, x: torch.cat([m.base(x)[:, :4] + m.point(m.like(x, m.a), m.b[:4]), m.base(x)[:, 4:]], dim=1)
     ),
     "numbers": Form(lambda m, x: 1 - 2 * m.base(x) + m.change(x) / 3 - x),
 }  # fmt: skip
@@ -312,8 +319,8 @@ LEFT: dict[str, nn.Module] = {
         lambda m, x: m.point(x, m.one) + F.linear(x.permute(0, 2, 3, 1), m.one[..., 0, 0]).permute(0, 3, 1, 2)
     ),
     "Kronecker factors on the activation": Form(kronecker),
-    "half of the channels adapted": Form(
-        lambda m, x: m.base(x) + torch.cat([m.change(x)[:, :4], torch.zeros_like(x[:, :4])], dim=1)
+    "filled up with zeros": Form(
+        lambda m, x: m.base(x) + torch.cat([m.point(m.like(x, m.a), m.b[:4]), torch.zeros_like(x[:, :4])], dim=1)
     ),
     "transposed": Form(
         lambda m, x: F.conv_transpose2d(x, m.w, m.v, padding=1) + m.point(F.conv_transpose2d(x, m.back, padding=1), m.b)

@@ -25,7 +25,7 @@ TIERS = [
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation"],
-    ["steps", "moves", "sharing"],
+    ["steps", "moves", "sharing", "uniform"],
     ["features", "positions"],
     ["kernels", "ties", "padding"],
     ["affine", "channels", "statistics", "place"],

@@ -6,7 +6,7 @@ All rows of a table are modules of one network, on one input, each with an outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ LENGTH = WIDTH  # as many tokens as features, so that no size tells one from the
 class Beside(LoRA):
     """A LoRA and some parameters more, run by a function of the module and its input."""
 
-    shapes = LoRA.shapes | {"v": "o", "w": "oi"}
+    shapes: ClassVar = LoRA.shapes | {"v": "o", "w": "oi"}
 
     def __init__(self, body: Body) -> None:
         super().__init__(WIDTH, WIDTH)
@@ -134,7 +134,7 @@ NEAR: dict[str, tuple[Body, str]] = {
     "squared": (lambda m, x: m.base(x) + m.up(m.down(x) * m.down(x)), "multiplies two activations"),
     "a dynamic size": (lambda m, x: m.base(x) + m.up(m.down(x) / x.shape[0]), "computes with a dynamic size"),
     "a second reader": (_twice, "is also read by"),
-    "tokens mixed with features": (lambda m, x: m.base(x) + m.lora(x.mT.reshape(x.shape)), "aten.reshape"),
+    "tokens mixed with features": (lambda m, x: m.base(x) + m.lora(x.mT.reshape(x.shape)), "more than the features"),
     "tokens for features": (lambda m, x: m.base(x) + m.lora(x.mT), ""),
     "a permutation of both": (
         lambda m, x: m.base(x) + m.lora(x.view(-1, WIDTH, 4, 4).permute(0, 2, 3, 1).reshape(x.shape)), "",

@@ -1,13 +1,10 @@
-"""Every method of peft as data, and the small models that they are put on; random weights, nothing downloaded.
-
-A method turns a model into an adapted one. `moved` then takes every trained parameter away from where its method
-starts it, where many are the identity: a merge that drops or doubles one shows.
-"""
+"""Every method of peft as data: a name, and what turns a model into an adapted one."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import sys
 import tempfile
 import types
@@ -20,100 +17,19 @@ import torch
 from peft.tuners.lora import config as lora_config
 from torch import Tensor, nn
 
+from .models import BLOCK, RANK, Called, GroupedLoRA, PooledLoRA, moved
+
 TARGETS = (
     *("q_proj", "v_proj", "up_proj", "down_proj", "fc1", "fc2"),  # llama and ViT
-    *("c_attn", "c_fc", "conv1", "conv2", "conv3"),  # GPT-2 and Convolutions
+    *("c_attn", "c_fc", "conv1", "conv2", "conv3"),  # GPT-2 and convolution nets
 )  # fmt: skip
 EMBEDDINGS, HEADS = ("embed_tokens", "wte"), ("lm_head", "classifier", "head")
 NORMS = ("input_layernorm", "norm", "layernorm_before", "layernorm", "ln_1", "ln_f")
-WORDS, RANK, BLOCK = 50, 4, 8
 
-Adapt = Callable[[nn.Module, Tensor], nn.Module]
-
-
-# -------------------------------------------------------------------- models
+Adapt = Callable[[nn.Module, Tensor], nn.Module]  # of a model and an example input; edits the model
 
 
-class Called(nn.Module):
-    """A model that is called with one tensor and gives one: logits, of the task 0 where a method knows tasks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        model = self.model
-        if not hasattr(model, "config") or hasattr(model, "conv1"):
-            return model(x)
-        configs = getattr(model, "peft_config", {}).values()
-        tasks = any(hasattr(config, "num_tasks") or hasattr(config, "n_tasks") for config in configs)
-        task = {"task_ids": x.new_zeros(x.shape[:1], dtype=torch.long)} if tasks else {}
-        if not x.is_floating_point():
-            return model(input_ids=x, use_cache=False, **task).logits
-        return (model.base_model if tasks else model)(pixel_values=x, **task).logits
-
-
-class Convolutions(nn.Module):
-    """A convolution with padding, one with stride, a 1x1 one, and a linear. groups: of the first two."""
-
-    def __init__(self, dims: int, groups: int = 1) -> None:
-        super().__init__()
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        self.conv1 = conv(4, 16, 3, padding=1, groups=groups)
-        self.conv2 = conv(16, 32, 3, stride=2, padding=1, groups=groups)
-        self.conv3 = conv(32, 16, 1)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv3(self.conv2(self.conv1(x).relu()).relu())
-        return self.head(x.flatten(2).mean(-1))
-
-
-def llama(**options: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small |= {"num_key_value_heads": 2, "vocab_size": WORDS, "use_cache": False, "initializer_range": 0.1}
-    return LlamaForCausalLM(LlamaConfig(**small | options))
-
-
-def vit(**options: Any) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small |= {"image_size": 16, "patch_size": 4, "num_labels": 10, "initializer_range": 0.1}
-    return ViTForImageClassification(ViTConfig(**small | options))
-
-
-def gpt2(**options: Any) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": WORDS}
-    small |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1}
-    return GPT2LMHeadModel(GPT2Config(**small | options))
-
-
-def tokens(samples: int) -> Tensor:
-    """Sentences of five words; one of them is the word 1."""
-    words = torch.randint(0, WORDS, (samples, 5))
-    words[torch.arange(samples), torch.arange(samples) % 5] = 1
-    return words
-
-
-def images(samples: int) -> Tensor:
-    return torch.randn(samples, 3, 16, 16)
-
-
-def moved(model: nn.Module, by: float = 0.05) -> nn.Module:
-    """Adds noise to every parameter that the method trains."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * by)
-    return model
-
-
-# -------------------------------------------------------------------- methods
+# -------------------------------------------------------------------- how
 
 
 def use(config: str, **options: Any) -> Adapt:
@@ -146,9 +62,11 @@ def eva(model: nn.Module, example: Tensor) -> nn.Module:
 
 def corda(model: nn.Module, example: Tensor) -> nn.Module:
     """Starts from a decomposition that covariances orient."""
-    attr = types.ModuleType("attr")  # peft wants of this package, which is not here, the one name
-    attr.dataclass = dataclasses.dataclass  # type: ignore[attr-defined]
-    sys.modules.setdefault("attr", attr)
+    if (
+        importlib.util.find_spec("attr") is None
+    ):  # peft wants one name of this package, and does not require it
+        sys.modules["attr"] = types.ModuleType("attr")
+        sys.modules["attr"].dataclass = dataclasses.dataclass  # type: ignore[attr-defined]
     from peft.tuners.lora.corda import preprocess_corda
 
     start = {"init_lora_weights": "corda", "corda_config": lora_config.CordaConfig()}
@@ -211,10 +129,8 @@ def saved(model: nn.Module, folder: str, count: int = 2) -> dict[str, str]:
 def x_lora(model: nn.Module, example: Tensor) -> nn.Module:
     """Experts weighted by a classifier of the hidden states."""
     with tempfile.TemporaryDirectory() as folder:
-        width = model.config.hidden_size
-        return use("XLoraConfig", hidden_size=width, xlora_size=8, adapters=saved(model, folder))(
-            model, example
-        )
+        sizes = {"hidden_size": model.config.hidden_size, "xlora_size": BLOCK}
+        return use("XLoraConfig", adapters=saved(model, folder), **sizes)(model, example)
 
 
 def arrow(model: nn.Module, example: Tensor) -> nn.Module:
@@ -222,34 +138,6 @@ def arrow(model: nn.Module, example: Tensor) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         paths = list(saved(model, folder).values())
         return peft.create_arrow_model(model, paths, lora_config.ArrowConfig(top_k=1))
-
-
-class GroupedLoRA(nn.Module):
-    """A low-rank pair of convolutions beside a convolution, both in its groups; LoRA of peft mixes them."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        conv, ins, outs, size = type(base), base.in_channels, base.out_channels, base.kernel_size
-        self.base = base
-        shape = {"stride": base.stride, "padding": base.padding, "groups": base.groups, "bias": False}
-        self.down = conv(ins, RANK * base.groups, size, **shape)
-        self.up = conv(RANK * base.groups, outs, 1, groups=base.groups, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 2 * self.up(self.down(x))
-
-
-class PooledLoRA(nn.Module):
-    """LoRA on averages of groups of features. Xu et al. 2023, QA-LoRA (arXiv:2309.14717)."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base, self.pool = base, nn.AvgPool1d(BLOCK)
-        self.down = nn.Linear(base.in_features // BLOCK, RANK, bias=False)
-        self.up = nn.Linear(RANK, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(self.pool(x) * BLOCK))
 
 
 def put(adapter: type[nn.Module]) -> Adapt:
@@ -265,9 +153,12 @@ def put(adapter: type[nn.Module]) -> Adapt:
 
 
 def blocks(side: str) -> Adapt:
-    return lora(
-        use_bdlora=lora_config.BdLoraConfig(nblocks=2, **{f"target_modules_bd_{side}": list(TARGETS)})
-    )
+    """BD-LoRA whose factor `a` or `b` is block-diagonal."""
+    targets = {f"target_modules_bd_{side}": list(TARGETS)}
+    return lora(use_bdlora=lora_config.BdLoraConfig(nblocks=2, **targets))
+
+
+# -------------------------------------------------------------------- the tables
 
 
 LINEAR: Mapping[str, Adapt] = {

@@ -1,0 +1,1 @@
+"""Adapters of every kind on small models, for benchmarks."""
