@@ -206,9 +206,7 @@ def row(host: Host, method: str, base: tuple[int, int]) -> Row:
     found.error = error_of(truth, after.run(x)[0])
     found.traced = error_of(truth, verify.widened(before, torch.float64).run(wide(x))[0])
     found.counts = (count(before), count(after), base)
-    if any(config.is_prompt_learning for config in configs):
-        found.said = "a prompt: it adds positions and changes no layer"
-    elif found.state == "stays":
+    if found.state == "stays" or any(config.is_prompt_learning for config in configs):
         found.said = "; ".join(shortened(reasons)) or "no reason given"
     return found
 

@@ -376,7 +376,7 @@ def latencies(
         ratio = measure.ratio(found[1], found[0])
         report |= {"ratio": ratio.median, "spread": [ratio.low, ratio.high], "threads": threads, "batch": 1}
     if alone:
-        report["note"] = "one model in memory at a time, each visited twice"
+        report["note"] = f"one model in memory at a time, each visited {measure.ALONE_VISITS} times in turns"
     return report
 
 

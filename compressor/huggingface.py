@@ -2,8 +2,8 @@
 
 No code of the folder is run (`trust_remote_code=False`), nothing is downloaded, and weights are read from
 safetensors, or inertly from .bin. The library's own loader warns, or says nothing, when a head is missing and filled
-at random: here that is an error. It is handed the tensors as they lie in the files, so that a float32 model takes no
-memory of its own.
+at random: here that is an error. It is handed the tensors as they lie in the files, or in temporary ones where they had
+to be widened to float32, so that a model takes no memory of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .checkpoint import printable
 from .errors import FileError, UsageError
 from .folders import Adapter
 from .ir import Input
+from .spill import spilling
 
 
 def architecture(folder: Path) -> nn.Module:
@@ -45,6 +46,8 @@ def load(
     """
     where, config = str(folder), _config(folder)
     stored = folders.read_weights(folder)
+    dtypes = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} - {torch.float32}
+    stored = _single(stored)
     promised = {name: tensor for one in adapters for name, tensor in one.tensors_of_base.items()}
     with quiet():
         kind = folders.attempt(
@@ -55,9 +58,19 @@ def load(
         model, info = folders.attempt(lambda: _fill(kind, config, stored, options), where, "load it")
         _resize(model, promised, where)
     notes = _account(folder, model, info, promised, allow)
-    dtypes = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} - {torch.float32}
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return model, (*notes, *(f"{name} weights were read as float32" for name in names))
+
+
+def _single(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All floats in float32. Those that were not lie in temporary files, of which one at a time is written."""
+    spill = spilling()
+    return {
+        name: spill(tensor.float())
+        if tensor.is_floating_point() and tensor.dtype != torch.float32
+        else tensor
+        for name, tensor in stored.items()
+    }
 
 
 def labels(model: nn.Module) -> tuple[str, ...]:

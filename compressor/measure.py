@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Feeds = Mapping[str, np.ndarray] | Sequence[np.ndarray]
 
 _SAME_KB = 256  # what another thread of the parent may allocate between two readings
-ALONE_ROUNDS = 8  # at each of the two visits of `bench_alone`
+ALONE_VISITS, ALONE_ROUNDS = 4, 4  # of each model, and at each visit
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
 # Best first: the instruction set that decides how fast (and how exact) 8-bit kernels are.
 _ISA = (
@@ -129,11 +129,15 @@ def bench_alone(
 ) -> list[Latency]:
     """Like `bench`, for models too large to lie in memory side by side: a process for each, one at a time.
 
-    A B ... B A, half of the rounds at each visit. Kernels pack their weights, as always; no other copy is made.
+    A B, B A, A B, B A: memory lies differently at every visit, which alone moves a latency by some percent. Kernels
+    pack their weights, as always; no other copy is made.
     """
     times: list[list[list[float]]] = [[] for _ in models]
-    share = seconds / (2 * ALONE_ROUNDS * len(models))
-    for i in (*range(len(models)), *reversed(range(len(models)))):
+    share = seconds / (ALONE_VISITS * ALONE_ROUNDS * len(models))
+    order = [
+        i for _ in range(ALONE_VISITS // 2) for i in (*range(len(models)), *reversed(range(len(models))))
+    ]
+    for i in order:
         with apart.Session(models[i], threads=threads, weights="packed") as session:
             times[i] += session.call(_rounds, feeds, share)
     return [_latency(one) for one in times]

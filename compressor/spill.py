@@ -21,10 +21,10 @@ from torch import Tensor
 LEAST_BYTES = 1 << 20  # smaller tensors stay in memory: together they are little, and each would be a file
 
 
-def spilling(folder: Path) -> Callable[[Tensor], Tensor]:
+def spilling(folder: Path | None = None) -> Callable[[Tensor], Tensor]:
     """A function for `Graph.keep`: it answers an equal tensor whose memory is a file in `folder`.
 
-    Small tensors, and those that are not one dense block of this machine's memory, come back as they are. OSError as
+    folder: the system's for temporary files if None. Small tensors, and those that are not one dense block of this machine's memory, come back as they are. OSError as
     the disk raises it (full, read-only).
     """
 
