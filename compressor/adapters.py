@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from . import blend
 from .blend import Combination
-from .capture import quiet
 from .checkpoint import printable
 from .errors import FileError, UsageError
+from .export import quiet
 from .folders import Adapter, attempt
 
 _CACHED = ("PREFIX_TUNING", "CARTRIDGE")  # act through the cache of keys and values

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import quiet, reexport
 from .errors import CompressorError, UnsupportedError
+from .export import quiet, reexport
 from .ir import Graph, Input, as_declared, module_path, unsupported
 from .ops import arguments, is_tensor, kind
 

@@ -22,8 +22,8 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from . import archive
-from .capture import load_program
 from .errors import FileError
+from .export import load_program
 from .expressions import SOURCE, Refused, check_expression, check_guard, check_operator
 
 _LEGACY = "serialized_exported_program.json"  # torch 2.7 and older: a flat archive

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from . import folders, tasks
 from .architecture import guarded, library
-from .capture import quiet
 from .checkpoint import printable
 from .errors import FileError, UsageError
+from .export import quiet
 from .folders import Adapter
 from .ir import Input
 from .spill import spilling

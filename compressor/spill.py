@@ -24,19 +24,23 @@ LEAST_BYTES = 1 << 20  # smaller tensors stay in memory: together they are littl
 def spilling(folder: Path | None = None) -> Callable[[Tensor], Tensor]:
     """A function for `Graph.keep`: it answers an equal tensor whose memory is a file in `folder`.
 
-    folder: the system's for temporary files if None. Small tensors, and those that are not one dense block of this machine's memory, come back as they are. OSError as
-    the disk raises it (full, read-only).
+    folder: the system's for temporary files if None. Small tensors, and those that are not one dense block of this
+    machine's memory, come back as they are, and so do all on Windows, where a mapped file cannot be removed. OSError
+    as the disk raises it (full, read-only).
     """
 
     def spill(tensor: Tensor) -> Tensor:
         if tensor.nbytes < LEAST_BYTES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return tensor
+        if os.name == "nt":
+            return tensor
         handle, name = tempfile.mkstemp(dir=folder)
-        with open(handle, "wb") as file:
-            file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-        storage: Any = torch.UntypedStorage.from_file(name, True, tensor.nbytes)
-        with contextlib.suppress(OSError):  # Windows keeps a mapped file; it goes with the folder
-            os.unlink(name)
+        try:
+            with open(handle, "wb") as file:
+                file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+            storage: Any = torch.UntypedStorage.from_file(name, True, tensor.nbytes)
+        finally:
+            os.unlink(name)  # it goes when nothing maps it any more
         trim()
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 _ROWS = 1 << 23  # float64 elements of one block of the identity: 64 MB
 _CHECK = 1e-8  # relative difference in float64 that is still rounding
-_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # of the random inputs: what saturates or has a kink is not linear at all of them
+_SCALES = (1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # of the random inputs: what has a kink shows at one
 
 
 class StandIns:

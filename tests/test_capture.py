@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.capture import capture, reexport
+from compressor.capture import capture
 from compressor.errors import UnsupportedError, UsageError
+from compressor.export import reexport
 from compressor.inplace import rename_in_place
 from compressor.ir import Input
 from compressor.ops import KINDS, arguments, kind, macs

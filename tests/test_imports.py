@@ -26,7 +26,7 @@ TIERS = [
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation"],
     ["steps", "moves", "sharing", "uniform"],
-    ["features", "positions"],
+    ["features", "positions", "export"],
     ["kernels", "ties", "padding"],
     ["affine", "channels", "statistics", "place"],
     ["probe", "savings", "reconstruct", "quantize", "oracle", "surgery", "widths"],
@@ -116,11 +116,11 @@ def library_offences(stem: str, source: str) -> list[str]:
         if f"{name}.".startswith(f"{library}.") and stem != owner and id(node) not in free
     ]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and stem != "capture":
+        if isinstance(node, ast.Call) and stem != "export":
             head, _, rest = ast.unparse(node.func).partition(".")
             name = ".".join(filter(None, [origins.get(head, head), rest]))
             if name.startswith("torch.export.") and name.split(".")[-1][0].islower():
-                offences.append(f"{stem} calls {name}, which belongs to capture")
+                offences.append(f"{stem} calls {name}, which belongs to export")
     return offences
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,9 +239,20 @@ def test_spilled_tensors_are_equal_and_lie_in_files_that_go_with_them(tmp_path):
         )
     small, turned = torch.randn(10), torch.randn(LEAST_BYTES // 8, 3).T
     assert spill(small) is small and spill(turned) is turned
-    if sys.platform == "linux":
-        assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "the files are nameless"
+    with pytest.raises(OSError):
+        spilling(tmp_path / "none")(big)
     trim()
+
+
+@needs_proc
+def test_what_is_spilled_takes_no_memory_of_its_own(tmp_path):
+    spill = spilling(tmp_path)
+    before = measure.anonymous_memory_mb()
+    kept = [spill(torch.ones(1 << 22)) for _ in range(4)]
+    assert measure.anonymous_memory_mb() - before < 20 < sum(t.nbytes for t in kept) / 2**20
+    copies = [t.clone() for t in kept]
+    assert measure.anonymous_memory_mb() - before > 60 and len(copies) == 4
 
 
 def test_a_graph_spills_what_is_new_and_shares_what_it_has(tmp_path):

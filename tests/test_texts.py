@@ -509,8 +509,9 @@ def test_a_fixed_sequence_is_evaluated_on_texts_cut_to_it(tmp_path, bert, run, m
 
 def test_generated_masks_stay_masks(tmp_path):
     """OPT counts its positions from the mask, whose values therefore index no table themselves."""
-    from compressor.capture import capture, quiet
+    from compressor.capture import capture
     from compressor.data import synthetic, table_sizes
+    from compressor.export import quiet
 
     config = transformers.OPTConfig(
         vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
