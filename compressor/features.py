@@ -236,6 +236,15 @@ def _changed(step: Step) -> Layout:
     return _resized(step, step.layout(step.first))
 
 
+def _pool(step: Step) -> Layout:
+    """Averages over neighbouring features; the name of the operator says along how many axes."""
+    layout = step.layout(step.first)
+    axes = next(n for n in (1, 2, 3) if f"pool{n}d" in operator_name(step.node))
+    for dim in range(-axes, 0):
+        step.features(layout, dim)
+    return _resized(step, layout)
+
+
 def _slice(step: Step) -> Layout:
     layout = step.layout(step.first)
     dynamic = any(isinstance(step.bound.get(bound), Node) for bound in ("start", "end"))
@@ -426,7 +435,7 @@ RULES: dict[str, Callable[[Step], Layout | list[Layout]]] = {
     "linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum, "reduce": _reduce,
     "view": _view, "flatten": _view, "unflatten": _view, "squeeze": _view, "unsqueeze": _view,
     "permute": _permute, "transpose": _transpose, "expand": _expand, "repeat": _changed,
-    "repeat_interleave": _along, "slice": _slice, "narrow": _changed, "pad": _pad, "select": _select,
+    "repeat_interleave": _along, "avg_pool": _pool, "slice": _slice, "narrow": _changed, "pad": _pad, "select": _select,
     "index_select": _along, "flip": _along, "roll": _along, "fft": _along, "index": _index,
     "split": _unbind, "chunk": _unbind, "unbind": _unbind, "getitem": _getitem, "cat": _cat, "stack": _stack,
     "slice_scatter": _cat, "index_put": _index_put,

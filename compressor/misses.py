@@ -16,7 +16,7 @@ _JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
 _NARROWING = frozenset({"linear", "addmm", "matmul", "einsum", "conv"})
 _LINEAR_IN_IMAGES = frozenset({"conv", "batch_norm", "add", "sub", "mul", "identity", "cast"})
 _MOVING = frozenset(
-    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index",
+    {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index", "avg_pool",
      "linear", "addmm", "einsum"}
 )  # fmt: skip  # operators that mix positions, where they block
 _FAR = 32  # operators between what blocks a branch and where the branch joins again

@@ -142,6 +142,8 @@ AFFINE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "select": lambda m, x: x - x.view(*x.shape[:2], 2, 4)[..., 1, :].repeat(1, 1, 2),
     "sum and mean over features": lambda m, x: x + x.sum(-1, keepdim=True) - x.mean(-1, keepdim=True),
     "expand": lambda m, x: x.view(*x.shape[:2], 1, 8).expand(-1, -1, 2, -1).sum(2),
+    "average pooling": lambda m, x: F.avg_pool1d(x, 2, padding=1),
+    "average pooling of blocks": lambda m, x: F.avg_pool2d(x.view(*x.shape[:2], 2, 4), 2).flatten(-2),
     "repeat_interleave": lambda m, x: x[..., :4].repeat_interleave(2, -1),
     "index": lambda m, x: x[..., torch.tensor([3, 1, 1, 0])],
     "index_select, flip, roll": lambda m, x: x.index_select(-1, torch.tensor([7, 6])).flip(-1).roll(1, -1),
@@ -193,6 +195,10 @@ NOT_AFFINE: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "tokens padded and cropped": (
         lambda m, x: F.pad(x, (0, 0, 1, -1)),
         "aten.pad at pad works along axis 1, which holds more than the features of one position",
+    ),
+    "tokens averaged": (
+        lambda m, x: F.avg_pool1d(x.transpose(1, 2), 3),
+        "aten.avg_pool1d at avg_pool1d works along axis 2, which holds more than the features of one position",
     ),
     "some tokens": (
         lambda m, x: x.narrow(1, 1, 3),
