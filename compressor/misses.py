@@ -9,7 +9,7 @@ from torch.fx import Node
 from .affine import FEATURES, KERNELS, Reach, Region
 from .constants import is_random
 from .ir import operator_name, site
-from .ops import CONTRACTIONS, arguments, is_tensor, kind, shape
+from .ops import CONTRACTIONS, OPAQUE, arguments, is_tensor, kind, shape
 from .savings import Plan, outgrows, tied
 
 _JOINS = frozenset({"add", "sub", "cat", "slice_scatter"})
@@ -19,6 +19,10 @@ _MOVING = frozenset(
     {"reduce", "pad", "roll", "flip", "view", "flatten", "transpose", "permute", "slice", "select", "index", "avg_pool",
      "linear", "addmm", "einsum"}
 )  # fmt: skip  # operators that mix positions, where they block
+_REARRANGING = frozenset(
+    {OPAQUE, "view", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "identity", "cast",
+     "matmul", "einsum"}
+)  # fmt: skip
 _FAR = 32  # operators between what blocks a branch and where the branch joins again
 
 
@@ -31,6 +35,10 @@ def misses(plan: Plan) -> Iterator[tuple[Node, str]]:
             if join not in seen:
                 seen.add(join)
                 yield join, reason
+        if found.form is KERNELS:
+            unknown = {n: reason for n, reason in found.blocked.items() if _leads_to_conv(n, plan.order)}
+            yield from ((n, reason) for n, reason in unknown.items() if n not in seen)
+            seen |= unknown.keys()
     covered = {n for one in plan.chosen for n in one.nodes}
     for form, end in sorted(plan.entries, key=lambda key: plan.order[key[1]], reverse=True):
         if end in covered or end.name in plan.refused:
@@ -131,6 +139,20 @@ def _blocked_joins(found: Reach, order: dict[Node, int]) -> Iterator[tuple[Node,
                 break
             after.add(node)
             waiting |= {u for u in node.users if u.op == "call_function"}
+
+
+def _leads_to_conv(node: Node, order: dict[Node, int]) -> bool:
+    """True for an operator that no analysis knows, with products and rearrangement between it and a convolution."""
+    waiting, seen = {node}, set[Node]()
+    while waiting and kind(node) == OPAQUE and len(seen) < _FAR:
+        one = min(waiting, key=order.__getitem__)
+        waiting.remove(one)
+        seen.add(one)
+        if kind(one) == "conv":
+            return True
+        if kind(one) in _REARRANGING:
+            waiting |= {u for u in one.users if u.op == "call_function"}
+    return False
 
 
 def _looks_like_a_branch(found: Reach, blocker: Node, after: set[Node], others: list[Node]) -> bool:

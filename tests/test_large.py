@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -248,6 +249,8 @@ def test_spilled_tensors_are_equal_and_lie_in_files_that_go_with_them(tmp_path):
 @needs_proc
 def test_what_is_spilled_takes_no_memory_of_its_own(tmp_path):
     spill = spilling(tmp_path)
+    gc.collect()
+    trim()
     before = measure.anonymous_memory_mb()
     kept = [spill(torch.ones(1 << 22)) for _ in range(4)]
     assert measure.anonymous_memory_mb() - before < 20 < sum(t.nbytes for t in kept) / 2**20
@@ -269,6 +272,8 @@ def test_a_graph_spills_what_is_new_and_shares_what_it_has(tmp_path):
 
 @needs_proc
 def test_the_watch_sees_a_peak_that_is_gone_and_children():
+    gc.collect()
+    trim()  # what earlier tests left
     with measure.MemoryWatch(interval=0.005) as watch:
         block = torch.ones(64 << 18)
         watch.look()
