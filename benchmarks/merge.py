@@ -59,8 +59,9 @@ class Host:
     methods: Mapping[str, methods.Adapt]
 
     def plain(self) -> nn.Module:
+        """Moved as well: many models start with biases of zero, and a merge that drops one must show."""
         torch.manual_seed(0)
-        return self.build().eval()
+        return models.moved(self.build()).eval()
 
     def adapted(self, method: str) -> nn.Module:
         model = self.plain()

@@ -75,7 +75,7 @@ def attach(
             blend.combine(wrapped, names, adapters, combination)
         else:
             blend.weigh(wrapped, names, adapters)
-    notes += [note for one in adapters for note in _taken_whole(one, wrapped)]
+    notes += [note for one in adapters for note in _taken_whole(one)]
     made = Uncached(wrapped) if adapters[0].type in _CACHED else _unwrapped(wrapped)
     return made.eval(), tuple(notes)
 
@@ -259,7 +259,7 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
 
 
-def _taken_whole(one: Adapter, model: nn.Module) -> list[str]:
+def _taken_whole(one: Adapter) -> list[str]:
     """A note where a weight does not reach everything that an adapter brings."""
     saved = one.settings.get("modules_to_save")
     if one.weight == 1 or not isinstance(saved, list) or not saved:

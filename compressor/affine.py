@@ -140,6 +140,10 @@ def reach(form: Form, entry: Node, free: DataFree, order: Mapping[Node, int]) ->
         try:
             known[node] = form.follow(node, known, free)
         except Foreign:
+            if (
+                kind(node) == "mul"
+            ):  # a gate: the one way of reading another activation that looks like an adapter
+                blocked[node] = str(NotAffine(node, "multiplies two activations"))
             continue
         except NotAffine as stop:
             blocked[node] = str(stop)

@@ -30,6 +30,9 @@ _REARRANGING = frozenset(
     {"view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "repeat", "cat",
      "stack", "getitem", "create_like"}
 )  # fmt: skip
+_MOVING = frozenset(
+    {"view", "flatten", "unflatten", "permute", "transpose", "repeat", "slice", "narrow"}
+)  # values of one operand, elsewhere
 _INDEXING = frozenset({"reduce", "slice", "narrow", "select", "split", "chunk", "unbind", "flip"})
 
 
@@ -154,18 +157,11 @@ class DataFree:
             source = arguments(node)["input" if which == "linear" else "indices"]
             last = axis == node.meta["val"].dim() - 1
             return last or self.varies(source, axis)
-        if which in ("view", "flatten", "unflatten", "permute", "transpose", "repeat", "slice", "narrow"):
+        if which in _MOVING:
             source = node.all_input_nodes[0]
-            if which in ("slice", "narrow"):
-                return self.varies(source, axis)
-            if which == "permute":
-                return self.varies(source, arguments(node)["dims"][axis])
-            if (
-                extents(source.meta["val"])[: axis + 1] == extents(node.meta["val"])[: axis + 1]
-                and which == "view"
-            ):
-                return self.varies(source, axis)
-            return any(self.varies(source, i) for i in range(source.meta["val"].dim()))
+            whence = _axis_of_source(node, source, axis)
+            axes = range(source.meta["val"].dim()) if whence is None else [whence]
+            return any(self.varies(source, i) for i in axes)
         return True
 
     def _follows(self, node: Node) -> bool:
@@ -206,6 +202,18 @@ class DataFree:
                 return False
             self._equal[node, axis] = bool((tensor == tensor.narrow(axis, 0, 1)).all())
         return not self._equal[node, axis]
+
+
+def _axis_of_source(node: Node, source: Node, axis: int) -> int | None:
+    """The axis of its operand that an axis of a rearranged value is; None where that may be several."""
+    which = kind(node)
+    before, after = extents(source.meta["val"]), extents(node.meta["val"])
+    if which in ("slice", "narrow") or (which == "repeat" and len(before) == len(after)):
+        return axis
+    if which == "permute":
+        dims: list[int] = arguments(node)["dims"]
+        return dims[axis]
+    return axis if which == "view" and before[: axis + 1] == after[: axis + 1] else None
 
 
 def _works_along_fixed_axes(node: Node, data: list[Node]) -> bool:
@@ -257,9 +265,7 @@ def _foldable(graph: Graph, max_bytes: int, folding: Folding) -> set[Node]:
         sources = frozenset().union(*(constant[n] for n in node.all_input_nodes))
         growth = _bytes(node) - sum(map(_bytes, sources))
         if growth > max_bytes:
-            folding.left.append(
-                (node, f"as a constant it would add {growth:,} bytes, more than max_bytes={max_bytes:,}")
-            )
+            folding.left.append((node, _too_big(growth, max_bytes)))
             continue
         constant[node] = sources
     return set(constant)

@@ -32,12 +32,16 @@ _PAGE = 1 << 12
 
 @dataclass(frozen=True)
 class Emitted:
-    """What was written: the file, its inputs (axes fixed as asked), and its size with external data in bytes."""
+    """What was written: the file, its inputs (axes fixed as asked), and its size with external data in bytes.
+
+    integer: whether it computes on integers.
+    """
 
     path: Path
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     bytes: int
+    integer: bool = False
 
 
 def emit(
@@ -69,7 +73,7 @@ def emit(
         total = _write_weights(model, companion)
     onnx_ir.save(model, path)
     onnx.checker.check_model(str(path))
-    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size)
+    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size, is_integer(graph))
 
 
 def companion_of(path: Path) -> Path:

@@ -76,6 +76,11 @@ def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> float:
             raise DataError(
                 f"top1 needs outputs [n, classes] and labels [n], not {_show(first)}, {_show(labels)}"
             )
+        unknown = labels[(labels < 0) | (labels >= first.shape[1])] if labels.dim() == 1 else labels[:0]
+        if len(unknown):
+            raise DataError(
+                f"label {int(unknown[0])} is none of the model's {first.shape[1]} classes, 0 and up"
+            )
         return float((first.argmax(1) == labels).float().mean())
     if name == "cosine":
         if first.shape != labels.shape:

@@ -1,7 +1,7 @@
 """Which operators are affine in the feature axis, token by token: one rule a kind, a layout for every value.
 
 A region starts at an entry x [tokens..., features]. Every value in it holds each token of x exactly once, and mixes
-nothing but the features of one token; `layout.py` says where they lie. The rules decide structurally, and `affine.py`
+nothing but the features of one token; `layout.py` says where they lie. The rules decide structurally, and `probe.py`
 proves the outcome with numbers.
 """
 

@@ -81,10 +81,7 @@ class Adapter:
         found = {}
         for key, tensor in self.tensors.items():
             name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            for prefix in (
-                "base_model.",
-                "base_model.model.",
-            ):  # methods that wrap no layer have the shorter one
+            for prefix in ("base_model.model.", "base_model."):  # the shorter: of methods that wrap no layer
                 if name.startswith(prefix):
                     found[name.removeprefix(prefix)] = tensor
         return found
@@ -106,15 +103,14 @@ def adapter(words: str | os.PathLike[str]) -> Adapter:
                 f"--adapter {text}: {tail!r} is no weight; write for example --adapter {head}:0.5"
             )
     if not folder.is_dir():
-        near = difflib.get_close_matches(folder.name, _names(folder.parent), 1)
-        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
-        raise FileError(f"--adapter {folder}: there is no such folder.{hint}")
+        raise FileError(f"--adapter {folder}: there is no such folder.{did_you_mean(folder)}")
     where = f"adapter {folder}"
     settings = read_table(folder / "adapter_config.json", where)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        pickled = " (adapter_model.bin is a pickle: save it as safetensors)" if _binary(folder) else ""
-        raise FileError(f"{where}: there is no adapter_model.safetensors in it{pickled}.")
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = " (adapter_model.bin is a pickle: save it as safetensors)" if pickled else ""
+        raise FileError(f"{where}: there is no adapter_model.safetensors in it{hint}.")
     if not isinstance(settings.get("peft_type"), str):
         raise FileError(f"{where}: its adapter_config.json names no peft_type.")
     return replace(Adapter(folder, settings, read_safetensors(file)), weight=weight)
@@ -281,9 +277,8 @@ def attempt(action: Callable[[], _T], where: str, what: str) -> _T:
         raise FileError(f"{where}: could not {what}: {explain(error)}") from error
 
 
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
-def _binary(folder: Path) -> bool:
-    return (folder / "adapter_model.bin").is_file()
+def did_you_mean(path: Path) -> str:
+    """The path beside a missing one whose name is most like it, as a question; nothing where none is."""
+    names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""

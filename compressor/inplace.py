@@ -34,7 +34,7 @@ def in_place(node: Node) -> bool:
 
 
 def rename_in_place(graph: fx.Graph) -> bool:
-    """True when every in-place operator could be renamed exactly; the graph is untouched otherwise."""
+    """True when every in-place operator could be renamed exactly; otherwise none that writes is."""
     for node in graph.nodes:  # dropout in evaluation writes nothing, so it is pure even on a view
         if node.target is torch.ops.aten.dropout_.default and node.args[2] is False:
             node.target = torch.ops.aten.dropout.default

@@ -82,7 +82,7 @@ def follow(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window | li
         raise NotAffine(node, "is random" if is_random(node) else "is not affine")
     if not all(is_tensor(n) or n in known for n in node.all_input_nodes):
         raise NotAffine(node, "computes with a dynamic size")
-    return rule(node, known, free)
+    return rule(node, known)
 
 
 def small_image(window: Window, entry: Node, pixels: int) -> tuple[int, ...]:
@@ -211,7 +211,7 @@ def _grouped(kernel: Tensor, groups: int) -> Tensor:
 # -------------------------------------------------------------------- rules
 
 
-def _conv(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _conv(node: Node, known: Mapping[Node, Any]) -> Window:
     bound = arguments(node)
     if bound["input"] not in known or any(bound.get(n) in known for n in ("weight", "bias")):
         raise NotAffine(node, "convolves with an activation")
@@ -251,7 +251,7 @@ def _padding(node: Node, padding: Any, kernel: tuple[int, ...], dilation: tuple[
     return _per_axis(padding, len(kernel))
 
 
-def _sum(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _sum(node: Node, known: Mapping[Node, Any]) -> Window:
     region, constants = _operands(node, known)
     _check_constants(node, constants)
     windows = [known[n] for n in region]
@@ -263,7 +263,7 @@ def _sum(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     return Window(windows[0].stride, taps, math.gcd(*(w.blocks for w in windows)), biased)
 
 
-def _product(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _product(node: Node, known: Mapping[Node, Any]) -> Window:
     region, constants = _operands(node, known)
     if len(region) > 1 or (kind(node) == "div" and node.args[0] not in region):
         raise NotAffine(node, "multiplies two activations" if len(region) > 1 else "divides by an activation")
@@ -273,13 +273,13 @@ def _product(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     return known[region[0]]
 
 
-def _same(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _same(node: Node, known: Mapping[Node, Any]) -> Window:
     if not node.meta["val"].dtype.is_floating_point:
         raise NotAffine(node, "gives integers")
     return known[node.all_input_nodes[0]]
 
 
-def _batch_norm(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _batch_norm(node: Node, known: Mapping[Node, Any]) -> Window:
     bound = arguments(node)
     if bound["training"] or bound["running_mean"] is None:
         raise NotAffine(node, "uses the statistics of its batch")
@@ -307,7 +307,7 @@ def _sizes(node: Node) -> list[Any]:
     return extents(node.meta["val"])
 
 
-def _cat(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _cat(node: Node, known: Mapping[Node, Any]) -> Window:
     """Channels side by side: every one of them may read all of the entry's."""
     bound = arguments(node)
     values = list(bound["tensors"])
@@ -320,7 +320,7 @@ def _cat(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
     return Window(windows[0].stride, taps, 1, any(w.biased for w in windows))
 
 
-def _channels(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window | list[Window]:
+def _channels(node: Node, known: Mapping[Node, Any]) -> Window | list[Window]:
     """Some of the channels, or all of them in parts."""
     bound = arguments(node)
     value = node.meta["val"]
@@ -335,13 +335,13 @@ def _channels(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window |
     return [part] * len(value) if isinstance(value, (list, tuple)) else part
 
 
-def _getitem(node: Node, known: Mapping[Node, Any], free: DataFree) -> Window:
+def _getitem(node: Node, known: Mapping[Node, Any]) -> Window:
     source, index = arguments(node).values()
     found: Window = known[source][index]
     return found
 
 
-_RULES: dict[str, Callable[[Node, Mapping[Node, Any], DataFree], Window | list[Window]]] = {
+_RULES: dict[str, Callable[[Node, Mapping[Node, Any]], Window | list[Window]]] = {
     "conv": _conv, "add": _sum, "sub": _sum, "mul": _product, "div": _product, "neg": _same, "cast": _same,
     "identity": _same, "batch_norm": _batch_norm, "cat": _cat, "slice": _channels, "narrow": _channels,
     "split": _channels, "chunk": _channels, "getitem": _getitem,

@@ -12,7 +12,6 @@ On any but the first, --adapter puts PEFT adapters (adapters.py). The kind is to
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import shlex
@@ -115,7 +114,7 @@ def adapters_of(path: Words, adapter: Words | Sequence[Words] = ()) -> list[dict
     return inside + [adapters.describe(folders.adapter(words)) for words in words_of(adapter)]
 
 
-def peek(path: str | os.PathLike[str]) -> Contents:
+def peek(path: Words) -> Contents:
     """What a file of weights holds, without a model: for messages and for `compress inspect`."""
     path = Path(path).expanduser()
     _check_exists(path)
@@ -174,10 +173,7 @@ def _check_exists(path: Path) -> None:
         raise FileError(
             f"{path} is a folder without config.json: give a model file, a Hugging Face folder or an adapter's folder."
         )
-    folder = path.parent
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    raise FileError(f"There is no file {path}." + (f" Did you mean {folder / near[0]}?" if near else ""))
+    raise FileError(f"There is no file {path}.{folders.did_you_mean(path)}")
 
 
 def _load_folder(
@@ -216,7 +212,7 @@ def _load_folder(
     loaded = _adapted(loaded, stack, how)
     if pipeline is None or not isinstance(loaded.model, nn.Module):
         return loaded
-    whole = sentence.build(pipeline, loaded.model)
+    whole = sentence.SentenceEmbedding(loaded.model, pipeline.stages)
     return replace(loaded, model=whole, labels=(), notes=(*loaded.notes, *pipeline.notes))
 
 

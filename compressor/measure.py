@@ -125,12 +125,17 @@ def bench(
 
 
 def bench_alone(
-    models: Sequence[str | os.PathLike[str]], *, feeds: Feeds, threads: int = 1, seconds: float = 2.0
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    feeds: Feeds,
+    threads: int = 1,
+    seconds: float = 2.0,
+    weights: Sequence[str] = (),
 ) -> list[Latency]:
     """Like `bench`, for models too large to lie in memory side by side: a process for each, one at a time.
 
-    A B, B A, A B, B A: memory lies differently at every visit, which alone moves a latency by some percent. Kernels
-    pack their weights, as always; no other copy is made.
+    A B, B A, A B, B A: memory lies differently at every visit, which alone moves a latency by some percent. weights:
+    what ONNX Runtime may do with those of each model, see `runtime.session`; everything if empty.
     """
     times: list[list[list[float]]] = [[] for _ in models]
     share = seconds / (ALONE_VISITS * ALONE_ROUNDS * len(models))
@@ -138,7 +143,8 @@ def bench_alone(
         i for _ in range(ALONE_VISITS // 2) for i in (*range(len(models)), *reversed(range(len(models))))
     ]
     for i in order:
-        with apart.Session(models[i], threads=threads, weights="packed") as session:
+        options = {"weights": weights[i]} if weights else {}
+        with apart.Session(models[i], threads=threads, **options) as session:
             times[i] += session.call(_rounds, feeds, share)
     return [_latency(one) for one in times]
 

@@ -1,7 +1,7 @@
 """Facts per ATen operator, in one table: what kind it is, and what it costs. A new operator is one row.
 
-The kinds are what the analyses are written in: `channels.py` has one rule a kind, `affine.py` asks which kinds are
-linear in one operand, `quantize.py` which ones fuse. An operator without a row is `opaque`: it stops an analysis,
+The kinds are what the analyses are written in: `channels.py` has one rule a kind, `features.py` which kinds are
+affine in one operand, `quantize.py` which ones fuse. An operator without a row is `opaque`: it stops an analysis,
 with its name as the reason, and nothing else.
 """
 

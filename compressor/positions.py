@@ -107,7 +107,7 @@ def _same(w: Walk, node: Node) -> Found:
     return w.first(node)
 
 
-def _resized(w: Walk, node: Node) -> Found:
+def _resized(w: Walk, node: Node) -> Layout | list[Layout]:
     """Axes that keep their size keep what they hold: pools, slices, parts, repetitions."""
     source, value = next(iter(arguments(node).values())), node.meta["val"]
     known = list(zip(_sizes(source), w.of(source), strict=True))[::-1]
@@ -136,7 +136,7 @@ def _reordered(w: Walk, node: Node) -> Found:
 
     if isinstance(found, list):
         return [without(x, extents(v)) for x, v in zip(found, node.meta["val"], strict=True)]
-    return found and without(found, _sizes(node))
+    return without(found, _sizes(node))
 
 
 def _scan(w: Walk, node: Node) -> Found:
@@ -258,7 +258,7 @@ def _linear(w: Walk, node: Node) -> Found:
 
 def _conv(w: Walk, node: Node) -> Found:
     """Positions stay where stride and padding keep their number; the channels are new."""
-    made: list[Any] = list(_resized(w, node) or ())
+    made: list[Any] = list(_resized(w, node))
     channel = 1 - len(_sizes(arguments(node)["weight"]))
     made[channel] = run(_sizes(node)[channel])
     return tuple(made)

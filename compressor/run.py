@@ -145,6 +145,7 @@ class Run:
         opt = self.opt
         with self.step("capturing"):
             graph = capture_model(loaded, example, opt)
+            self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
         _require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
@@ -157,7 +158,6 @@ class Run:
         # beside the output, where there is room for a model; the folder for temporary files may well be memory
         with tempfile.TemporaryDirectory(prefix="compressor-", dir=stage) as scratch:
             self.scratch = Path(scratch)
-            self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
             if self.large:
                 graph.keep = spilling(self.scratch)
             baseline = self.baseline(graph) if stage is not None else None

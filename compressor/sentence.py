@@ -73,10 +73,6 @@ def read(folder: Path) -> Pipeline:
     return Pipeline(first, tuple(stages), tuple(notes))
 
 
-def build(pipeline: Pipeline, transformer: nn.Module) -> nn.Module:
-    return SentenceEmbedding(transformer, pipeline.stages)
-
-
 class SentenceEmbedding(nn.Module):
     """Token ids and mask [batch, sequence] -> {"sentence_embedding": [batch, features]}."""
 

@@ -30,6 +30,7 @@ def spilling(folder: Path | None = None) -> Callable[[Tensor], Tensor]:
     """
 
     def spill(tensor: Tensor) -> Tensor:
+        trim()  # of what the tensor was computed from, and of the tensors before it
         if tensor.nbytes < LEAST_BYTES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return tensor
         if os.name == "nt":
@@ -41,7 +42,6 @@ def spilling(folder: Path | None = None) -> Callable[[Tensor], Tensor]:
             storage: Any = torch.UntypedStorage.from_file(name, True, tensor.nbytes)
         finally:
             os.unlink(name)  # it goes when nothing maps it any more
-        trim()
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
     return spill

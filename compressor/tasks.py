@@ -82,9 +82,7 @@ def set_labels(kind: Any, config: Any, held: Sequence[Mapping[str, Tensor]]) -> 
     for name, axis in _heads(kind, config).items():
         for tensors in held:
             if name in tensors and tensors[name].dim() > axis:
-                count = int(tensors[name].shape[axis])
-                if count != config.num_labels:
-                    config.num_labels = count
+                config.num_labels = int(tensors[name].shape[axis])
                 return
 
 

@@ -27,6 +27,7 @@ ROWS = 8  # texts of a batch: enough for speed, few enough to be of one length
 LONGEST = 2048  # tokens of a text, for models that take more
 _TOKENS = 4096  # of a batch
 _SPREAD = 1.25  # the longest text of a batch, relative to its shortest
+_CLASSES = 2**31  # no model has more
 _UNKNOWN = 10**6  # lengths beyond this mean that a tokenizer knows no limit
 _NAMES = ("text", "sentence")  # of fields that are taken unasked
 _CHUNK = 256  # texts tokenised at once
@@ -39,8 +40,8 @@ class Reading:
 
     tokenizer: the folder of its files. text: the field of the texts, `name`, or `name,name` for pairs; None to take
     the only one. label: the field of labels, None to leave them out; classes: names that labels may have. longest:
-    tokens that the model takes, where the tokenizer does not say. tables: rows of the table that an input indexes.
-    sizes: of dynamic axes that the emitted model fixes.
+    tokens that the model takes for sure, where the tokenizer does not say, or says too much. tables: rows of the table
+    that an input indexes. sizes: of dynamic axes that the emitted model fixes.
     """
 
     tokenizer: Path | None = None
@@ -184,10 +185,13 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 def _longest(tokenizer: Any, inputs: Sequence[Input], how: Reading, folder: Path) -> int:
     """Tokens of the longest text: what the model takes, as far as that is known, but no more than LONGEST.
 
-    sentence-transformers has a limit of its own, before which it cuts.
+    A tokenizer may promise more than the model's table of positions has. sentence-transformers has a limit of its own,
+    before which it cuts.
     """
     fixed = [spec.shape[1] for spec in inputs if len(spec.shape) == 2]
-    told = tokenizer.model_max_length if tokenizer.model_max_length < _UNKNOWN else how.longest
+    told = tokenizer.model_max_length
+    if told >= (_UNKNOWN if how.longest is None else how.longest + 2):  # by one the tokenizer knows better
+        told = how.longest
     sentence = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
     return min(limit for limit in [*fixed, told, sentence, LONGEST] if isinstance(limit, int))
 
@@ -286,14 +290,13 @@ def _label(record: Record, name: str, classes: Sequence[str], where: str) -> int
     value = record[name]
     if value in classes:
         return classes.index(value)
-    if (
-        not isinstance(value, (int, float, str))
-        or not _is_number(str(value))
-        or not float(value).is_integer()
-    ):
+    number = float(str(value)) if _is_number(str(value)) else -1.0
+    if not number.is_integer() or not 0 <= number < _CLASSES:
         known = f", and no class of the model ({', '.join(classes)})" if classes else ""
-        raise DataError(f"{where}: the label '{name}' is {value!r}, no whole number{known}")
-    return int(float(value))
+        raise DataError(
+            f"{where}: the label '{name}' is {str(value)[:40]!r}, no whole number from 0 on{known}"
+        )
+    return int(number)
 
 
 def _is_number(text: str) -> bool:

@@ -44,7 +44,7 @@ def fold_uniform(graph: Graph, max_bytes: int) -> list[tuple[str, str]]:
         if math.prod(map(_one, sizes)) * node.meta["val"].dtype.itemsize > max_bytes:
             continue
         constant = graph.add_tensor(f"{site(node)}.{node.name}", _of_one_sample(graph, under))
-        what = f"{count} operators on a repeated constant into one tensor"
+        what = f"{count} operator{'s' * (count > 1)} on a repeated constant into one tensor"
         if any(isinstance(s, sympy.Symbol) for s in sizes):
             repeats = [_size(graph, s) if isinstance(s, sympy.Symbol) else -1 for s in sizes]
             constant = graph.insert(torch.ops.aten.expand.default, (constant, repeats), before=node)

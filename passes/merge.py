@@ -30,8 +30,6 @@ from compressor.savings import Plan, is_idle, is_operator, tied
 from compressor.sharing import share_equal
 from compressor.uniform import fold_uniform
 
-_REPEATED = frozenset({"pad", "cast"})  # what layer and adapter each do for themselves before they start
-
 
 @dataclass(frozen=True)
 class Merge(Pass):
@@ -54,9 +52,8 @@ class Merge(Pass):
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
         outcome.rewrites += [Rewrite(*made) for made in fold_uniform(graph, self.max_bytes)]
-        for node in share_equal(
-            graph, lambda n: kind(n) == "pad"
-        ):  # base and branch each pad what they both read
+        # base and branch each pad what they both read
+        for node in share_equal(graph, lambda n: kind(n) == "pad"):
             outcome.rewrites.append(Rewrite(site(node), "one padding for all that read it"))
         if self.absorb_norms:
             outcome.declines += _write_out_gains(graph)
@@ -141,14 +138,13 @@ class _Writer:
         if any(n not in where.dead and is_operator(n) for n in where.nodes):
             names += " (and what others read, too)"
         what = f"{names} into one {_word(where)} {sizes}"
-        made_here = Rewrite(site(named), what)
-        for old in [w for w in shared if w is not weight][:1]:
+        rewrite = Rewrite(site(named), what)
+        old = next((w for w in shared if w is not weight), None)
+        if old is not None:
             reader = next(site(user) for user in old.users if user not in where.dead)
-            self._ties[made_here] = (
-                old,
-                f"; {old.target} is shared with {reader}, this site now has its own",
-            )
-        return made_here
+            words = f"; {old.target} is shared with {reader}, this site now has its own"
+            self._ties[rewrite] = old, words
+        return rewrite
 
     def untied(self, rewrites: list[Rewrite]) -> list[Rewrite]:
         """The same rewrites, saying which took a site out of sharing a tensor that others still read."""

@@ -748,6 +748,10 @@ def test_metrics_say_what_they_need():
     for name, match in (("top1", r"labels \[n\], not \[4, 3\], \[5\]"), ("cosine", "labels like the output")):
         with pytest.raises(DataError, match=match):
             metric(outputs, batch, name)
+    for wrong in (-1, 3):
+        with pytest.raises(DataError, match=f"label {wrong} is none of the model's 3 classes"):
+            metric(outputs, Batch((), torch.tensor([0, 1, wrong, 2])), "top1")
+    assert metric(outputs, Batch((), torch.tensor([0, 1, 2, 2])), "top1") == 0.25
     with pytest.raises(DataError, match="have none"):
         metric(outputs, Batch(()), "top1")
     with pytest.raises(UsageError, match="no metric 'f1'; there are top1 and cosine"):

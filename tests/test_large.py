@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import os
@@ -358,3 +359,18 @@ def test_names_of_the_sizes_are_left_alone(large, tmp_path):
     graph = capture(Words(), inputs=[Input("ids", torch.int64, ("batch", "sequence"))])
     proto = onnx.load(emit(graph, tmp_path / "model.onnx").path, load_external_data=False)
     assert [d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim] == ["batch", "sequence"]
+
+
+def test_an_integer_model_is_timed_as_it_ships(large, tmp_path, monkeypatch):
+    seen = []
+
+    def bench_alone(paths, *, weights, **_):
+        seen.extend(weights)
+        return [measure.Latency(1.0, 1.0, 0.0, 2, (1.0, 1.0))] * len(paths)
+
+    monkeypatch.setattr(measure, "bench_alone", bench_alone)
+    float_ = emit(capture(Words(), (IDS,)), tmp_path / "model.onnx")
+    assert not float_.integer
+    files = {"model": dataclasses.replace(float_, integer=True), "float": float_}
+    assert delivery.latencies(files, (IDS,))["ratio"] == 1.0
+    assert seen == ["folded", "packed"]

@@ -56,6 +56,13 @@ class Squaring(Sparse):
         return super().forward(x) + 1e-6 * F.linear(x * x, self.weight)
 
 
+class Picky(Sparse):
+    """Fails, and not by an error of torch's, on any but one sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * {1: 1.0}[len(x)]
+
+
 class Blocks(nn.Module):
     def __init__(self, layer: type[nn.Module]) -> None:
         super().__init__()
@@ -88,7 +95,15 @@ def test_a_layer_that_does_not_export_is_one_linear(shape: tuple[int, ...]) -> N
     assert not torch.allclose(graph.run(x)[0], torch.tanh(model.first(x)) * plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("layer", [Kinked, Averaging, Counting, Squaring])
+def test_a_model_that_does_not_run_is_the_error_of_the_exporter() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(5, 2))
+    with pytest.raises(UnsupportedError, match="does not export"):
+        capture(model, (example(2, WIDTH),))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(example(2, WIDTH))
+
+
+@pytest.mark.parametrize("layer", [Kinked, Averaging, Counting, Squaring, Picky])
 def test_a_layer_that_is_not_affine_is_refused(layer: type[nn.Module]) -> None:
     model = with_power(
         Blocks(layer), example(1, 1, WIDTH)

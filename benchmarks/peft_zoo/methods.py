@@ -62,10 +62,8 @@ def eva(model: nn.Module, example: Tensor) -> nn.Module:
 
 def corda(model: nn.Module, example: Tensor) -> nn.Module:
     """Starts from a decomposition that covariances orient."""
-    if (
-        importlib.util.find_spec("attr") is None
-    ):  # peft wants one name of this package, and does not require it
-        sys.modules["attr"] = types.ModuleType("attr")
+    if "attr" not in sys.modules and importlib.util.find_spec("attr") is None:
+        sys.modules["attr"] = types.ModuleType("attr")  # peft wants one name of it, and does not require it
         sys.modules["attr"].dataclass = dataclasses.dataclass  # type: ignore[attr-defined]
     from peft.tuners.lora.corda import preprocess_corda
 

@@ -81,7 +81,7 @@ def images(samples: int) -> Tensor:
 
 
 def moved(model: nn.Module, by: float = 0.05) -> nn.Module:
-    """Adds noise to every parameter that the method trains."""
+    """Adds noise to every parameter that is trained: those of the method, or of a model without one."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():

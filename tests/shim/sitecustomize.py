@@ -37,6 +37,8 @@ class _Torchvision:
             return
         import torch
 
+        if hasattr(torch.ops.torchvision, "nms"):  # another copy of this file was first
+            return
         for compiled in Path(spec.origin).parent.glob("_C.*"):
             try:
                 torch.ops.load_library(compiled)
