@@ -246,9 +246,9 @@ def tokenizer(folders: Iterable[Path]) -> Path | None:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of one file's bytes, or of several files' names and bytes."""
+    """SHA-256 of one file's bytes, or of several files' names and bytes, wherever their folders lie."""
     sha = hashlib.sha256()
-    files = sorted(paths)
+    files = sorted(paths, key=lambda path: (path.name, path))
     for path in files:
         if len(files) > 1:
             sha.update(path.name.encode() + b"\0")

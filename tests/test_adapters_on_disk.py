@@ -1,5 +1,6 @@
 """PEFT adapters from their folders: which base, which weights, several at once; peft's numbers are the reference."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from compressor import folders
 from compressor.errors import FileError, UsageError
 from compressor.load import adapters_of, load
 
@@ -36,6 +38,17 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "llama"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("places", [("a", "b"), ("b", "a")])
+def test_the_checksum_is_not_of_where_the_folders_lie(tmp_path, places):
+    files = [tmp_path / places[0] / "adapter_config.json", tmp_path / places[1] / "config.json"]
+    for path, text in zip(files, "xy", strict=True):
+        path.parent.mkdir()
+        path.write_text(text)
+    assert folders.digest(files) == hashlib.sha256(b"adapter_config.json\0xconfig.json\0y").hexdigest()
+    files[0].write_text("z")
+    assert folders.digest(files) != hashlib.sha256(b"adapter_config.json\0xconfig.json\0y").hexdigest()
 
 
 def plain(base):
