@@ -182,9 +182,9 @@ def main() -> int:
         peak = step["peak_anonymous_mb"] - watch.start
         print(f"| {name} | {step['seconds']:.1f} s | {peak:.0f} MB, {peak / mb:.2f} x |")
     print(
-        "\nLatency: 1 thread, one sample of 16 tokens; one model in memory at a time, each visited 4 times, in turns, no "
-        "constant folded. ONNX Runtime packs a copy of every weight that a MatMul reads, as it does by default: that is "
-        "the peak. Verifying maps the weights and packs none."
+        "\nLatency: 1 thread, one sample of 16 tokens; one model in memory at a time, each visited 4 times, in turns, "
+        "no constant folded. ONNX Runtime packs a copy of every weight that a MatMul reads, as it does by default: "
+        "that is the peak. Verifying maps the weights and packs none."
     )
     return int(own > BOUND * mb)
 

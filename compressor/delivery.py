@@ -145,18 +145,15 @@ def _write_ort(emitted: Emitted, path: Path) -> None:
 
 def mobile_usability(emitted: Emitted) -> list[str]:
     """The lines of ONNX Runtime's mobile usability checker."""
-    lines: list[str] = _on(emitted.path, runtime.mobile_usability, emitted.path)
-    return lines
+    return list(_on(emitted.path, runtime.mobile_usability, emitted.path))
 
 
 def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
     """Operator -> how often it stands in ONNX Runtime's own optimised graph."""
     if not is_large(emitted.path):
         return runtime.optimized_operators(emitted.path)
-    ran: dict[str, int] = apart.call(
-        runtime.operators_that_ran, emitted.path, _single(emitted.inputs, example)
-    )
-    return ran
+    one = _single(emitted.inputs, example)
+    return dict(apart.call(runtime.operators_that_ran, emitted.path, one))
 
 
 def provider_of(target: Target) -> tuple[str, str]:
@@ -379,10 +376,8 @@ def latencies(
         ratio = measure.ratio(found[1], found[0])
         report |= {"ratio": ratio.median, "spread": [ratio.low, ratio.high], "threads": threads, "batch": 1}
     if alone:
-        kept = "" if all(e.integer for e in files.values()) else ", no constant of a float model folded"
-        report["note"] = (
-            f"one model in memory at a time, each visited {measure.ALONE_VISITS} times in turns{kept}"
-        )
+        visits = f"each visited {measure.ALONE_VISITS} times in turns, no constant of a float model folded"
+        report["note"] = f"one model in memory at a time, {visits}"
     return report
 
 

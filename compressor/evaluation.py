@@ -79,7 +79,8 @@ def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> float:
         unknown = labels[(labels < 0) | (labels >= first.shape[1])] if labels.dim() == 1 else labels[:0]
         if len(unknown):
             raise DataError(
-                f"label {int(unknown[0])} is none of the model's {first.shape[1]} classes, 0 and up"
+                f"the evaluation data hold the label {int(unknown[0])}, and the model's classes are 0 to "
+                f"{first.shape[1] - 1}: give data with its own labels"
             )
         return float((first.argmax(1) == labels).float().mean())
     if name == "cosine":
