@@ -17,9 +17,10 @@ from .delivery import CPU
 from .emit import companion_of
 from .errors import CompressorError
 from .load import adapters_of, peek, sniff
+from .opening import Options, capture_model, load_model, streams
 from .ops import kind, macs
 from .registry import passes, targets
-from .run import Options, Result, Run, capture_model, dtype_name, load_model, shape_of, streams
+from .run import Result, Run, dtype_name, shape_of
 from .target import Target
 
 __all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from .composites import spell_out
 from .constants import constant_value
-from .errors import UnsupportedError
+from .errors import UnsupportedError, UsageError
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
@@ -79,8 +79,13 @@ def _graph_of(program: ExportedProgram, specs: tuple[Input, ...], notices: list[
         for n in {operator_name(n): n for n in graph.nodes if kind(n) == "opaque"}.values()
     ]
     graph.check()
-    with torch.no_grad():
-        flat = _call_flat(program.module(check_guards=False), program, [t.clone() for t in example])
+    try:
+        with torch.no_grad():
+            flat = _call_flat(program.module(check_guards=False), program, [t.clone() for t in example])
+    except (IndexError, RuntimeError) as error:
+        shown = ", ".join(f"{i.name} {list(t.shape)}" for i, t in zip(graph.inputs, example, strict=True))
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(f"the model does not run on its example inputs ({shown}): {first}") from error
     _prove(graph, flat)
     return graph
 

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from . import verify
 from .data import Data
-from .errors import ContractError, UsageError
+from .errors import ContractError, DataError, UsageError
 from .ir import Graph, Journal, operator_name, site
 from .measure import bytes_of, parameters, peak_memory_mb
 from .ops import macs
@@ -187,7 +187,11 @@ class Pipeline:
         """Edits `graph` in place; a row for the input and one for every pass. ContractError names pass and operator."""
         rows = [_row("input", "", "", "", graph)]
         self.after(rows[0], graph)
-        judge = _Judge(graph, ctx.held_out, self.tolerance)
+        try:
+            judge = _Judge(graph, ctx.held_out, self.tolerance)
+        except (IndexError, RuntimeError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from torch import nn
 
 import compressor
 from compressor import api
-from compressor.errors import ContractError, FileError, UsageError
+from compressor.errors import ContractError, DataError, FileError, UsageError
 
 
 class LoraLinear(nn.Module):
@@ -259,3 +260,42 @@ def test_a_latency_table_replays_the_decisions_of_an_earlier_run(model, tmp_path
     assert len(calls) == 1  # the closing comparison alone
     assert again.report["latency_table"] == first.report["latency_table"]
     assert again.onnx.read_bytes() == first.onnx.read_bytes()
+
+
+class Positions(nn.Module):
+    """Words and their places, both looked up: 10 words, so many places."""
+
+    def __init__(self, places: int = 20) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(10, 4), nn.Embedding(places, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.full((16, 4), 10), "has 10 to 10 in ids, which the model looks up in a table of 10"),
+        (torch.full((16, 4), -1), "has -1 to -1 in ids"),
+        (torch.full((16, 21), 3), "the model does not run on it: index out of range in self"),
+    ],
+)
+def test_data_of_another_model_is_named(tmp_path: Path, ids: torch.Tensor, message: str) -> None:
+    inputs = ["ids:i64[batch,sequence]"]
+    with pytest.raises(DataError, match=message):
+        compressor.compress(
+            Positions().eval(), passes="merge", inputs=inputs, calibration=[ids], output=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+    fine = compressor.compress(
+        Positions().eval(), passes="merge", inputs=inputs, calibration=[torch.full((16, 20), 3)],
+        output=tmp_path / "out", measure=False, stop_after="merge",
+    )  # fmt: skip
+    assert fine.report["data"]["calibration"]["samples"] > 0
+    with pytest.raises(
+        UsageError, match=r"does not run on its example inputs \(ids \[2, 16\]\): index out of range"
+    ):
+        compressor.compress(
+            Positions(places=15).eval(), passes="merge", inputs=inputs, output=tmp_path / "none"
+        )

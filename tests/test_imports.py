@@ -38,7 +38,7 @@ TIERS = [
     ["measure"],
     ["pipeline", "delivery"],
     ["passes", "targets"],
-    ["report", "registry"],
+    ["report", "registry", "opening"],
     ["run"],
     ["api"],
     ["console", "options"],

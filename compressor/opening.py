@@ -1,0 +1,174 @@
+"""What the user named, opened: the options, the model, its graph, and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from . import data
+from .blend import combination
+from .capture import capture
+from .data import Data
+from .errors import DataError, FileError, UsageError
+from .ir import Graph, Input
+from .load import Loaded, load
+from .texts import Reading
+
+SAMPLES = 8  # generated held-out samples where the user gave no data
+CHECKED = 64  # held-out samples that every contract is checked on, at most
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that `compress` takes besides its main arguments; the command line has the same names.
+
+    kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
+    model_spec, adapter, combine, task, trust_pickle, allow_missing: how a file becomes a model, see `load`.
+    evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
+    preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
+    `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
+    measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
+    measurements are replayed instead of taken. command: what to write in the report.
+    """
+
+    kwargs: Mapping[str, Any] | None = None
+    inputs: Sequence[str | Input] = ()
+    model_spec: str | None = None
+    adapter: str | Path | Sequence[str | Path] = ()
+    combine: str | None = None
+    task: str | None = None
+    trust_pickle: bool = False
+    allow_missing: Sequence[str] = ()
+    evaluate: Any = None
+    preprocess: Any = None
+    text_field: str | None = None
+    label_field: str = "label"
+    calib_limit: int = 1024
+    dynamic: bool | None = None
+    seed: int = 0
+    tolerance: float | None = None
+    measure: bool = True
+    latency_table: str | Path | None = None
+    print_after: Sequence[str] = ()
+    stop_after: str | None = None
+    limit: Mapping[str, int] = field(default_factory=dict)
+    time: bool = False
+    command: str | None = None
+    console: Any = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise UsageError(
+                    f"unknown option '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
+                )
+        return cls(**options)
+
+
+def load_model(model: Any, opt: Options) -> Loaded:
+    if isinstance(model, (str, Path)):
+        return load(
+            model,
+            model=opt.model_spec,
+            adapter=opt.adapter,
+            combine=combination(opt.combine, opt.seed),
+            task=opt.task,
+            trust_pickle=opt.trust_pickle,
+            allow_missing=opt.allow_missing,
+        )
+    if opt.adapter or opt.combine or opt.task:
+        raise UsageError(
+            "adapter, combine and task are for models in files; attach the adapter to the module itself"
+        )
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise UsageError(
+            f"a model is a torch module, an exported program or a file, not {type(model).__name__}"
+        )
+    return Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
+
+
+def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
+    specs = [data.parse_input(i) if isinstance(i, str) else i for i in opt.inputs]
+    args, kwargs = example, opt.kwargs
+    if args is None and kwargs is None and not specs:
+        args, kwargs = loaded.example or (None, None)
+        specs = [] if loaded.example else list(loaded.inputs)
+    return capture(loaded.model, args, kwargs, inputs=specs)
+
+
+def require_finite(graph: Graph) -> None:
+    for name in sorted(graph.parameters):
+        tensor = graph.tensors.get(name)
+        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+            raise FileError(f"parameter {name} holds NaN or inf; the model is broken before any pass")
+
+
+def given(loaded: Loaded, example: Any) -> bool:
+    """True where the example inputs are the user's own and not made up from their shapes."""
+    return example is not None or loaded.example is not None
+
+
+def streams(
+    graph: Graph, source: Any, opt: Options, loaded: Loaded, example: Any, sizes: Mapping[str, int]
+) -> tuple[Data | None, Data | None, Data]:
+    """All data, the part for statistics, the part that is held out; generated held-out samples without data.
+
+    sizes: of dynamic axes that the emitted model fixes.
+    """
+    if source is None:
+        sizes = {} if given(loaded, example) else data.table_sizes(graph)
+        made = data.synthetic(graph.inputs, graph.example, samples=SAMPLES, seed=opt.seed, table_sizes=sizes)
+        return None, None, made
+    text = reading(graph, loaded, opt, sizes)
+    opened = data.open_data(source, graph.inputs, preprocess=opt.preprocess, text=text, limit=opt.calib_limit)
+    _check_indices(opened, graph)
+    statistics, held_out = data.split(opened, seed=opt.seed)
+    return opened, statistics, held_out.limited(CHECKED)
+
+
+def reading(
+    graph: Graph, loaded: Loaded, opt: Options, sizes: Mapping[str, int], label: str | None = None
+) -> Reading:
+    """How texts become inputs of this model. Where its tokenizer does not say how many tokens it takes, its table of
+    positions does, which some models (RoBERTa) enter behind the padding's number."""
+    config = getattr(loaded.model, "config", None)
+    positions, padding = (getattr(config, name, None) for name in ("max_position_embeddings", "pad_token_id"))
+    longest = positions - (padding or 0) - 1 if isinstance(positions, int) else None
+    return Reading(
+        tokenizer=loaded.tokenizer,
+        text=opt.text_field,
+        label=label,
+        classes=loaded.labels,
+        longest=longest,
+        tables=data.table_sizes(graph),
+        sizes=sizes,
+        seed=opt.seed,
+    )
+
+
+def _check_indices(opened: Data, graph: Graph) -> None:
+    """DataError for indices outside the tables that they are looked up in, such as tokens of another vocabulary."""
+    tables = data.table_sizes(graph)
+    places = [(i, spec.name, tables[spec.name]) for i, spec in enumerate(graph.inputs) if spec.name in tables]
+    for number, batch in enumerate(opened) if places else ():
+        for i, name, size in places:
+            value = batch.inputs[i]
+            if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
+                raise DataError(
+                    f"{opened.description}: batch {number} has {int(value.min())} to {int(value.max())} in {name}, "
+                    f"which the model looks up in a table of {size}: was it made for another model?"
+                )
