@@ -79,9 +79,8 @@ class Plan:
         if key not in self._best_of:
             found = self.entries.get(key, [])
             best = self._best(form, found[-1].entry) if found else _Best()
-            for one in (
-                reversed(found) if end.name not in self.refused else ()
-            ):  # of equal savings the nearest
+            candidates = [] if end.name in self.refused else reversed(found)  # of equal savings the nearest
+            for one in candidates:
                 where = self.region(one, [end])
                 if not self._pays(where):
                     continue
@@ -96,11 +95,11 @@ class Plan:
         macs, operators, *_ = self.saving(where)
         if not any(kind(n) in where.form.core for n in where.dead) or outgrows(where):
             return False
-        if not _branches(where) and sum(kind(n) in where.form.core for n in where.dead) == 1:
-            free_of_norms = not any(
-                kind(n) == "batch_norm" for n in where.dead
-            )  # which fold takes, after pruning
-            return not tied(where) and (macs > 0 or (macs == 0 and operators > 0 and free_of_norms))
+        alone = not _branches(where) and sum(kind(n) in where.form.core for n in where.dead) == 1
+        if alone and tied(where):
+            return False
+        if alone and any(kind(n) == "batch_norm" for n in where.dead):  # which fold takes, after pruning
+            return macs > 0
         return macs > 0 or (macs == 0 and operators > 0 and not tied(where))
 
     def saving(self, where: Region) -> Saving:
