@@ -126,7 +126,6 @@ def as_linear(module: nn.Module, example: Tensor) -> nn.Linear | None:
 
     example: [..., in]. What depends on other tokens, on the number of tokens, or on chance, shows on random inputs.
     """
-    twin = copy.deepcopy(module).double().eval()
     width = example.shape[-1]
     axes = [1] * (example.dim() - 1)
 
@@ -136,13 +135,14 @@ def as_linear(module: nn.Module, example: Tensor) -> nn.Linear | None:
         return found.double().reshape(len(value), -1)
 
     try:
+        twin = copy.deepcopy(module).double().eval()
         bias = run(torch.zeros(1, width, dtype=torch.float64))[0]
         rows = max(2, _ROWS // max(width, len(bias))) if axes else 1
         blocks = [run(part) - bias for part in torch.eye(width, dtype=torch.float64).split(rows)]
         weight = torch.cat(blocks).T
         if not all(_agrees(twin, weight, bias, value) for value in _probes(example)):
             return None
-    except Exception:  # a layer that is not made for other sizes or for float64 raises anything
+    except Exception:  # a layer that is not made for copies, other sizes or float64 raises anything
         return None
     linear = nn.Linear(width, len(bias), bias=bool(bias.any()), dtype=example.dtype)
     with torch.no_grad():
