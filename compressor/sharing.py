@@ -11,14 +11,19 @@ from .constants import is_pure
 from .ir import Graph
 
 
-def share_equal(graph: Graph, which: Callable[[Node], bool] = lambda node: True) -> list[Node]:
+def share_equal(
+    graph: Graph, which: Callable[[Node], bool] = lambda node: True, limit: int | None = None
+) -> list[Node]:
     """Replaces operators by an earlier one that has the same operands; returns those that went.
 
-    which: the operators to look at. Random operators and operators of other libraries are never shared.
+    which: the operators to look at. limit: at most so many go. Random operators and those of other libraries are
+    never shared.
     """
     seen: dict[tuple[Any, ...], Node] = {}
-    gone = []
+    gone: list[Node] = []
     for node in graph.nodes:
+        if limit is not None and len(gone) >= limit:
+            break
         if node.op != "call_function" or not is_pure(node) or not which(node):
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))

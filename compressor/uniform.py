@@ -25,15 +25,17 @@ _FREE = frozenset(
 )  # fmt: skip
 
 
-def fold_uniform(graph: Graph, max_bytes: int) -> list[tuple[str, str]]:
+def fold_uniform(graph: Graph, max_bytes: int, limit: int | None = None) -> list[tuple[str, str]]:
     """Replaces every largest such value by a constant that is repeated; (site, what) of each.
 
-    max_bytes: how large the constant may be.
+    max_bytes: how large the constant may be. limit: at most so many.
     """
     free = DataFree(graph)
     uniform = {node for node in graph.nodes if _is_uniform(node, free)}
-    made = []
+    made: list[tuple[str, str]] = []
     for node in graph.nodes:
+        if limit is not None and len(made) >= limit:
+            break
         if node not in uniform or all(user in uniform for user in node.users):
             continue
         sizes = extents(node.meta["val"])
@@ -57,7 +59,8 @@ def fold_uniform(graph: Graph, max_bytes: int) -> list[tuple[str, str]]:
 
 def _is_told_a_size(nodes: list[Node]) -> bool:
     """True where something outside, which can be a dynamic size only, has a part in these constants."""
-    return any(n not in nodes for node in nodes for n in node.all_input_nodes)
+    inside = set(nodes)
+    return any(n not in inside for node in nodes for n in node.all_input_nodes)
 
 
 def _is_uniform(node: Node, free: DataFree) -> bool:

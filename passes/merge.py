@@ -51,9 +51,10 @@ class Merge(Pass):
         folding = fold_constants(graph, self.max_bytes, ctx.limit)
         outcome.rewrites += [Rewrite(*made) for made in folding.made]
         outcome.declines += [Decline.at(node, reason) for node, reason in folding.left]
-        outcome.rewrites += [Rewrite(*made) for made in fold_uniform(graph, self.max_bytes)]
+        left = _left(ctx, outcome)
+        outcome.rewrites += [Rewrite(*made) for made in fold_uniform(graph, self.max_bytes, left)]
         # base and branch each pad what they both read
-        for node in share_equal(graph, lambda n: kind(n) == "pad"):
+        for node in share_equal(graph, lambda n: kind(n) == "pad", _left(ctx, outcome)):
             outcome.rewrites.append(Rewrite(site(node), "one padding for all that read it"))
         if self.absorb_norms:
             outcome.declines += _write_out_gains(graph)
@@ -62,7 +63,8 @@ class Merge(Pass):
             writer = _Writer(graph)
             plan = Plan(graph, self.absorb_norms, frozenset(refused))
             chosen = plan.choose()
-            room = len(chosen) if ctx.limit is None else max(0, ctx.limit - len(outcome.rewrites))
+            left = _left(ctx, outcome)
+            room = len(chosen) if left is None else left
             with ctx.progress("merge: probing", min(room, len(chosen))) as advance:
                 for one in chosen[:room]:
                     done = writer.write(one)
@@ -81,6 +83,11 @@ class Merge(Pass):
         if outcome.rewrites:
             _drop_idle_casts(graph)
         return outcome
+
+
+def _left(ctx: Context, outcome: Outcome) -> int | None:
+    """How many more rewrites the limit allows; None where there is none."""
+    return None if ctx.limit is None else max(0, ctx.limit - len(outcome.rewrites))
 
 
 def _drop_idle_casts(graph: Graph) -> None:

@@ -140,6 +140,31 @@ def test_limit_applies_the_first_rewrites_only() -> None:
     assert merge(before, limit=0)[0].text() == before.text()
 
 
+class Unlimited(nn.Module):
+    """A prompt encoder over a dynamic batch and two equal paddings: what merge does besides replacing regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.up = nn.Parameter(torch.ones(2, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompt = torch.relu(self.up(self.prompt.expand(x.shape[0], -1, -1)))
+        padded = F.pad(x, (1, 1), mode="reflect")
+        return torch.cat(
+            [prompt, torch.tanh(padded)[..., 1:-1] * F.pad(x, (1, 1), mode="reflect")[..., 1:-1]], 1
+        )
+
+
+def test_limit_holds_for_every_kind_of_rewrite() -> None:
+    before = captured(Unlimited(), torch.randn(2, LENGTH, WIDTH))
+    _, full = merge_only(before)
+    assert len(full.rewrites) == 2
+    for limit in (0, 1):
+        after, outcome = merge_only(before, limit=limit)
+        assert outcome.rewrites == full.rewrites[:limit]
+        assert (after.text() == before.text()) == (limit == 0)
+
+
 def test_two_runs_give_the_same_bytes() -> None:
     before = transformer(DoRA)
     assert merge(before)[0].fingerprint() == merge(before)[0].fingerprint()
