@@ -105,7 +105,7 @@ def test_a_budget_is_met_without_waste(scope, budget):
 
 def test_bare_prune_keeps_seven_tenths_of_the_macs():
     (bare,) = parse("prune", {"prune": Prune})
-    assert str(bare) == "prune" and bare.budget == {"macs": 0.7}
+    assert str(bare) == "prune" and bare.budget.named == {}
     graph, other = graph_of(Residual()), graph_of(Residual())
     prune(graph)
     prune(other, macs=0.7)
@@ -113,20 +113,48 @@ def test_bare_prune_keeps_seven_tenths_of_the_macs():
 
 
 @pytest.mark.parametrize(
-    "spec", ["prune(macs=0)", "prune(macs=1.5)", "prune(params=-0.1)", "prune(minimum=0)"]
-)
-def test_an_impossible_budget_is_refused(spec):
+    "spec",
+    [
+        "prune(macs=0)", "prune(macs=1.5)", "prune(params=-0.1)", "prune(latency=2)", "prune(size_mb=0)",
+        "prune(latency_ms=-1)", "prune(max_drop=-0.1)", "prune(minimum=0)", "prune(steps=0)", "prune(align=-1)",
+    ],
+)  # fmt: skip
+def test_what_no_model_could_be_is_refused(spec):
     with pytest.raises(UsageError, match=spec.split("=")[0].replace("(", r"\(")):
         parse(spec, {"prune": Prune})
 
 
-def test_a_budget_out_of_reach_says_what_was_reached_and_what_stays():
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("budget", [{"macs": 0.01}, {"params": 0.05}, {"size_mb": 0.001}])
+def test_a_budget_out_of_reach_is_an_error_that_says_what_can_be_had(budget, scope):
+    """And what it says can be had: the same call with that number prunes to it."""
+    ((name, value),) = budget.items()
     graph = graph_of(Residual())
-    outcome = prune(graph, macs=0.01)
+    text = graph.fingerprint()
+    with pytest.raises(UsageError) as caught:
+        prune(graph, scope=scope, **budget)
+    message = str(caught.value)
+    found = re.fullmatch(
+        rf"prune\({name}={value}\): out of reach, ([0-9.]+) is the least \(every prunable layer at its minimum "
+        r"width; 'compress inspect MODEL --groups' says why the rest stays\)",
+        message,
+    )
+    assert found, message
+    assert graph.fingerprint() == text, "nothing was touched"
+    with pytest.raises(UsageError, match="out of reach"):
+        prune(graph, scope=scope, **{name: float(found[1]) - 0.001})
+    prune(graph, scope=scope, **{name: float(found[1])})
+    assert widths(graph)["blocks_0_0"] == widths(graph)["stem"] == 8
+
+
+def test_the_best_that_can_be_had_says_what_was_reached_and_what_stays():
+    graph = graph_of(Residual())
+    outcome = prune(graph, macs=0.01, reach="best")
     assert widths(graph)["blocks_0_0"] == widths(graph)["stem"] == 8  # one multiple
     assert outcome.facts["macs"] > 0.01
     (out_of_reach,) = [d for d in outcome.declines if d.site == "macs=0.01"]
-    assert f"{outcome.facts['macs']:.3f}" in out_of_reach.reason
+    least = float(re.search(r"out of reach, ([0-9.]+) is the least", out_of_reach.reason)[1])
+    assert outcome.facts["macs"] <= least < outcome.facts["macs"] + 0.001
     assert outcome.facts["frozen"] == {"it reaches output output": 5, "it is an axis of input x": 3}
     assert ("head", "5 channels stay: it reaches output output") in {
         (d.site, d.reason) for d in outcome.declines
@@ -142,9 +170,11 @@ def test_everything_fits_a_budget_of_one():
 
 def test_a_model_with_nothing_to_prune_is_left_alone():
     graph = graph_of(nn.Linear(6, 4), 6)
-    row = run(graph, Prune(macs=0.5))
+    row = run(graph, Prune())
     assert row.status == "unchanged" and row.rewrites == []
-    assert row.declines[0].reason.startswith("out of reach: 1.000 is left")
+    assert (row.declines[0].site, row.declines[0].reason[:28]) == ("macs=0.7", "out of reach, 1 is the least")
+    with pytest.raises(UsageError, match=r"prune\(macs=0.5\): out of reach, 1 is the least"):
+        run(graph, Prune(macs=0.5))
 
 
 # -------------------------------------------------------------------- widths
@@ -169,7 +199,7 @@ def test_narrow_layers_go_channel_by_channel_down_to_the_minimum():
     prune(graph, multiple=8, macs=0.8)
     assert widths(graph)["_0"] == 9
     graph = graph_of(narrow(), 6)
-    prune(graph, multiple=8, macs=0.01, minimum=5)
+    prune(graph, multiple=8, macs=0.01, minimum=5, reach="best")
     assert widths(graph)["_0"] == 5
 
 
