@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors"],
     ["ir", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
-    ["ops", "spec", "sources", "pickles", "architecture"],
+    ["ops", "spec", "sources", "pickles", "architecture", "device"],
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation"],
