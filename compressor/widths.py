@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .channels import Algebra, Group, Key, Term
 
+MINIMUM = 4  # channels that a layer keeps where the user does not say
 ROUNDING = 1e-9  # of a share, after thousands of subtractions
 Step = tuple["Family", int, dict[Key, int]]  # whose, how many groups were left before it, slices that it took
 
@@ -118,6 +119,9 @@ class Costs:
     @property
     def keys(self) -> set[Key]:
         return set(self._of)
+
+    def terms(self, name: str) -> list[Term]:
+        return [term for kind, term in self._terms if kind == name]
 
     def share(self, name: str) -> float:
         return self.now[name] / self.before[name] if self.before[name] else 1.0

@@ -24,13 +24,22 @@ from compressor.criteria import CriteriaData, importance
 from compressor.errors import UsageError
 from compressor.images import imported
 from compressor.ir import Graph
+from compressor.ledger import Ledger
 from compressor.measure import parameters
 from compressor.ops import macs
 from compressor.oracle import masked, power
 from compressor.pipeline import MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.surgery import remove
 from compressor.verify import POWER, TOLERANCE
-from compressor.widths import Costs, Family, families, least_shares, shrink_globally, shrink_locally
+from compressor.widths import (
+    MINIMUM,
+    Costs,
+    Family,
+    families,
+    least_shares,
+    shrink_globally,
+    shrink_locally,
+)
 
 POWER_SAMPLES = 8
 
@@ -82,7 +91,7 @@ class Prune(Pass):
     loss: str | None = None
     scope: Literal["global", "local"] = "global"
     steps: int = 1
-    minimum: int = 4
+    minimum: int = MINIMUM
     align: int = 0
     ignore: tuple[str, ...] = ()
 
@@ -119,10 +128,15 @@ class Prune(Pass):
             return copy
 
         self.budget.search(goal, graph, ctx, before, least["macs"], trial)
-        tally = Tally(graph, first.algebra, goal.facts | {"criterion": self._criterion(ctx)})
+        ignored = {f.groups[0]: f"ignored by '{pattern}'" for f in found if (pattern := self._ignored(f))}
+        ledger = Ledger(
+            graph, first.algebra, first.costs, found, {g.index: why for g, why in ignored.items()}
+        )
+        facts = {"criterion": self._criterion(ctx), "least": least, "frozen": _reasons(first.algebra)}
+        tally = Tally(graph, ledger, goal.facts | facts)
         declines = [
             *(Decline(site, why) for site, why in goal.short),
-            *(Decline(f.groups[0].sites[0], f"ignored by '{p}'") for f in found if (p := self._ignored(f))),
+            *(Decline(group.sites[0], why) for group, why in ignored.items()),
             *(Decline(site, f"{count} channels stay: {why}") for site, why, count in first.algebra.frozen()),
         ]
         left = ctx.limit
@@ -175,17 +189,26 @@ class Prune(Pass):
 class Tally:
     """What all steps did together, for the report. facts: what is known before the first."""
 
-    def __init__(self, graph: Graph, algebra: Algebra, facts: Mapping[str, Any]) -> None:
-        self.before = {"macs": macs(graph), "params": parameters(graph)}
-        self._facts = {**facts, "groups": len(algebra.groups), "frozen": _reasons(algebra)}
+    def __init__(self, graph: Graph, ledger: Ledger, facts: Mapping[str, Any]) -> None:
+        self._before = {"macs": macs(graph), "params": parameters(graph)}
+        self._ledger, self._facts = ledger, facts
         self._pruned = self._proved = 0
 
-    def add(self, graph: Graph, pruned: int, proved: int) -> dict[str, Any]:
-        """The facts after a step that left `graph`."""
-        self._pruned, self._proved = self._pruned + pruned, self._proved + proved
+    def add(self, graph: Graph, algebra: Algebra, groups: Sequence[Group], proved: int) -> dict[str, Any]:
+        """The facts after a step that took `groups` and left `graph`."""
+        self._ledger.lose(algebra, groups)
+        self._pruned, self._proved = self._pruned + len(groups), self._proved + proved
+        entries = self._ledger.entries()
         now = {"macs": macs(graph), "params": parameters(graph)}
-        left = {name: now[name] / amount if amount else 1.0 for name, amount in self.before.items()}
-        return {**self._facts, "pruned": self._pruned, "proved_with_power": self._proved, **left}
+        left = {name: now[name] / amount if amount else 1.0 for name, amount in self._before.items()}
+        return {
+            **self._facts,
+            **left,
+            "groups": sum(entry.groups for entry in entries),
+            "pruned": self._pruned,
+            "proved_with_power": self._proved,
+            "ledger": [entry.to_dict() for entry in entries],
+        }
 
 
 def _surgery(
@@ -202,7 +225,7 @@ def _surgery(
         contract=MASKED,
         reference=reference,
         rewrites=[_rewrite(family) for family in narrowed],
-        facts=tally.add(graph, len(groups), sum(p >= POWER * tolerance for p in powers)),
+        facts=tally.add(graph, algebra, groups, sum(p >= POWER * tolerance for p in powers)),
     )
 
 

@@ -30,7 +30,7 @@ TIERS = [
     ["kernels", "ties", "padding"],
     ["affine", "channels", "statistics", "place"],
     ["probe", "savings", "reconstruct", "quantize", "oracle", "surgery", "widths"],
-    ["capture", "misses", "criteria"],
+    ["capture", "misses", "criteria", "ledger"],
     ["gate", "huggingface", "adapters"],
     ["load", "emit"],
     ["runtime"],
