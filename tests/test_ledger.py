@@ -46,14 +46,13 @@ def test_rows_by_hand():
     assert [(e.sites, e.groups, e.params, e.macs, e.state) for e in frozen] == [
         (("middle",), 12, 16 * 12 + 12, 16 * 12, "frozen"),
         (("up",), 6, 6 * 16, 6 * 16, "frozen"),
-        (("out",), 12, 12 * 5, 12 * 5, "frozen"),
         (("out",), 5, 12 * 5 + 5, 12 * 5, "frozen"),
+        (("out",), 12, 12 * 5, 12 * 5, "frozen"),
     ]
     assert all(e.least == e.left == e.width for e in frozen)
-    assert "softmax" in frozen[0].why and "softmax" in frozen[2].why, "before it and behind it"
-    assert frozen[1].why.startswith("it is an axis of input") and frozen[3].why.startswith(
-        "it reaches output"
-    )
+    assert "softmax" in frozen[0].why and "softmax" in frozen[3].why, "before it and behind it"
+    assert frozen[1].why.startswith("it is an axis of input")
+    assert frozen[2].why.startswith("it reaches output")
     assert sum(e.groups for e in [up, *frozen]) == len(algebra.groups)
 
 
