@@ -43,7 +43,9 @@ class Prune(Pass):
     macs, params: share of the model's multiply-accumulates and of its numbers to keep; bare `prune` is `macs=0.7`.
     criterion: what makes a channel important: `l2` or `l1` norm of its weights (batch norm counted in), `bn`
     (scale of its batch norm), `random`. scope: `global` lets layers compete, `local` narrows all alike.
-    minimum: no layer gets narrower. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`.
+    minimum: no layer gets narrower. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`. norms: channels
+    may go from under layer, RMS and group norms too (residual streams of transformers): the reference is then the
+    original with those channels masked and with norms taken over the channels that are left.
 
     Widths of at least twice the target's channel multiple stay multiples of it. A channel that a softmax, a mean,
     a layer norm or an output of the model depends on stays, and the report says why.
@@ -59,6 +61,7 @@ class Prune(Pass):
     scope: Literal["global", "local"] = "global"
     minimum: int = 4
     ignore: tuple[str, ...] = ()
+    norms: bool = False
 
     def __post_init__(self) -> None:
         for name, share in self.budget.items():
@@ -74,7 +77,7 @@ class Prune(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
         """One step, `surgery`: channels go, weights stay as they are."""
-        algebra = analyse(graph)
+        algebra = analyse(graph, norms=self.norms)
         costs = Costs(algebra, {"macs": algebra.macs_terms, "params": algebra.parameter_terms})
         importance = _importance(graph, algebra, self.criterion, ctx.seed)
         found = families(algebra, costs, importance, ctx.target.channel_multiple, self.minimum)
