@@ -137,7 +137,8 @@ def show_ledger(facts: Mapping[str, Any], console: Console) -> None:
         width = f"{row['width']}" + (f" -> {row['left']}" if row["left"] != row["width"] else "")
         cells = (width, str(row["least"]), str(tensors), count(row["params"]), count(row["macs"]))
         state = f"[{_STATES.get(row['state'], 'default')}]{escape(row['state'])}[/]"
-        made.add_row(escape(row["where"]), *cells, state, escape(row["why"]))
+        why = "; ".join(filter(None, (row["why"], row.get("remedy"))))
+        made.add_row(escape(row["where"]), *cells, state, escape(why))
     console.print(made)
     least = facts["least"]
     if least:

@@ -26,7 +26,7 @@ class Entry:
     sites: modules that compute them. groups, width, left: how many there were, how many slices of the narrowest axis
     that is, and how many of these are left; least: the smallest width that the pass may leave. tensors: parameters
     that they run through. params, macs: what goes when all of them go. state: `pruned`, `kept`, or `frozen`, which
-    means that they cannot be removed; why: the reason of that, or of being kept.
+    means that they cannot be removed; why: the reason of that, or of being kept; remedy: what would free them.
     """
 
     sites: tuple[str, ...]
@@ -39,6 +39,7 @@ class Entry:
     macs: int
     state: str
     why: str
+    remedy: str = ""
 
     def to_dict(self, *, names: bool = False) -> dict[str, Any]:
         """Plain data. names: the tensors' names, not their number alone."""
@@ -54,6 +55,7 @@ class Entry:
             "macs": self.macs,
             "state": self.state,
             "why": self.why,
+            "remedy": self.remedy,
         }
 
 
@@ -98,7 +100,8 @@ class Ledger:
                 params=int(saved["params"][i]),
                 macs=int(saved["macs"][i]),
                 state="frozen" if groups[0].reason else "kept",
-                why=groups[0].reason or reasons.get(i, ""),
+                why=str(groups[0].reason) or reasons.get(i, ""),
+                remedy=groups[0].remedy,
             )
             for i, groups in enumerate(rows)
         ]

@@ -71,7 +71,9 @@ class Prune(Pass):
     scope: `global` lets layers compete, `local` narrows all alike. steps: so many rounds, each scored anew.
 
     minimum: no layer gets narrower. align: widths of at least twice this stay multiples of it; the target's channel
-    multiple where 0, and 1 leaves them free. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`.
+    multiple where 0, and 1 leaves them free. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`. norms:
+    channels may go from under layer, RMS and group norms too (residual streams of transformers): the reference is then
+    the original with those channels masked and with norms taken over the channels that are left.
 
     A channel that a softmax, a mean, a layer norm or an output of the model depends on stays, and the report says why.
     """
@@ -94,6 +96,7 @@ class Prune(Pass):
     minimum: int = MINIMUM
     align: int = 0
     ignore: tuple[str, ...] = ()
+    norms: bool = False
 
     def __post_init__(self) -> None:
         for name, low, why in (
@@ -152,7 +155,7 @@ class Prune(Pass):
         return "l2" if self.criterion == "auto" else self.criterion
 
     def _scored(self, graph: Graph, ctx: Context) -> Scored:
-        algebra = analyse(graph)
+        algebra = analyse(graph, norms=self.norms)
         loss = imported(self.loss, "prune(loss=...)") if self.loss else None
         data = CriteriaData(ctx.calibration, ctx.seed, loss, ctx.progress)
         return Scored(

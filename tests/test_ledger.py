@@ -56,6 +56,21 @@ def test_rows_by_hand():
     assert sum(e.groups for e in [up, *frozen]) == len(algebra.groups)
 
 
+def test_what_would_free_a_row_is_said():
+    made = Net(
+        lambda net, x: net.out(net.norm(net.up(x))),
+        up=nn.Linear(6, 16),
+        norm=nn.LayerNorm(16),
+        out=nn.Linear(16, 3),
+    )
+    graph = capture(made.eval(), torch.randn(2, 6))
+    row = next(e for e in ledger(graph, analyse(graph)).entries() if e.sites == ("up",) and e.width == 16)
+    assert (row.state, row.remedy) == ("frozen", "prune(norms=true) includes it")
+    assert "layer_norm at norm" in row.why and row.to_dict()["remedy"] == row.remedy
+    (row, *_) = ledger(graph, analyse(graph, norms=True)).entries()
+    assert (row.state, row.why, row.remedy) == ("kept", "", "")
+
+
 def test_what_keeps_a_family_is_said():
     graph = net()
     algebra = analyse(graph)
@@ -113,7 +128,7 @@ def test_plain_data_has_the_names_or_their_number():
     entry = Entry(("a", "b", "c"), 8, 16, 8, 8, ("a.weight", "b.weight"), 10, 20, "pruned", "")
     assert entry.to_dict() == {
         **{"where": "a and 2 more", "groups": 8, "width": 16, "left": 8, "least": 8, "tensors": 2},
-        **{"params": 10, "macs": 20, "state": "pruned", "why": ""},
+        **{"params": 10, "macs": 20, "state": "pruned", "why": "", "remedy": ""},
     }
     assert entry.to_dict(names=True)["tensors"] == ["a.weight", "b.weight"]
     assert replace(entry, sites=()).to_dict()["where"] == ""
