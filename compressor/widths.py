@@ -33,7 +33,8 @@ class Family:
     importance: of each group; their sum is what the whole family weighs against others. slices: how many slices of
     each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
     full: how many groups the family had before anything was pruned, where that was more than now. curve: what the
-    model loses with the first k of them [n + 1], where that is known.
+    model loses with the first k of them [n + 1], where that is known. stays: why
+    none of them should go; empty where they may.
     """
 
     groups: list[Group]
@@ -43,6 +44,7 @@ class Family:
     minimum: int = 1
     full: int = 0
     curve: NDArray[np.float64] | None = None
+    stays: str = ""
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
