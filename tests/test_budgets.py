@@ -61,7 +61,7 @@ def test_latency_is_measured_by_the_users_command_and_replayed(
     assert (code, err) == (0, ""), err
     said = row(Path("a"))["facts"]["latency"]
     assert said["timed_on"] == "the device, by --latency-cmd"
-    assert 0.8 * said["before_ms"] < said["after_ms"] <= 0.85 * said["before_ms"]
+    assert 0.7 * said["before_ms"] < said["after_ms"] <= 0.85 * said["before_ms"]
     report = read_report("a/report.json")
     assert report["emitted"]["latency"]["ratio"] > 1.1
     assert "timed on the device, by --latency-cmd" in report["emitted"]["latency"]["note"]
