@@ -100,10 +100,11 @@ class Budget:
                 else graph
             )
 
-        if self.latency is not None or self.latency_ms is not None:
-            share = self._time(goal, graph, ctx, (least, first), pruned)
-        elif self.max_drop is not None:
-            share = self._evaluate(goal, graph, ctx, least, pruned)
+        with ctx.progress("measuring pruned copies", None):
+            if self.latency is not None or self.latency_ms is not None:
+                share = self._time(goal, graph, ctx, (least, first), pruned)
+            elif self.max_drop is not None:
+                share = self._evaluate(goal, graph, ctx, least, pruned)
         if share < first:
             goal.amounts["macs"] = share * before["macs"]
 

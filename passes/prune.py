@@ -108,10 +108,11 @@ class Prune(Pass):
                 raise UsageError(f"prune({name}={getattr(self, name)}): {why}")
         if self.loss is not None and self.criterion != "taylor":
             raise UsageError(f"prune(loss={self.loss}): only criterion=taylor asks for a loss")
-        self.budget  # noqa: B018  which raises what is wrong with it
+        _ = self.budget
 
     @property
     def budget(self) -> Budget:
+        """UsageError where it is none."""
         return Budget(
             self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop,
             best=self.reach == "best",
