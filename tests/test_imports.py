@@ -37,7 +37,7 @@ TIERS = [
     ["verify", "apart"],
     ["measure"],
     ["pipeline", "delivery"],
-    ["budgets"],
+    ["budgets", "stopwatch"],
     ["passes", "targets"],
     ["report", "registry", "opening"],
     ["run"],
