@@ -53,7 +53,9 @@ def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     return drawn
 
 
-def eliminate(problems: Sequence[Problem], count: int, chunk: int = 1, stop: int | None = None) -> Elimination:
+def eliminate(
+    problems: Sequence[Problem], count: int, chunk: int = 1, stop: int | None = None
+) -> Elimination:
     """Removes candidates 0..count-1 one by one (`chunk` at once), always those that cost all readers least together.
 
     stop: how many to remove, all of them if None. Destroys the problems' matrices.

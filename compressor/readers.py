@@ -109,11 +109,13 @@ class Layer:
 def layer_of(node: Node) -> Layer | None:
     """The layer that an operator is; None where its weight or bias is computed, or read with other axes."""
     a, which = arguments(node), kind(node)
-    source, weight, bias = a.get("input"), a.get("weight"), a.get("bias")
+    source: Any = a.get("input")
+    weight: Any = a.get("weight")
+    bias: Any = a.get("bias")
     if which in ("matmul", "addmm"):
         if which == "addmm" and (a["beta"] != 1 or a["alpha"] != 1):
             return None
-        operands = list(node.args)
+        operands: list[Any] = list(node.args)
         bias, source, weight = operands if which == "addmm" else (None, *operands)
     elif which not in ("conv", "conv_transpose", "linear"):
         return None
@@ -126,7 +128,9 @@ def layer_of(node: Node) -> Layer | None:
         return Layer(node, source, weight, bias, 1, outs, ins, ()) if plain else None
     if len(shape(source)) != len(wide):
         return None
-    outs, ins = (wide[1] * a["groups"], wide[0]) if which == "conv_transpose" else (wide[0], wide[1] * a["groups"])
+    outs, ins = (
+        (wide[1] * a["groups"], wide[0]) if which == "conv_transpose" else (wide[0], wide[1] * a["groups"])
+    )
     return Layer(node, source, weight, bias, a["groups"], outs, ins, wide[2:])
 
 
@@ -139,7 +143,8 @@ def _spread(value: Tensor, stride: Sequence[int]) -> Tensor:
     """Zeros between the positions: a transposed convolution is a plain one over this."""
     sizes = [(s - 1) * t + 1 for s, t in zip(value.shape[2:], stride, strict=True)]
     wide = value.new_zeros(*value.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, t) for t in stride))] = value
+    places: Any = (..., *(slice(None, None, t) for t in stride))
+    wide[places] = value
     return wide
 
 
@@ -203,7 +208,7 @@ def _gain(graph: Graph, user: Node, node: Node, axis: int) -> Tensor | None:
         return one
     if which not in ("add", "mul") or len(user.args) < 2:
         return None
-    other = user.args[1] if user.args[0] is node else user.args[0]
+    other: Any = user.args[1] if user.args[0] is node else user.args[0]
     if other is node or extents(user.meta["val"]) != extents(node.meta["val"]):
         return None
     if which == "add":

@@ -5,7 +5,7 @@ bring its anchor (`readers.py`), mostly the residual stream, back to what it was
 own lost channels and errors of the shortcut beside it, are all made up for as far as one layer can. Where it alone
 reads a family, it first chooses again which channels go, now that it sees what is left of its input.
 
-    min over W, b of the mean of |W u + b - (y + e)|^2 + ridge |W - W0|^2,  e = inverse scale (anchor - anchor of the twin)
+    min over W, b of the mean of |W u + b - (y + e)|^2 + ridge |W - W0|^2,  e = (anchor - anchor of the twin) / scale
 
 u are the rows that the layer reads in the twin, y = W0 u + b0. In the twin nothing is cut out: lost channels have zero
 columns at their readers, which computes the same (`oracle.py`), so that all names and shapes stay.
@@ -26,12 +26,12 @@ from torch.fx import Node
 from .channels import Algebra, Group
 from .data import Batch, Data
 from .elimination import eliminate, ridged
-from .ir import Graph, last_uses
+from .ir import Graph, last_uses, site
 from .ops import arguments, is_constant, kind
 from .pipeline import Context
 from .readers import norm_gain
 from .spill import spilling
-from .survey import Moments, Reading, Readers, Sampler, reading_of
+from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
@@ -40,31 +40,31 @@ HELD = 1 << 28  # bytes of values between two layers that stay in memory; more l
 class Rebuilt:
     """removed: the groups that go. tensors: name of a tensor -> its new value, in its old shape.
 
-    repaired: how many layers were solved anew.
+    repaired: module paths of the layers that were solved anew.
     """
 
     removed: list[Group]
     tensors: dict[str, Tensor]
-    repaired: int
+    repaired: list[str]
 
 
 def rebuild(
-    graph: Graph, algebra: Algebra, chosen: Mapping[int, Sequence[Group]], free: bool, data: Data, ctx: Context
+    graph: Graph, algebra: Algebra, chosen: Sequence[Sequence[Group]], free: bool, data: Data, ctx: Context
 ) -> Rebuilt:
     """What goes, and the weights that make up for it. `graph` stays as it is.
 
-    chosen: family (position in `algebra.families`) -> the groups that should go. free: where one layer alone reads
-    a family, as many others may go instead, if it can do better without them.
+    chosen: the groups that should go, family by family. free: where one layer alone reads a family, as many others
+    may go instead, if it can do better without them.
     """
+    readers = Readers(graph, algebra)
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         twin = _Twin(graph, list(data), _Store(folder))
-        work = _Repair(twin, Readers(graph, algebra), dict(chosen), free, Sampler(graph, data.samples, ctx.seed))
+        work = _Repair(twin, readers, chosen, free, Sampler(graph, data.samples, ctx.seed))
         with ctx.progress("prune: solving layers for what is left", len(graph.nodes)) as advance:
             for node in graph.nodes:
                 work.visit(node)
                 twin.step(node)
                 advance(1)
-        # The order of the graph, whatever order families were decided in.
         removed = [group for i in sorted(work.chosen) for group in work.chosen[i]]
         return Rebuilt(removed, twin.tensors, work.repaired)
 
@@ -129,7 +129,9 @@ class _Twin:
 
     def differs(self, nodes: Sequence[Node]) -> bool:
         """Whether any of these values, as far as it is known by now, is another in the twin."""
-        return any(n in w and w[n] is not c[n] for w, c in zip(self.whole, self.cut, strict=True) for n in nodes)
+        return any(
+            n in w and w[n] is not c[n] for w, c in zip(self.whole, self.cut, strict=True) for n in nodes
+        )
 
     def ahead(self, number: int, end: Node) -> tuple[Tensor, Tensor]:
         """The value of a later node in both, for one batch."""
@@ -142,7 +144,11 @@ class _Twin:
             missing = [n for n in node.all_input_nodes if n not in known]
             if not missing:
                 constant = node.op == "get_attr"
-                known[node] = (self.now(node) if cut else self.graph.tensor(node)) if constant else self._execute(node, known)
+                known[node] = (
+                    (self.now(node) if cut else self.graph.tensor(node))
+                    if constant
+                    else self._execute(node, known)
+                )
                 todo.pop()
             todo += missing
         return known[end]
@@ -159,14 +165,15 @@ class _Twin:
 
 
 class _Repair:
-    """Solves layer after layer. chosen: which groups of which family go; grows as layers choose."""
+    """Solves layer after layer. chosen: family -> which of its groups go, until its reader chooses others."""
 
     def __init__(
-        self, twin: _Twin, readers: Readers, chosen: dict[int, Sequence[Group]], free: bool, sampler: Sampler
+        self, twin: _Twin, readers: Readers, chosen: Sequence[Sequence[Group]], free: bool, sampler: Sampler
     ) -> None:
-        self.twin, self.readers, self.chosen, self.sampler = twin, readers, chosen, sampler
-        self.open = {i for i in chosen if free and len(readers.of.get(i, ())) == 1}
-        self.repaired = 0
+        self.twin, self.readers, self.sampler = twin, readers, sampler
+        self.chosen = {int(readers.family[groups[0].index]): groups for groups in chosen}
+        self.open = {i for i in self.chosen if free and len(readers.of.get(i, ())) == 1}
+        self.repaired: list[str] = []
 
     def visit(self, node: Node) -> None:
         """Repairs a layer, in front of its turn."""
@@ -184,13 +191,15 @@ class _Repair:
         for i in range(reading.blocks):
             gram, aim = moments.block(i)
             grams.append(gram)
-            wanted.append(matrices[i] + torch.linalg.solve(ridged(gram), aim).T if aim.shape[1] else matrices[i])
+            wanted.append(
+                matrices[i] + torch.linalg.solve(ridged(gram), aim).T if aim.shape[1] else matrices[i]
+            )
         for i in sorted(self.open.intersection(mine)):
             self.chosen[i] = self._choose(reading, i, grams, torch.stack(wanted))
             self.open.remove(i)
         gone = [group for i in mine for group in self.chosen[i]]
         self._solve(reading, moments, matrices, (grams, wanted), gone)
-        self.repaired += 1
+        self.repaired.append(site(node))
 
     def _look(self, reading: Reading) -> Moments:
         """What the layer reads in the twin, and how its outputs should change to bring its anchor back."""
@@ -199,7 +208,9 @@ class _Repair:
         for number, batch in enumerate(twin.batches):
             before, now = twin.ahead(number, place.node)
             self.sampler.begin(number, batch)
-            moments.update(*self.sampler.rows(layer, twin.cut[number][layer.source], place.pull(before - now)))
+            moments.update(
+                *self.sampler.rows(layer, twin.cut[number][layer.source], place.pull(before - now))
+            )
         return moments
 
     def _choose(self, reading: Reading, i: int, grams: Sequence[Tensor], wanted: Tensor) -> list[Group]:
@@ -245,20 +256,17 @@ def restate_norms(graph: Graph, data: Data) -> int:
     gain' = gain sqrt((var' + eps) / (var + eps)), bias' = bias + gain (mean' - mean) / sqrt(var + eps): evaluation
     gives the same numbers, and training, which normalises by what it sees, starts from there.
     """
-    norms = {node.args[0]: node for node in graph.nodes if _is_restatable(graph, node)}
-    seen = {node: [0, 0.0, 0.0] for node in norms}
+    norms: dict[Any, Node] = {node.args[0]: node for node in graph.nodes if _is_restatable(node)}
+    seen = {node: Spread(1) for node in norms}
     for batch in data if norms else ():
         for node, value in graph.values(*batch.inputs):
             if node in norms:
-                rows = value.movedim(1, -1).flatten(0, -2).double()
-                seen[node][0] += len(rows)
-                seen[node][1] = seen[node][1] + rows.sum(0)
-                seen[node][2] = seen[node][2] + rows.square().sum(0)
-    for node, (count, total, squares) in seen.items():
-        a = arguments(norms[node])
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0)
-        old = {name: graph.tensor(a[name]).double() for name in ("weight", "bias", "running_mean", "running_var")}
+                seen[node].update(value.movedim(1, -1))
+    for node, spread in seen.items():
+        a, mean, variance = arguments(norms[node]), spread.mean, spread.variance
+        old = {
+            name: graph.tensor(a[name]).double() for name in ("weight", "bias", "running_mean", "running_var")
+        }
         gain = old["weight"] * (old["running_var"] + a["eps"]).rsqrt()
         new = {
             "weight": gain * (variance + a["eps"]).sqrt(),
@@ -271,7 +279,7 @@ def restate_norms(graph: Graph, data: Data) -> int:
     return len(norms)
 
 
-def _is_restatable(graph: Graph, node: Node) -> bool:
+def _is_restatable(node: Node) -> bool:
     if kind(node) != "batch_norm" or arguments(node)["training"]:
         return False
     a = arguments(node)

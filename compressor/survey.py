@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,7 +75,10 @@ class Reading:
 
     def places(self, channels: NDArray[np.bool_]) -> list[Tensor]:
         """The columns of these input channels [ins] in every block."""
-        return [torch.from_numpy(np.flatnonzero(np.repeat(c, self.layer.taps))) for c in np.split(channels, self.blocks)]
+        return [
+            torch.from_numpy(np.flatnonzero(np.repeat(c, self.layer.taps)))
+            for c in np.split(channels, self.blocks)
+        ]
 
 
 def reading_of(graph: Graph, node: Node) -> Reading | None:
@@ -83,7 +87,9 @@ def reading_of(graph: Graph, node: Node) -> Reading | None:
     if layer is None or not graph.tensor(layer.weight).is_floating_point():
         return None
     place, per = anchor(graph, layer), layer.ins // layer.groups
-    fits = (n for n in range(1, per + 1) if per % n == 0 and 8 * layer.groups * layer.features**2 <= MEMORY * n)
+    fits = (
+        n for n in range(1, per + 1) if per % n == 0 and 8 * layer.groups * layer.features**2 <= MEMORY * n
+    )
     return Reading(layer, place, _shift(layer, place), next(fits, per))
 
 
@@ -107,7 +113,11 @@ class Moments:
     def update(self, rows: Tensor, aims: Tensor | None = None) -> None:
         """rows [R, groups, features], aims [R, outs]."""
         parts = rows.reshape(len(rows), self.reading.blocks, self.reading.columns).unbind(1)
-        wanted = aims.unflatten(1, (len(parts), -1)).unbind(1) if aims is not None and self.aimed else [None] * len(parts)
+        wanted = (
+            aims.unflatten(1, (len(parts), -1)).unbind(1)
+            if aims is not None and self.aimed
+            else [None] * len(parts)
+        )
         for gram, x, y in zip(self.grams, parts, wanted, strict=True):
             gram.update(x, y)
 
@@ -138,7 +148,7 @@ class Sampler:
         self._number = number
 
     def rows(self, layer: Layer, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """What the layer reads [R, groups, features], and values shaped like its output [R, outs], at the same places."""
+        """What the layer reads [R, groups, features]; values shaped like its output [R, outs], at the same places."""
         if layer.kernel:
             windows, spread = layer.windows(value), [other.movedim(1, -1) for other in others]
         else:
@@ -191,7 +201,12 @@ class Readers:
         return mark[self.classes[node]]
 
     def problems(
-        self, reading: Reading, family: Sequence[Group], grams: Sequence[Tensor], matrices: Tensor, cost: Tensor
+        self,
+        reading: Reading,
+        family: Sequence[Group],
+        grams: Sequence[Tensor],
+        matrices: Tensor,
+        cost: Tensor,
     ) -> Iterator[Problem]:
         """One for each block. grams [F, F] each, cost [outs]: of the mean squared error of each output."""
         rank = np.full(len(self.family), -1)
@@ -201,7 +216,7 @@ class Readers:
         for i, mine in enumerate(np.split(here, reading.blocks)):
             order = np.argsort(mine, kind="stable")
             bounds = np.searchsorted(mine[order], np.arange(len(family) + 1))
-            blocks = [torch.from_numpy(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+            blocks = [torch.from_numpy(order[a:b]) for a, b in pairwise(bounds.tolist())]
             yield Problem(grams[i], matrices[i], weights[i], blocks, repair=not reading.layer.is_tied)
 
 
@@ -258,7 +273,7 @@ def _observe(
     sources: dict[Node, list[Layer]] = {}
     for r in readings:
         sources.setdefault(r.layer.source, []).append(r.layer)
-    anchors = {r.anchor.node: _Energy(r.anchor) for r in readings if r.anchor.node not in energy}
+    anchors = {r.anchor.node: Spread(r.anchor.axis) for r in readings if r.anchor.node not in energy}
     sampler = Sampler(graph, data.samples, ctx.seed)
     with ctx.progress("prune: reading calibration data", data.samples) as advance:
         for number, batch in enumerate(data):
@@ -269,25 +284,28 @@ def _observe(
                 if node in anchors:
                     anchors[node].update(sampler.real.rows(node, value, anchors[node].axis))
             advance(len(batch.inputs[0]))
-    energy |= {node: each.value for node, each in anchors.items()}
+    energy |= {node: float(spread.variance.sum()) for node, spread in anchors.items()}
     return found
 
 
-class _Energy:
-    """Variance of a value, summed over its channels."""
+class Spread:
+    """Mean and variance of every channel of a value, which has them on `axis`. Both [channels], float64."""
 
-    def __init__(self, place: Anchor) -> None:
-        self.axis, self._count = place.axis, 0
-        self._sum: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
+    def __init__(self, axis: int) -> None:
+        self.axis, self._count = axis, 0
+        self._sum = self._squares = torch.zeros((), dtype=torch.float64)
 
     def update(self, value: Tensor) -> None:
-        """value [..., channels]"""
-        rows = value.flatten(0, -2)
+        """value [..., channels]: with its channels moved to the end."""
+        rows = value.flatten(0, -2).double()
         self._count += len(rows)
-        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
-        self._squares = self._squares + rows.double().square().sum(0)
+        self._sum = self._sum + rows.sum(0)
+        self._squares = self._squares + rows.square().sum(0)
 
     @property
-    def value(self) -> float:
-        return float((self._squares / self._count - (self._sum / self._count) ** 2).sum())  # type: ignore[union-attr]
+    def mean(self) -> Tensor:
+        return self._sum / max(self._count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        return (self._squares / max(self._count, 1) - self.mean.square()).clamp(min=0)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .channels import Algebra, Group, Key, Term
+from .elimination import Elimination
 
 MINIMUM = 4  # channels that a layer keeps where the user does not say
 ROUNDING = 1e-9  # of a share, after thousands of subtractions
@@ -31,7 +32,8 @@ class Family:
 
     importance: of each group; their sum is what the whole family weighs against others. slices: how many slices of
     each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
-    full: how many groups the family had before anything was pruned, where that was more than now.
+    full: how many groups the family had before anything was pruned, where that was more than now. curve: what the
+    model loses with the first k of them [n + 1], where that is known.
     """
 
     groups: list[Group]
@@ -40,6 +42,7 @@ class Family:
     multiple: int = 1
     minimum: int = 1
     full: int = 0
+    curve: NDArray[np.float64] | None = None
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,11 +81,13 @@ class Family:
         return left if left >= self.least else None
 
     def cost(self, left: int) -> float:
-        """Importance lost on the way from what is left now to `left`, growing without bound as the family empties.
+        """Importance lost on the way from what is left now to `left`.
 
-        With R the importance that remains of S: S log(R now / R then). The first groups cost their own importance;
-        a family that is nearly gone is never the cheapest.
+        That is the difference on the curve. Without one, with R the importance that remains of S, S log(R now / R
+        then): the first groups cost their own importance, and a family that is nearly gone is never the cheapest.
         """
+        if self.curve is not None:
+            return float(self.curve[len(self.groups) - left] - self.curve[len(self.groups) - self.left])
         total = float(self._sums[-1])
         now, then = (total - float(self._sums[len(self.groups) - n]) for n in (self.left, left))
         if total <= 0:
@@ -154,15 +159,22 @@ def families(
     multiple: int,
     minimum: int,
     full: Mapping[tuple[Key, ...], int] = MappingProxyType({}),
+    eliminations: Mapping[int, Elimination] = MappingProxyType({}),
 ) -> list[Family]:
-    """The families of an algebra, with their groups in order of importance (by class).
+    """The families of an algebra, with their groups in order of importance (by class), or as they were eliminated.
 
     full: by `Family.axes`, how many groups each had in the model as it came, where part of them has gone since.
+    eliminations: by position in `algebra.families`.
     """
     owner = np.full(len(importance), -1)
     for i, groups in enumerate(algebra.families):
         owner[[g.index for g in groups]] = i
-    ordered = [sorted(groups, key=lambda g: (importance[g.index], g.index)) for groups in algebra.families]
+    ordered = [
+        [groups[k] for k in eliminations[i].order]
+        if i in eliminations
+        else sorted(groups, key=lambda g: (importance[g.index], g.index))
+        for i, groups in enumerate(algebra.families)
+    ]
     slices: list[dict[Key, NDArray[np.int64]]] = [{} for _ in ordered]
     for key in sorted(costs.keys):
         counts = np.bincount(algebra.axes[key], minlength=len(importance))
@@ -172,9 +184,9 @@ def families(
     return [
         Family(
             groups, importance[[g.index for g in groups]], found, multiple, minimum,
-            full.get(tuple(sorted(found)), 0),
+            full.get(tuple(sorted(found)), 0), eliminations[i].costs if i in eliminations else None,
         )
-        for groups, found in zip(ordered, slices, strict=True)
+        for i, (groups, found) in enumerate(zip(ordered, slices, strict=True))
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from compressor.budgets import Amounts, Budget, costs_of, on_the_way, shares
 from compressor.channels import Algebra, Group, Key, analyse
 from compressor.criteria import CriteriaData, importance
+from compressor.elimination import Elimination
 from compressor.errors import UsageError
 from compressor.images import imported
 from compressor.ir import Graph
@@ -28,8 +29,10 @@ from compressor.ledger import Ledger
 from compressor.measure import parameters
 from compressor.ops import macs
 from compressor.oracle import masked, power
-from compressor.pipeline import MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.rebuild import Rebuilt, rebuild, restate_norms
 from compressor.surgery import remove
+from compressor.survey import survey
 from compressor.verify import POWER, TOLERANCE
 from compressor.widths import (
     MINIMUM,
@@ -46,11 +49,15 @@ POWER_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Scored:
-    """A graph's channels and what each class of them is worth, as it is before a step."""
+    """A graph's channels and what each class of them is worth, as it is before a step.
+
+    eliminations: of families, by their position; of `reconstruct` alone.
+    """
 
     algebra: Algebra
     costs: Costs
     importance: NDArray[np.float64]
+    eliminations: Mapping[int, Elimination] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,13 @@ class Prune(Pass):
     host. max_drop: prunes as far as the metric of --eval falls by at most so much (0.01: one point of top-1).
     A budget that cannot be reached is an error that says what can; `reach=best` goes as far as it gets.
 
-    criterion: what makes a channel important: `l2` or `l1` norm of its weights (batch norm counted in), `bn` (scale of
-    its batch norm), `fpgm` (distance to the layer's other filters), `apoz` (how often its activation is not zero),
-    `taylor` (what the loss does without it, to first order; of labels in the calibration data or of
-    loss=module:function), `sensitivity` (what the outputs do without the layer's weakest), `random`. `auto` is `l2`.
+    criterion: what makes a channel important: `reconstruct` (what the layers that read it lose once the channels that
+    are left have made up for it; it asks for calibration data, not for labels), `l2` or `l1` norm of its weights (batch
+    norm counted in), `bn` (scale of its batch norm), `fpgm` (distance to the layer's other filters), `apoz` (how often
+    its activation is not zero), `taylor` (what the loss does without it, to first order; of labels in the calibration
+    data or of loss=module:function), `sensitivity` (what the outputs do without the layer's weakest), `random`. `auto`
+    is `reconstruct` with calibration data, else `l2`. repair: with calibration data, the weights and biases that are
+    left are solved anew, layer by layer, to give what the model gave before: a step of its own, which states the loss.
     scope: `global` lets layers compete, `local` narrows all alike. steps: so many rounds, each scored anew.
 
     minimum: no layer gets narrower. align: widths of at least twice this stay multiples of it; the target's channel
@@ -89,8 +99,11 @@ class Prune(Pass):
     latency_ms: float | None = None
     max_drop: float | None = None
     reach: Literal["exact", "best"] = "exact"
-    criterion: Literal["auto", "l1", "l2", "bn", "fpgm", "apoz", "taylor", "sensitivity", "random"] = "auto"
+    criterion: Literal[
+        "auto", "reconstruct", "l1", "l2", "bn", "fpgm", "apoz", "taylor", "sensitivity", "random"
+    ] = "auto"
     loss: str | None = None
+    repair: bool = True
     scope: Literal["global", "local"] = "global"
     steps: int = 1
     minimum: int = MINIMUM
@@ -119,16 +132,22 @@ class Prune(Pass):
         )  # fmt: skip
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
-        """One `surgery` a step: channels go, weights stay as they are."""
+        """Two outcomes a step: `surgery`, where weights stay as they are, and `repair`, where nothing else changes."""
+        self._check(ctx)
         first = self._scored(graph, ctx)
         found = self._families(first, ctx)
         before, least = first.costs.before, least_shares(self._open(found), first.costs)
         goal = self.budget.goal(before, least)
+        numbers_count = self.max_drop is not None or self.steps > 1  # a stopwatch asks for widths alone
 
         def trial(amounts: Amounts) -> Graph:
             copy = graph.copy()
-            for _, narrowed in self._steps(copy, ctx, first, amounts):
-                remove(copy, _removed(narrowed))
+            for scored, narrowed in self._steps(copy, ctx, first, amounts):
+                cut = self._cut(copy, ctx, scored, narrowed, self.repair and numbers_count)
+                remove(copy, cut.removed)
+                if cut.tensors and ctx.calibration is not None:
+                    set_tensors(copy, scored.algebra, cut)
+                    restate_norms(copy, ctx.calibration)
             return copy
 
         self.budget.search(goal, graph, ctx, before, least["macs"], trial)
@@ -147,16 +166,42 @@ class Prune(Pass):
         for scored, narrowed in self._steps(graph, ctx, first, goal.amounts):
             chosen = narrowed[:left]
             left = None if left is None else left - len(chosen)
-            outcome = _surgery(graph, ctx, scored.algebra, chosen, tally)
+            original = graph.copy()
+            cut = self._cut(graph, ctx, scored, chosen, repair=self.repair)
+            outcome = _surgery(graph, ctx, scored.algebra, chosen, cut.removed, tally)
             outcome.declines, declines = declines, []
             yield outcome
+            if cut.tensors and ctx.calibration is not None:
+                set_tensors(graph, scored.algebra, cut)
+                yield _repair(graph, original, restate_norms(graph, ctx.calibration), cut)
+
+    def _check(self, ctx: Context) -> None:
+        if self.criterion == "reconstruct" and ctx.calibration is None:
+            raise UsageError(
+                "prune(criterion=reconstruct): needs calibration data: pass --calib, or take criterion=l2"
+            )
 
     def _criterion(self, ctx: Context) -> str:
         """What `auto` stands for."""
-        return "l2" if self.criterion == "auto" else self.criterion
+        if self.criterion != "auto":
+            return self.criterion
+        return "l2" if ctx.calibration is None else "reconstruct"
+
+    def _cut(
+        self, graph: Graph, ctx: Context, scored: Scored, narrowed: Sequence[Family], repair: bool
+    ) -> Rebuilt:
+        """The groups that these families lose, and new weights where they are to be repaired."""
+        if not repair or ctx.calibration is None or not narrowed:
+            return Rebuilt(_removed(narrowed), {}, [])
+        losses, free = [family.removed for family in narrowed], bool(scored.eliminations)
+        return rebuild(graph, scored.algebra, losses, free, ctx.calibration, ctx)
 
     def _scored(self, graph: Graph, ctx: Context) -> Scored:
         algebra = analyse(graph, norms=self.norms)
+        if self._criterion(ctx) == "reconstruct" and ctx.calibration is not None:
+            eliminations = survey(graph, algebra, ctx.calibration, ctx)
+            nothing = np.zeros(1 + max((g.index for g in algebra.groups), default=0))
+            return Scored(algebra, costs_of(graph, algebra), nothing, eliminations)
         loss = imported(self.loss, "prune(loss=...)") if self.loss else None
         data = CriteriaData(ctx.calibration, ctx.seed, loss, ctx.progress)
         return Scored(
@@ -167,7 +212,9 @@ class Prune(Pass):
         self, scored: Scored, ctx: Context, full: Mapping[tuple[Key, ...], int] = MappingProxyType({})
     ) -> list[Family]:
         multiple = self.align or ctx.target.channel_multiple
-        return families(scored.algebra, scored.costs, scored.importance, multiple, self.minimum, full)
+        return families(
+            scored.algebra, scored.costs, scored.importance, multiple, self.minimum, full, scored.eliminations
+        )
 
     def _steps(
         self, graph: Graph, ctx: Context, first: Scored, goal: Amounts
@@ -216,10 +263,14 @@ class Tally:
 
 
 def _surgery(
-    graph: Graph, ctx: Context, algebra: Algebra, narrowed: Sequence[Family], tally: Tally
+    graph: Graph,
+    ctx: Context,
+    algebra: Algebra,
+    narrowed: Sequence[Family],
+    groups: Sequence[Group],
+    tally: Tally,
 ) -> Outcome:
     """Removes what these families lost; the reference is the graph as it was, with the same channels masked."""
-    groups = _removed(narrowed)
     inputs = next(iter(ctx.held_out.limited(POWER_SAMPLES))).inputs
     reference, powers = masked(graph, groups), power(graph, groups, inputs)
     tolerance = TOLERANCE.get(graph.results[0].meta["val"].dtype, TOLERANCE[torch.float32])
@@ -231,6 +282,29 @@ def _surgery(
         rewrites=[_rewrite(family) for family in narrowed],
         facts=tally.add(graph, algebra, groups, sum(p >= POWER * tolerance for p in powers)),
     )
+
+
+def _repair(graph: Graph, original: Graph, norms: int, cut: Rebuilt) -> Outcome:
+    """New weights are in place; the reference is the graph before anything was removed."""
+    return Outcome(
+        step="repair",
+        contract=BOUNDED,
+        reference=original,
+        rewrites=[Rewrite(site, "solved anew for the channels that are left") for site in cut.repaired],
+        facts={"repaired": len(cut.repaired), "norms_restated": norms},
+    )
+
+
+def set_tensors(graph: Graph, algebra: Algebra, cut: Rebuilt) -> None:
+    """Puts new weights into a graph that the groups have been removed from."""
+    gone = algebra.removed(cut.removed)
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in cut.tensors:
+            value = cut.tensors[str(node.target)]
+            for axis, indices in gone.get(node.name, {}).items():
+                left = np.setdiff1d(np.arange(value.shape[axis]), indices)
+                value = value.index_select(axis, torch.from_numpy(left))
+            graph.set_tensor(node, value)
 
 
 def _removed(narrowed: Sequence[Family]) -> list[Group]:
