@@ -133,7 +133,7 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
     try:
         graph = capture_model(load_model(path, opt), None, opt)
     except CompressorError as error:
-        if not facts["adapters"]:
+        if groups or not facts["adapters"]:
             raise
         return facts | {"problem": str(error)}
     counts: dict[str, int] = {}

@@ -123,10 +123,11 @@ class Prune(Pass):
                 raise UsageError(f"prune({name}={getattr(self, name)}): {why}")
         if self.loss is not None and self.criterion != "taylor":
             raise UsageError(f"prune(loss={self.loss}): only criterion=taylor asks for a loss")
-        self.budget  # noqa: B018  which raises what is wrong with it
+        _ = self.budget
 
     @property
     def budget(self) -> Budget:
+        """UsageError where it is none."""
         return Budget(
             self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop,
             best=self.reach == "best",
@@ -139,13 +140,16 @@ class Prune(Pass):
         found = self._families(first, ctx)
         before, least = first.costs.before, least_shares(_open(found), first.costs)
         goal = self.budget.goal(before, least)
+        numbers_count = self.max_drop is not None or self.steps > 1  # a stopwatch asks for widths alone
 
         def trial(amounts: Amounts) -> Graph:
             copy = graph.copy()
             for scored, narrowed in self._steps(copy, ctx, first, amounts):
-                cut = self._cut(copy, ctx, scored, narrowed, repair=self.max_drop is not None)
+                cut = self._cut(copy, ctx, scored, narrowed, self.repair and numbers_count)
                 remove(copy, cut.removed)
-                set_tensors(copy, scored.algebra, cut)
+                if cut.tensors and ctx.calibration is not None:
+                    set_tensors(copy, scored.algebra, cut)
+                    restate_norms(copy, ctx.calibration)
             return copy
 
         self.budget.search(goal, graph, ctx, before, least["macs"], trial)

@@ -37,7 +37,7 @@ TIERS = [
     ["verify", "apart"],
     ["measure"],
     ["pipeline", "delivery"],
-    ["budgets", "survey"],
+    ["budgets", "survey", "stopwatch"],
     ["rebuild"],
     ["passes", "targets"],
     ["report", "registry", "opening"],
