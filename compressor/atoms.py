@@ -265,6 +265,11 @@ def _quotient(a: Any, b: Any) -> Any:
     """a / b if that is a whole number for every value of the symbols, None otherwise."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    return _symbolic_quotient(a, b)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a graph asks for the same few over and over
+def _symbolic_quotient(a: Any, b: Any) -> Any:
     ratio = sympy.cancel(sympy.sympify(a) / b)
     if ratio.is_Integer:
         return int(ratio)
