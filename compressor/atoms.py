@@ -41,6 +41,7 @@ class Reason(str):
 ONE = Reason("it has one slice only")
 DYNAMIC = Reason("its size is dynamic", "a fixed size: --input NAME:DTYPE[SIZES]")
 NORMS = "prune(norms=true) includes it"
+MERGE = "merge before prune makes one weight of what computes it"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Atoms:
         self.count = 0
         self.ties: list[tuple[Array, Array]] = []
         self.frozen: list[tuple[Array, str]] = []
+        self.settled: set[Node] = (
+            set()
+        )  # values that no input reaches: weights, and what is computed from them alone
         self.choices: list[Choice] = []
 
     # ---------------------------------------------------------------- what rules say
@@ -140,6 +144,10 @@ class Atoms:
                 self.freeze([array], axis)
             arrays.append(array)
         return np.concatenate(arrays)
+
+    def remedy(self, node: Node, otherwise: str) -> str:
+        """What frees channels that an operator needs whole: a weight that is computed from weights can be folded."""
+        return MERGE if node in self.settled else otherwise
 
     # ---------------------------------------------------------------- reshapes
 

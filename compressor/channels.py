@@ -77,7 +77,9 @@ class Algebra:
     they stand on the same axes, so that every width is a sum of whole families.
     """
 
-    def __init__(self, graph: Graph, axes: dict[Key, Array], reasons: Callable[[int], str], count: int) -> None:
+    def __init__(
+        self, graph: Graph, axes: dict[Key, Array], reasons: Callable[[int], str], count: int
+    ) -> None:
         """reasons: why a class stays, by its number; count: how many classes there are."""
         self.axes = axes
         self.macs_terms = list(_macs_terms(graph, axes))
