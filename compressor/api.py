@@ -19,6 +19,7 @@ from .errors import CompressorError
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams
 from .ops import kind, macs
+from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run, dtype_name, shape_of
 from .target import Target
@@ -117,7 +118,8 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         return _inspect_weights(path, adapters_of(path, opt.adapter))
     facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
     try:
-        graph = capture_model(load_model(path, opt), None, opt)
+        loaded = load_model(path, opt)
+        graph = capture_model(loaded, None, opt)
     except CompressorError as error:
         if not facts["adapters"]:
             raise
@@ -127,6 +129,9 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         if node.op == "call_function":
             name = str(node.target)
             counts[name] = counts.get(name, 0) + 1
+    earlier: dict[str, Any] = {}
+    if loaded.continued is not None:
+        earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
     return facts | {
         "adapters": facts["adapters"] or found_in(graph.tensors),
         "inputs": [shape_of(spec) for spec in graph.inputs],
@@ -136,7 +141,8 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         "bytes": measure.bytes_of(graph),
         "operators": dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))),
         "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
-        "notices": graph.notices,
+        "notices": [*loaded.notes, *graph.notices],
+        **earlier,
     }
 
 
@@ -168,6 +174,16 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
+
+
+def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
+    """One row for every pass in the receipt that a model came with."""
+    shown = ("pass", "config", "contract", "status", "params", "macs", "bytes")
+    return [
+        {"run": number, **{key: row.get(key, "") for key in shown}}
+        for number, run in enumerate(continued.runs, 1)
+        for row in run["rows"]
+    ]
 
 
 def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, Any]:

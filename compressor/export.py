@@ -6,15 +6,17 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .errors import CompressorError, UnsupportedError, UsageError
@@ -35,16 +37,36 @@ def load_program(data: bytes) -> ExportedProgram:
             raise
 
 
-def reexport(graph: Graph) -> ExportedProgram:
-    """The graph as an exported program again, with the dynamic axes that it came in with."""
+def reexport(graph: Graph, module: nn.Module | None = None) -> ExportedProgram:
+    """The graph as an exported program again, with the dynamic axes that it came in with.
+
+    module: what to export in its place, which takes the same inputs.
+    """
     dynamic = tuple(
         {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in graph.inputs
     )
     with torch.no_grad(), quiet():
         return torch.export.export(
-            graph.module.eval(), tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
+            (module or graph.module).eval(),
+            tuple(t.clone() for t in graph.example),
+            dynamic_shapes=dynamic,
+            strict=False,
         )
+
+
+def save_program(program: ExportedProgram, path: Path, extra: Mapping[str, str]) -> None:
+    """A `.pt2` file with extra text files in it. What operators came from is said without folders of this machine."""
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            kept = {
+                key: node.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in node.meta
+            }
+            if "stack_trace" in node.meta:
+                kept["stack_trace"] = re.sub(r'File "[^"]*[/\\\\]', 'File "', node.meta["stack_trace"])
+            node.meta = kept
+    with quiet():
+        torch.export.save(program, path, extra_files=dict(extra))
 
 
 @contextmanager
