@@ -53,12 +53,12 @@ def deliver(
 def check(graph: Graph, path: Path, batches: Sequence[Batch]) -> list[verify.Check]:
     """Outputs of the file against those of the graph, on every batch and on other sizes of every dynamic axis."""
     loaded = load(path)
+    if loaded.continued is None or loaded.continued.changed:
+        raise ContractError(f"{path.name} does not hold the receipt and the weights that were written")
     again = capture_model(loaded, None, Options())
     if (again.inputs, again.outputs) != (graph.inputs, graph.outputs):
         now, before = (f"{[*map(str, one.inputs)]} -> {[*one.outputs]}" for one in (again, graph))
         raise ContractError(f"{path.name} takes and returns {now}, and the graph {before}")
-    if loaded.continued is None or loaded.continued.changed:
-        raise ContractError(f"{path.name} does not hold the receipt and the weights that were written")
     samples = list(delivery.varied(graph, batches))
     reference = [graph.run(*one) for one in samples]
     checks = verify.compare(graph, reference, [again.run(*one) for one in samples])

@@ -169,7 +169,9 @@ def _typed(value: Any, schema: Any, where: str, depth: int = 0) -> Any:
             raise wrong
         return [_typed(one, schema[0], f"{where}[{i}]", depth + 1) for i, one in enumerate(value)]
     if isinstance(schema, dict):
-        if not isinstance(value, dict) or any(key not in value for key in _REQUIRED.get(id(schema), ())):
+        if not isinstance(value, dict) or any(
+            value.get(key) is None for key in _REQUIRED.get(id(schema), ())
+        ):
             raise wrong
         if str in schema:
             inner = schema[str]

@@ -10,18 +10,23 @@ auxiliary heads, parameters that no output depends on.
 from __future__ import annotations
 
 import copy
+import json
 import keyword
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from .errors import UnsupportedError, UsageError
+from . import receipt as receipts
+from .errors import OutputError, UnsupportedError, UsageError
+from .export import reexport, save_program
 from .ir import Graph, module_path
 from .ops import arguments, kind, set_argument
 from .pytrees import distinct
@@ -41,7 +46,8 @@ def trainable(graph: Graph, *, receipt: Mapping[str, Any] | None = None) -> Trai
 
     `.train()` and `.eval()` switch batch norm (statistics move in training only), dropout and recurrent dropout, of
     the whole or of a submodule (`module.layer1.bn1.eval()`). Submodules hold tensors and modes and are not called:
-    hooks on them do not run. `compress` takes the module, trained or not, and goes on from `receipt`.
+    hooks on them do not run. `compress` takes the module, trained or not, and goes on from `receipt`; so it does from
+    the file that `module.save("trained.pt2")` writes.
 
     UsageError for a graph that computes on integers.
     """
@@ -90,6 +96,25 @@ class Trainable(fx.GraphModule):
             else:
                 holder.register_buffer(leaf, made[name], persistent=name not in origin.constants)
 
+    def save(self, path: str | Path) -> None:
+        """Writes a .pt2 with the present weights and the receipt, from which `compress path` goes on.
+
+        OutputError where it cannot be written; an earlier file is replaced only by a whole one.
+        """
+        path = Path(path)
+        graph = graph_of(self)
+        program = reexport(graph, Trainable(graph, graph.tensors))
+        extra = {} if self.receipt is None else {receipts.MEMBER: json.dumps(self.receipt)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
+        try:
+            save_program(program, temporary, extra)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            raise OutputError(f"{path}: cannot be written: {reason}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Trainable:
         twin = Trainable.__new__(Trainable)
         memo[id(self)] = twin
@@ -104,8 +129,7 @@ class Trainable(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "this module is not pickled whole: save its state_dict(), or export it (torch.export.export, or "
-            "--emit pt2)"
+            "this module is not pickled whole: keep its state_dict(), or write it with save('trained.pt2')"
         )
 
 
@@ -129,7 +153,8 @@ def graph_of(module: Trainable) -> Graph:
         moved |= seen.shape != known.shape
     if moved:
         graph.reinfer()
-    counters = {name: _fetch(module, name).detach().cpu().clone() for name in graph.origin.counters}
+    standing = [name for name in graph.origin.counters if _is_read(graph, name)]
+    counters = {name: _fetch(module, name).detach().cpu().clone() for name in standing}
     graph.origin = replace(graph.origin, counters=counters)
     graph.check()
     return graph
