@@ -49,6 +49,9 @@ def trainable(graph: Graph, *, receipt: Mapping[str, Any] | None = None) -> Trai
     hooks on them do not run. `compress` takes the module, trained or not, and goes on from `receipt`; so it does from
     the file that `module.save("trained.pt2")` writes.
 
+    What evaluation left out does not come back: dropout inside attention, stochastic depth, auxiliary heads. Dropout
+    between two layers that `merge` made one, and all of it after `fold`, is gone too.
+
     UsageError for a graph that computes on integers.
     """
     if any(kind(node) in ("quantize", "dequantize") for node in graph.nodes):
