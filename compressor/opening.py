@@ -40,8 +40,8 @@ class Options:
     preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
     `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
-    measurements are replayed instead of taken. emit: formats to write beside ONNX: `pt2`. command: what to write in
-    the report.
+    measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
+    `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -62,6 +62,7 @@ class Options:
     tolerance: float | None = None
     measure: bool = True
     latency_table: str | Path | None = None
+    latency_cmd: str | None = None
     emit: str | Sequence[str] = ()
     print_after: Sequence[str] = ()
     stop_after: str | None = None

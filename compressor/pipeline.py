@@ -84,7 +84,9 @@ class Context:
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
     may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
     `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
-    measuring is switched off.
+    measuring is switched off, or the target is elsewhere and nobody said how to measure there.
+    latency: the same for a budget that the user gave in time, which is taken here if it must be; timed_on says where.
+    evaluate: the user's metric of a graph, higher is better; None where the user named none.
     """
 
     target: Target
@@ -93,6 +95,9 @@ class Context:
     seed: int = 0
     limit: int | None = None
     measure: Callable[..., list[float]] | None = None
+    latency: Callable[..., list[float]] | None = None
+    timed_on: str = "this host"
+    evaluate: Callable[[Graph], float] | None = None
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )
