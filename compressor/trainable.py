@@ -105,16 +105,17 @@ class Trainable(fx.GraphModule):
         OutputError where it cannot be written; an earlier file is replaced only by a whole one.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is no file that can be replaced: name another one")
         graph = graph_of(self)
         program = reexport(graph, Trainable(graph, graph.tensors))
         extra = {} if self.receipt is None else {receipts.MEMBER: json.dumps(self.receipt)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             save_program(program, temporary, extra)
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            raise OutputError(f"{path}: cannot be written: {reason}") from error
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

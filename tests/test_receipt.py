@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,13 +67,15 @@ def with_member(path: Path, text: bytes | None, copy: Path) -> Path:
             if not info.filename.endswith(f"extra/{receipt.MEMBER}"):
                 new.writestr(info.filename, old.read(info))
         if text is not None:
-            new.writestr(f"model/extra/{receipt.MEMBER}", text)
+            root = old.namelist()[0].split("/")[0]
+            new.writestr(f"{root}/extra/{receipt.MEMBER}", text)
     return copy
 
 
 def receipt_of(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(f"model/extra/{receipt.MEMBER}"))
+        (name,) = (one for one in archive.namelist() if one.endswith(f"/extra/{receipt.MEMBER}"))
+        return json.loads(archive.read(name))
 
 
 # -------------------------------------------------------------------- the file
@@ -211,8 +215,30 @@ def test_a_trained_module_goes_on_in_memory_and_from_its_file(
             assert torch.allclose(seen, expected[name], atol=1e-5)
     again = memory.trainable()
     assert [one["changed_before"] for one in again.receipt["history"]] == [False, True]
-    with pytest.raises(OutputError, match=r"nowhere/model.pt2: cannot be written"):
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_that_is_there(
+    pruned: compressor.Result, tmp_path: Path
+) -> None:
+    module = pruned.trainable()
+    with pytest.raises(
+        OutputError, match=r"cannot write \S*nowhere/\S*: No such file or directory; free space"
+    ):
         module.save(tmp_path / "nowhere" / "model.pt2")
+    with pytest.raises(OutputError, match="is no file that can be replaced"):
+        module.save(tmp_path)
+    (tmp_path / "model.pt2").write_text("old")
+    full = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, full[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write \S*model.pt2: File too large; free space"):
+            module.save(tmp_path / "model.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, full)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [one.name for one in tmp_path.iterdir()] == ["model.pt2"]
+    assert (tmp_path / "model.pt2").read_text() == "old"
 
 
 # -------------------------------------------------------------------- suspicion

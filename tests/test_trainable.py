@@ -185,6 +185,22 @@ def test_dropout_is_random_in_training_only(name: str, model: nn.Module, images:
     assert torch.equal(module(images), module(images))
 
 
+def test_modes_of_the_model_itself() -> None:
+    """A model that is one batch norm, and dropout as a function."""
+
+    class Functional(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x), 0.5, self.training)
+
+    images = torch.randn(8, 3, 4, 4)
+    model = settled(Functional(3), images)
+    module = trainable(capture(model, images))
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert torch.equal(module(images), module(images))
+    assert not torch.equal(module.train()(images), module(images))
+    assert module.num_batches_tracked == 5
+
+
 def test_other_modes_switch_too(images: Tensor) -> None:
     class Modes(nn.Module):
         """Instance norm with statistics, random leaks, and dropout between the layers of a recurrent network."""
