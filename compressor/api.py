@@ -1,4 +1,4 @@
-"""compress(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
+"""compress(), trainable(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run, dtype_name, shape_of
 from .target import Target
+from .trainable import Trainable
+from .trainable import trainable as as_module
 from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
+__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
 
 
 def compress(
@@ -66,6 +68,20 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def trainable(
+    model: nn.Module | ExportedProgram | str | Path, example_inputs: Any = None, **options: Any
+) -> Trainable:
+    """A module to train in your own loop, from the model.pt2 that `emit="pt2"` wrote or from any other model.
+
+    It is what `Result.trainable()` gives for a run in this process: see `compressor.trainable.trainable`. The receipt
+    in the file stays with it. model, example_inputs and options as for `compress`.
+    """
+    opt = Options.of(options)
+    loaded = load_model(model, opt)
+    graph = capture_model(loaded, example_inputs, opt)
+    return as_module(graph, receipt=loaded.continued.receipt if loaded.continued is not None else None)
 
 
 def verify(

@@ -7,8 +7,9 @@ Three steps, and the report of the last one goes back to the first:
     ...                              # your loop, your optimizer, your labels
     compressor.compress(module, passes="fold,int8", calibration=images)
 
-With files instead of Python: `compress MODEL --passes 'prune(macs=0.4)' --emit pt2` writes model.pt2, which
-`torch.export.load` reads, and `compress model.pt2 --passes fold,int8` goes on from it.
+With files instead of Python: `compress MODEL --passes 'prune(macs=0.4)' --emit pt2` writes model.pt2,
+`compressor.api.trainable("model.pt2")` is the module, `module.save("trained.pt2")` keeps what was trained, and
+`compress trained.pt2 --passes fold,int8 --calib DATA` goes on from it.
 
 The data are scikit-learn's handwritten digits, enlarged to 16x16. `python prune_finetune_int8.py EPOCHS` trains for
 so many epochs (default 10). Writes the folders digits-pruned and digits-int8 into the working directory.

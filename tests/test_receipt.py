@@ -217,6 +217,22 @@ def test_a_trained_module_goes_on_in_memory_and_from_its_file(
     assert [one["changed_before"] for one in again.receipt["history"]] == [False, True]
 
 
+def test_the_file_trains(pruned: compressor.Result, tmp_path: Path) -> None:
+    module = api.trainable(pruned.output / "model.pt2")
+    assert [*module.state_dict()] == [*Net().state_dict()]
+    assert module.receipt["history"][0]["model"]["sha256"] == sha256(pruned.output.parent / "net.pt2")
+    images = torch.randn(6, 3, 8, 8)
+    assert torch.equal(module(images)["logits"], pruned.graph.run(images)[0])
+    assert not torch.equal(module.train()(images)["logits"], module(images)["logits"])
+    assert module.bn1.num_batches_tracked == 2
+    module.save(tmp_path / "trained.pt2")
+    assert load(tmp_path / "trained.pt2").continued.changed
+    bare = api.trainable(pruned.output.parent / "net.pt2")
+    assert bare.receipt is None
+    bare.save(tmp_path / "bare.pt2")
+    assert load(tmp_path / "bare.pt2").continued is None
+
+
 def test_a_file_that_cannot_be_written_leaves_the_one_that_is_there(
     pruned: compressor.Result, tmp_path: Path
 ) -> None:
