@@ -55,7 +55,12 @@ def check(graph: Graph, path: Path, batches: Sequence[Batch]) -> list[verify.Che
     loaded = load(path)
     if loaded.continued is None or loaded.continued.changed:
         raise ContractError(f"{path.name} does not hold the receipt and the weights that were written")
-    again = capture_model(loaded, None, Options())
+    try:
+        again = capture_model(loaded, None, Options())
+    except UnsupportedError as error:
+        half = any(tensor.dtype in verify.HALF for tensor in graph.tensors.values())
+        hint = "; PyTorch rounds half precision otherwise than the graph: leave fp16 out of a model.pt2"
+        raise UnsupportedError(f"{path.name} is not proved: {error}{hint if half else ''}") from error
     if (again.inputs, again.outputs) != (graph.inputs, graph.outputs):
         now, before = (f"{[*map(str, one.inputs)]} -> {[*one.outputs]}" for one in (again, graph))
         raise ContractError(f"{path.name} takes and returns {now}, and the graph {before}")

@@ -21,7 +21,7 @@ from compressor import api, program, receipt
 from compressor.capture import capture
 from compressor.data import synthetic
 from compressor.delivery import sha256
-from compressor.errors import ContractError, FileError, OutputError, UsageError
+from compressor.errors import ContractError, FileError, OutputError, UnsupportedError, UsageError
 from compressor.load import load
 from compressor.report import read_report, write_report
 
@@ -130,6 +130,21 @@ def test_a_file_that_is_not_the_graph_is_not_delivered(pruned: compressor.Result
     bare = with_member(path, None, tmp_path / "model.pt2")
     with pytest.raises(ContractError, match="does not hold the receipt"):
         program.check(pruned.graph, bare, batches)
+
+
+def test_a_file_that_does_not_read_back_says_why(
+    pruned: compressor.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise UnsupportedError("capture changed the numbers")
+
+    monkeypatch.setattr(program, "capture_model", refuse)
+    with pytest.raises(UnsupportedError, match=r"^model.pt2 is not proved: capture changed the numbers$"):
+        program.check(pruned.graph, pruned.output / "model.pt2", [])
+    half = pruned.graph.copy()
+    half.tensors["head.bias"] = half.tensors["head.bias"].half()
+    with pytest.raises(UnsupportedError, match=r"rounds half precision otherwise .*: leave fp16 out"):
+        program.check(half, pruned.output / "model.pt2", [])
 
 
 def test_formats_are_words_or_lists(tmp_path: Path, run: Run) -> None:
