@@ -66,7 +66,8 @@ class Outcome:
     """What one step of a pass did.
 
     contract: how this step's numbers are judged, the pass's own if None. reference: the graph that a `masked`
-    step must equal (the original with masks at its readers). facts: small plain data for the report.
+    step must equal (the original with masks at its readers), or that a `bounded` step is compared with; the graph
+    before the step if None. facts: small plain data for the report.
     """
 
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -84,7 +85,8 @@ class Context:
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
     may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
     `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
-    measuring is switched off.
+    measuring is switched off. original: the graph before the first pass, to run and not to edit; for passes that
+    say `learns`, None for a run without one.
     """
 
     target: Target
@@ -93,6 +95,7 @@ class Context:
     seed: int = 0
     limit: int | None = None
     measure: Callable[..., list[float]] | None = None
+    original: Graph | None = None
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )
@@ -102,13 +105,15 @@ class Pass:
     """Base of all passes: a frozen dataclass whose fields are its whole configuration.
 
     after: passes that must stand before it in a spec when both are there. requires: passes that are inserted before
-    it when they are missing. run edits `graph` through its verbs and returns an Outcome, or yields several steps.
+    it when they are missing. learns: it reads `Context.original`. run edits `graph` through its verbs and returns an
+    Outcome, or yields several steps.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
     after: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[bool] = False
 
     def run(self, graph: Graph, ctx: Context) -> Outcome | Iterator[Outcome]:
         raise NotImplementedError
@@ -192,6 +197,8 @@ class Pipeline:
         except (IndexError, RuntimeError) as error:
             first = str(error).strip().split("\n")[0]
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
+        if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
+            ctx = dataclasses.replace(ctx, original=graph.copy())
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):
@@ -256,7 +263,9 @@ class _Judge:
             return "unchanged", []
         if not self.deterministic:
             contract = BOUNDED
-        base = outcome.reference if contract is MASKED and outcome.reference is not None else self.before
+        base = self.before
+        if outcome.reference is not None and contract is not EXACT:
+            base = outcome.reference
         seen = verify.observe(graph, self.batches)
         try:
             status, checks = self._judge(base, graph, contract, seen, where)
