@@ -40,13 +40,15 @@ State = dict[str, Tensor]
 
 @dataclass
 class Course:
-    """Where a run stands. step: the next one. seconds: spent so far. best: lowest held-out error, seen at `best_at`
-    of the schedule, with the state that gave it (None: what the student came with). errors: of every evaluation.
+    """Where a run stands. step: the next one. seconds: spent so far. best: lowest held-out error, with the state that
+    gave it (None: what the student came with). low: the lowest since learning began, seen at `low_at` of the
+    schedule: first steps may make worse what they start from. errors: of every evaluation.
     """
 
     before: float
     best: float
-    best_at: float = 0.0
+    low: float = math.inf
+    low_at: float = 0.0
     state: State | None = None
     step: int = 0
     seconds: float = 0.0
@@ -56,8 +58,10 @@ class Course:
 
     def look(self, error: float, at: float, state: Callable[[], State]) -> None:
         self.errors.append(error)
+        if at and error < self.low:
+            self.low, self.low_at = error, at
         if error < self.best:
-            self.best, self.best_at, self.state = error, at, state()
+            self.best, self.state = error, state()
 
 
 class Trainer:
@@ -83,7 +87,7 @@ class Trainer:
             advance(course.step)
             while not course.stopped:
                 fraction = self._fraction(course)
-                if fraction >= 1 or fraction - course.best_at > self.lesson.recipe.patience:
+                if fraction >= 1 or fraction - course.low_at > self.lesson.recipe.patience:
                     course.stopped = "end of the schedule" if fraction >= 1 else "no better held-out error"
                     break
                 epoch, at = divmod(course.step, self.per_epoch)
