@@ -1,112 +1,342 @@
-"""Prunes torchvision classifiers to 0.6 of their MACs and holds each against the mask oracle.
+"""Prunes a zoo of architectures to 0.6 of their MACs and holds each against the mask oracle.
 
-    python benchmarks/prune_zoo.py [MODEL ...]      one model at a time; a markdown table on standard output
+    python benchmarks/prune_zoo.py                       all of torchvision, timm's families, transformers
+    python benchmarks/prune_zoo.py resnet18 'timm/*'     those that a name or pattern picks
+    python benchmarks/prune_zoo.py --no-onnx             without emission (the longer half)
 
-Random weights with power (`tests/zoo.py`). Every pruned model must equal the masked original at 1e-5, its outputs at
-two batch sizes and every value inside at its own scale; and the ONNX file that it becomes must equal the pruned model
-at 1e-4 in ONNX Runtime, at three batch sizes. Exit code 1 where one does not.
+Random weights with power (`tests/zoo.py`), magnitude as the criterion. A model counts as *pruned, equal* when channels
+went and the result equals the masked original at 1e-5 of every output's scale, at two batch sizes, and at 1e-4 of the
+scale of every value inside, each by itself (in float64 where float32 rounds more), and the ONNX file equals the
+pruned graph at 1e-4 in ONNX Runtime. Every model runs in a process of its own with a time limit. Exit code 1 where a
+result is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
+import fnmatch
 import gc
+import json
+import math
+import os
 import platform
+import resource
+import select
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from zoo import torchvision_model, with_power  # noqa: E402
+from zoo import with_power  # noqa: E402  defines what torchvision needs, before it is imported
 
 from compressor import data, delivery, verify  # noqa: E402
 from compressor.capture import capture  # noqa: E402
-from compressor.channels import analyse  # noqa: E402
+from compressor.channels import Algebra, analyse  # noqa: E402
+from compressor.errors import CompressorError  # noqa: E402
 from compressor.ir import Graph  # noqa: E402
+from compressor.measure import parameters  # noqa: E402
+from compressor.ops import macs  # noqa: E402
 from compressor.pipeline import Context  # noqa: E402
 from passes.prune import Prune  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
-SHARE, TOLERANCE, SAMPLES = 0.6, 1e-5, 8
-MODELS = [
-    "resnet18",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "densenet121",
-    "shufflenet_v2_x1_0",
-    "squeezenet1_1",
-    "googlenet",
-    "efficientnet_b0",
-    "regnet_x_400mf",
-    "convnext_tiny",
-    "vit_b_16",
-]
-COLUMNS = (
-    "model", "nodes", "analysis s", "pass s", "MACs left", "pruned / groups", "error at outputs", "worst value inside",
-    "ONNX vs torch", "proved with power", "what stays",
-)  # fmt: skip
+SHARE, TOLERANCE, INSIDE, SAMPLES = 0.6, 1e-5, 1e-4, 8
+SECONDS = 300  # of processor time for one model
+SIGNALS = {
+    signal.SIGXCPU: f"over {SECONDS} s of processor time",
+    signal.SIGKILL: "killed: out of memory or time",
+}
+COLUMNS = {
+    "model": "model", "size": "M params / M MACs", "nodes": "nodes", "analysis": "analysis s", "seconds": "pass s",
+    "prunable": "prunable params", "left": "MACs left", "pruned": "groups pruned", "outputs": "error at outputs",
+    "inside": "worst value inside", "power": "proved / not", "onnx": "ONNX vs pruned graph", "verdict": "verdict",
+}  # fmt: skip
+EQUAL, REFUSED, UNCAPTURED, WRONG, FAILED = "pruned, equal", "refused", "does not capture", "WRONG", "failed"
+Row = dict[str, Any]
 
 
-def prune(name: str) -> tuple[str, float]:
-    """One row of the table, and the larger of its two errors."""
+def models() -> dict[str, Any]:
+    from model_zoo import timm_models, torchvision_models, transformers_models
+
+    return torchvision_models.models() | timm_models.models() | transformers_models.models()
+
+
+# -------------------------------------------------------------------- one model
+
+
+def measure(make: Any, emits: bool) -> Iterator[Row]:
+    """Everything that is known about one model, step by step, so that a crash leaves what came before it."""
     torch.manual_seed(0)
-    images = torch.randn(SAMPLES, 3, 224, 224)
-    graph = capture(with_power(torchvision_model(name), images), images[:2])
+    model, inputs = make()
+    try:
+        with_power(model, *inputs)
+        graph = capture(model, tuple(t[:2] for t in inputs))
+    except (CompressorError, RuntimeError, ValueError, TypeError) as error:
+        yield {"verdict": UNCAPTURED, "why": first_line(error)}
+        return
     start = time.perf_counter()
-    analyse(graph)
-    analysis = time.perf_counter() - start
+    algebra = analyse(graph)
+    yield {
+        "size": f"{parameters(graph) / 1e6:.1f} / {macs(graph) / 1e6:.0f}",
+        "nodes": len(graph.nodes),
+        "analysis": f"{time.perf_counter() - start:.2f}",
+        "prunable": f"{prunable(algebra):.0%}",
+    }
+    yield from pruned(graph, inputs, emits)
+
+
+def pruned(graph: Graph, inputs: Sequence[Tensor], emits: bool) -> Iterator[Row]:
+    dense, start = graph.copy(), time.perf_counter()
     held_out = data.synthetic(graph.inputs, graph.example, samples=SAMPLES)
-    nodes, start = len(graph.nodes), time.perf_counter()
-    (outcome,) = Prune(macs=SHARE).run(graph, Context(target=CPU, held_out=held_out))
-    seconds = time.perf_counter() - start
-    reference, facts = outcome.reference, outcome.facts
-    assert reference is not None
-    outputs = max(errors(reference, graph, images))
-    inside = max(c.error for c in verify.compare_values(reference, graph, [images[:2]]))
-    emitted = emission(graph, images)
-    stays = ", ".join(f"{count} {reason}" for reason, count in list(facts["frozen"].items())[:3])
-    cells = (
-        name, nodes, f"{analysis:.2f}", f"{seconds:.1f}", f"{facts['macs']:.3f}",
-        f"{facts['pruned']} / {facts['groups']}", f"{outputs:.1e}", f"{inside:.1e}",
-        f"{emitted:.1e}", f"{facts['proved_with_power'] / max(1, facts['pruned']):.1%}", stays,
-    )  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |", max(outputs, inside)
+    try:
+        (outcome,) = Prune(macs=SHARE, criterion="l2", reach="best").run(
+            graph, Context(target=CPU, held_out=held_out)
+        )
+    except CompressorError as error:
+        yield {"verdict": FAILED, "why": first_line(error)}
+        return
+    facts, reference = outcome.facts, outcome.reference
+    if not facts["pruned"] or reference is None:
+        reasons = ", ".join(f"{count} groups: {reason}" for reason, count in facts["frozen"].items())
+        yield {"verdict": REFUSED, "why": reasons or "no axis with a channel of its own"}
+        return
+    graph.clean()
+    yield {
+        "seconds": f"{time.perf_counter() - start:.1f}",
+        "left": f"{facts['macs']:.3f}",
+        "pruned": f"{facts['pruned']} / {facts['groups']}",
+        "power": f"{facts['proved_with_power']} / {facts['pruned'] - facts['proved_with_power']}",
+    }
+    outputs, inside, note = compared(reference, graph, inputs)
+    equal = outputs <= TOLERANCE and inside <= INSIDE
+    yield {
+        "outputs": f"{outputs:.1e}{note}",
+        "inside": f"{inside:.1e}{note}",
+        "verdict": EQUAL if equal else WRONG,
+        "why": "" if facts["macs"] <= SHARE + 1e-9 else "0.6 is out of reach",
+    }
+    if emits and equal:
+        yield emitted(dense, graph, inputs)
 
 
-def errors(reference: Graph, graph: Graph, images: torch.Tensor) -> Iterator[float]:
-    """Relative errors of the outputs at two batch sizes."""
-    for batch in (images[:2], images[2:7]):
-        for expected, seen in zip(reference.run(batch), graph.run(batch), strict=True):
-            yield float((expected - seen).abs().max() / expected.abs().max())
+def prunable(algebra: Algebra) -> float:
+    """Share of the parameters that lie on a channel which could go, on one axis at least."""
+    able = {group.index for group in algebra.groups if not group.reason}
+    total = stays = 0.0
+    for term in algebra.parameter_terms:
+        rest = term.base
+        for key in term.axes:
+            rest *= float(np.mean([c not in able for c in algebra.axes[key].tolist()]))
+        total, stays = total + term.base, stays + rest
+    return 1 - stays / total if total else 0.0
 
 
-def emission(graph: Graph, images: torch.Tensor) -> float:
-    """Worst relative error of the ONNX file; ContractError over 1e-4."""
-    with tempfile.TemporaryDirectory() as folder:
-        emitted = delivery.deliver(graph, CPU, Path(folder), {}, {})
-        return max(c.error for c in delivery.check_emitted(graph, emitted, [data.Batch((images[:3],))]))
+def compared(reference: Graph, graph: Graph, inputs: Sequence[Tensor]) -> tuple[float, float, str]:
+    """Worst errors of outputs and of values inside, and a note; in float64 where float32 rounds too much."""
+    outputs, inside = errors(reference, graph, inputs)
+    if outputs <= TOLERANCE and inside <= INSIDE:
+        return outputs, inside, ""
+    wide = (verify.widened(reference, torch.float64), verify.widened(graph, torch.float64))
+    outputs, inside = errors(*wide, inputs)
+    return outputs, inside, " (float64)"
 
 
-def main(names: list[str]) -> int:
-    print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; prune(macs={SHARE}), target {CPU.name}\n"
+def errors(reference: Graph, graph: Graph, inputs: Sequence[Tensor]) -> tuple[float, float]:
+    static = any(not isinstance(spec.shape[0], str) for spec in graph.inputs if spec.shape)
+    samples = (
+        [tuple(t[:2] for t in inputs)]
+        if static
+        else [tuple(t[:2] for t in inputs), tuple(t[:3] for t in inputs)]
     )
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    failed = False
-    for name in names or MODELS:
-        row, error = prune(name)
-        failed |= not error <= TOLERANCE
-        print(row, flush=True)
+    outputs = 0.0
+    for batch in samples:
+        for expected, seen in zip(reference.run(*batch), graph.run(*batch), strict=True):
+            outputs = max(outputs, relative(expected, seen))
+    inside = max((c.error for c in verify.compare_values(reference, graph, samples[0])), default=0.0)
+    return outputs, inside
+
+
+def relative(expected: Tensor, seen: Tensor) -> float:
+    if expected.shape != seen.shape:
+        return math.inf
+    if not expected.is_floating_point():
+        return float((expected != seen).float().mean())
+    if not (torch.isfinite(expected).all() and torch.isfinite(seen).all()):
+        return math.inf if not torch.equal(torch.isfinite(expected), torch.isfinite(seen)) else 0.0
+    return float((expected - seen).abs().max() / (expected.abs().max() or 1.0))
+
+
+def emitted(dense: Graph, graph: Graph, inputs: Sequence[Tensor]) -> Row:
+    """Error of the file in ONNX Runtime; where it does not emit, whether the original does."""
+    try:
+        return {"onnx": f"{file_error(graph, inputs):.1e}"}
+    except (CompressorError, RuntimeError) as error:
+        why = first_line(error)
+    try:
+        file_error(dense, inputs)
+    except (CompressorError, RuntimeError):
+        return {"onnx": "neither it nor the original emits", "note": why}
+    return {"onnx": "differs", "verdict": WRONG, "why": f"emission: {why}"}
+
+
+def file_error(graph: Graph, inputs: Sequence[Tensor]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        file = delivery.deliver(graph, CPU, Path(folder), {}, {})
+        static = any(not isinstance(spec.shape[0], str) for spec in graph.inputs if spec.shape)
+        batch = data.Batch(tuple(t[: 2 if static else 3] for t in inputs))
+        return max(c.error for c in delivery.check_emitted(graph, file, [batch]))
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+# -------------------------------------------------------------------- a process each
+
+
+def isolated(make: Any, emits: bool) -> Row:
+    """The row of one model, measured in a child; whatever becomes of the child, there is a row."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(writer, make, emits)
+    os.close(writer)
+    row = _received(reader, child)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and "verdict" not in row:
+        name = {
+            signal.SIGXCPU: f"over {SECONDS} s of processor time",
+            signal.SIGKILL: "killed: out of memory or time",
+        }
+        row |= {
+            "verdict": FAILED,
+            "why": name.get(signal.Signals(os.WTERMSIG(status)), f"signal {os.WTERMSIG(status)}"),
+        }
+    return row
+
+
+def _child(writer: int, make: Any, emits: bool) -> None:
+    """Never returns. Rows go out as lines of JSON; memory runs out here first, not in the parent."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("900")
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        with os.fdopen(writer, "w", buffering=1) as out:
+            try:
+                for part in measure(make, emits):
+                    print(json.dumps(part), file=out)
+            except Exception as error:
+                traceback.print_exc()
+                print(
+                    json.dumps({"verdict": FAILED, "why": f"{type(error).__name__}: {first_line(error)}"}),
+                    file=out,
+                )
+    finally:
+        os._exit(0)
+
+
+def _received(reader: int, child: int) -> Row:
+    row, text, deadline = {}, b"", time.monotonic() + 4 * SECONDS
+    while True:
+        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+            break
+        piece = os.read(reader, 1 << 16)
+        if not piece:
+            break
+        text += piece
+    os.close(reader)
+    for line in text.decode().splitlines():
+        row |= json.loads(line)
+    return row
+
+
+# -------------------------------------------------------------------- the table
+
+
+def shown(name: str, row: Row) -> str:
+    row = {**row, "model": name}
+    if row.get("why"):
+        row["verdict"] = f"{row['verdict']}: {row['why']}"
+    if row.get("note"):
+        row["onnx"] = f"{row['onnx']} ({row['note']})"
+    return f"| {' | '.join(str(row.get(key, '')).replace('|', '/') for key in COLUMNS)} |"
+
+
+def summary(rows: Mapping[str, Row]) -> Iterator[str]:
+    verdicts = Counter(row.get("verdict", FAILED) for row in rows.values())
+    captured = len(rows) - verdicts[UNCAPTURED]
+    equal = verdicts[EQUAL]
+    yield (
+        f"{len(rows)} models, {captured} capture; **{equal} pruned and equal ({equal / max(1, captured):.1%} of "
+        f"those that capture)**, {verdicts[REFUSED]} refused, {verdicts[FAILED]} failed loudly, {verdicts[WRONG]} "
+        f"wrong."
+    )
+    proved = [int(part) for row in rows.values() if "power" in row for part in str(row["power"]).split(" / ")]
+    yield f"Groups that went: {sum(proved[::2]):,} proved with power, {sum(proved[1::2]):,} not proved."
+    for verdict in (WRONG, FAILED, REFUSED, UNCAPTURED):
+        for name, row in rows.items():
+            if row.get("verdict") == verdict:
+                yield f"- {name}: {verdict}: {row.get('why', '')}"
+    for name, row in rows.items():
+        if row.get("verdict") == EQUAL and row.get("why"):
+            yield f"- {name}: {EQUAL}, but {row['why']}: {row['left']} of the MACs are left"
+
+
+def chosen(patterns: Sequence[str]) -> dict[str, Any]:
+    everything = models()
+    if not patterns:
+        return everything
+    picked = {n: m for n, m in everything.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+    if not picked:
+        sys.exit(f"no model is called {', '.join(patterns)}; there are {', '.join(everything)}")
+    return picked
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help="names or patterns")
+    parser.add_argument("--no-onnx", action="store_true", help="do not emit")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a process with threads cannot be forked
+    picked = chosen(options.models)
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread, "
+        f"Python {platform.python_version()}, torch {torch.__version__}; prune(macs={SHARE},criterion=l2), "
+        f"target {CPU.name}\n"
+    )
+    print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    rows: dict[str, Row] = {}
+    for name, make in picked.items():
+        rows[name] = isolated(make, not options.no_onnx)
+        print(shown(name, rows[name]), flush=True)
         gc.collect()
-    return int(failed)
+    print("", *summary(rows), sep="\n")
+    return int(any(row.get("verdict") == WRONG for row in rows.values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

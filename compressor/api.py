@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
 from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
 from .adapters import found_in
+from .budgets import costs_of
+from .channels import analyse
 from .delivery import CPU
 from .emit import companion_of
-from .errors import CompressorError
+from .errors import CompressorError, UsageError
+from .ir import Graph
+from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams
 from .ops import kind, macs
 from .registry import passes, targets
 from .run import Result, Run, dtype_name, shape_of
 from .target import Target
+from .widths import MINIMUM, families, least_shares
 
 __all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
 
@@ -103,17 +109,25 @@ def verify(
     }
 
 
-def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
+def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
+
+    groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
     """
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
+        if groups:
+            raise UsageError(
+                f"{path}: --groups is for a PyTorch model, or the report.json of a run that pruned it"
+            )
         return _inspect_onnx(path)
     opt = Options.of(options)
     if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
+        if groups:
+            raise UsageError(f"{path}: --groups needs the architecture too: --model file.py:FACTORY")
         return _inspect_weights(path, adapters_of(path, opt.adapter))
     facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
     try:
@@ -137,6 +151,7 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         "operators": dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))),
         "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
         "notices": graph.notices,
+        **(_groups(graph, registry.target("cpu")) if groups else {}),
     }
 
 
@@ -168,6 +183,16 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
+
+
+def _groups(graph: Graph, target: Target) -> dict[str, Any]:
+    """The ledger of a graph that nothing was taken from, and the shares of it that pruning must leave."""
+    algebra = analyse(graph)
+    costs = costs_of(graph, algebra)
+    unknown = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1))
+    found = families(algebra, costs, unknown, target.channel_multiple, MINIMUM)
+    entries = Ledger(graph, algebra, costs, found).entries()
+    return {"least": least_shares(found, costs), "groups": [entry.to_dict(names=True) for entry in entries]}
 
 
 def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,8 +26,21 @@ Array = NDArray[np.int64]
 Axis = Union[Array, str]  # noqa: UP007  an alias is evaluated, and Python 3.10 cannot write it with a bar
 Carrier = Literal["head", "head_dim"]
 
-ONE = "it has one slice only"
-DYNAMIC = "its size is dynamic"
+
+class Reason(str):
+    """Why slices stay: a sentence with the operator and module that need them; `remedy` says what would free them."""
+
+    remedy: str
+
+    def __new__(cls, text: str, remedy: str = "") -> Reason:
+        reason = super().__new__(cls, text)
+        reason.remedy = remedy
+        return reason
+
+
+ONE = Reason("it has one slice only")
+DYNAMIC = Reason("its size is dynamic", "a fixed size: --input NAME:DTYPE[SIZES]")
+NORMS = "prune(norms=true) includes it"
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,17 @@ class Atoms:
     """Everything that the rules have said so far.
 
     axes: of every tensor. parts: of every value that is a list of tensors. given_up[(node, axis)]: how many carriers
-    of that reshape turned out to be frozen in an earlier reading.
+    of that reshape turned out to be frozen in an earlier reading. norms: channels may go from under a normalisation,
+    which then takes its statistics over those that are left.
     """
 
     def __init__(
-        self, carrier: Carrier = "head_dim", given_up: Mapping[tuple[str, int], int] | None = None
+        self,
+        carrier: Carrier = "head_dim",
+        given_up: Mapping[tuple[str, int], int] | None = None,
+        norms: bool = False,
     ) -> None:
-        self.carrier, self.given_up = carrier, dict(given_up or {})
+        self.carrier, self.given_up, self.norms = carrier, dict(given_up or {}), norms
         self.axes: dict[Node, list[Axis]] = {}
         self.parts: dict[Node, list[list[Axis]]] = {}
         self.count = 0
@@ -188,9 +205,10 @@ class Atoms:
         return order if self.carrier == "head_dim" else order[1:] + order[:1]
 
 
-def why(node: Node, text: str) -> str:
+def why(node: Node, text: str, remedy: str = "") -> Reason:
     """`it is reduced (mean.dim at head.pool)`"""
-    return f"{text} ({operator_name(node).removeprefix('aten.').removesuffix('.default')} at {site(node)})"
+    name = operator_name(node).removeprefix("aten.").removesuffix(".default")
+    return Reason(f"{text} ({name} at {site(node)})", remedy or getattr(text, "remedy", ""))
 
 
 def is_one(size: Any) -> bool:

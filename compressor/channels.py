@@ -48,7 +48,8 @@ class Group:
     """One class of tied slices. It is removed whole or not at all.
 
     sites: module paths of the operators that compute it. parameters, macs: what removing it alone saves.
-    reason: why it cannot be removed; empty for a group that can.
+    reason: why it cannot be removed, with the operator and module that need it; empty for a group that can.
+    remedy: what would free it, where something would.
     """
 
     index: int
@@ -57,6 +58,10 @@ class Group:
     macs: int
     reason: str
     algebra: Algebra = field(repr=False)
+
+    @property
+    def remedy(self) -> str:
+        return getattr(self.reason, "remedy", "")
 
     @property
     def slices(self) -> list[Slice]:
@@ -128,15 +133,17 @@ class Algebra:
         return [(where, reason, number) for (where, reason), number in counts.most_common()]
 
 
-def analyse(graph: Graph, carrier: Carrier = "head_dim") -> Algebra:
+def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) -> Algebra:
     """The channel algebra of a graph.
 
     carrier: which axis carries the atoms where a reshape makes several of one (`atoms.py`). A carrier that cannot be
-    removed is given up for the next, and the graph is read again.
+    removed is given up for the next, and the graph is read again. norms: whether channels may go from under a
+    normalisation (layer, RMS and group norm, a mean or a norm over channels): its statistics are then taken over
+    those that are left, which is another promise than that of a mask (`oracle.py`).
     """
     given_up: dict[Key, int] = {}
     for _ in range(ROUNDS):
-        atoms = Atoms(carrier, given_up)
+        atoms = Atoms(carrier, given_up, norms)
         read(graph, atoms)
         labels = _components(atoms.count, atoms.ties)
         first = _first_reason(labels, atoms.frozen)

@@ -143,7 +143,7 @@ class Graph:
         Floats are cast to the precision that the graph takes.
         """
         env: dict[Node, Any] = {}
-        last = _last_uses(self.graph)
+        last = last_uses(self.graph)
         feed = iter([as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
             value = env[node] = next(feed) if node.op == "placeholder" else self.execute(node, env)
@@ -462,7 +462,7 @@ def _mutates(node: Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
     """node -> values that no later node reads."""
     seen: set[Node] = set()
     last: dict[Node, list[Node]] = {}

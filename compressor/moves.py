@@ -13,6 +13,8 @@ from .atoms import DYNAMIC, ONE, Atoms, Axis, is_one, why
 from .ir import operator_name
 from .ops import arguments, is_static, is_tensor, kind, shape
 
+RULE = "a rule for this operator (CONTRIBUTING.md, Add an operator)"
+
 
 def opaque(t: Atoms, node: Node) -> list[Axis]:
     """Nothing is known: everything that it touches stays as it is."""
@@ -21,7 +23,7 @@ def opaque(t: Atoms, node: Node) -> list[Axis]:
 
 def opaque_parts(t: Atoms, node: Node) -> list[list[Axis]]:
     """The same for an operator with several results: the axes of each."""
-    reason = why(node, "no rule for this operator")
+    reason = why(node, "no rule for this operator", RULE)
     for source in node.all_input_nodes:
         for axes in [t.axes.get(source, []), *t.parts.get(source, [])]:
             t.freeze(axes, reason)

@@ -37,7 +37,8 @@ class Options:
     preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
     `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
-    measurements are replayed instead of taken. command: what to write in the report.
+    measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
+    `device`. command: what to write in the report.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -58,6 +59,7 @@ class Options:
     tolerance: float | None = None
     measure: bool = True
     latency_table: str | Path | None = None
+    latency_cmd: str | None = None
     print_after: Sequence[str] = ()
     stop_after: str | None = None
     limit: Mapping[str, int] = field(default_factory=dict)

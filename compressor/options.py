@@ -93,6 +93,13 @@ compiling = _all(
         metavar="REPORT",
         help="Replay what an earlier run measured (its report.json), so that the same decisions are made again.",
     ),
+    click.option(
+        "--latency-cmd",
+        metavar="CMD",
+        help="Measure on the device: a shell command with {onnx} for the path of the model, whose last printed number "
+        "is milliseconds: 'sh examples/latency_over_adb.sh {onnx}', or 'scp -q {onnx} pi:m.onnx && ssh pi python3 "
+        "bench.py m.onnx'.",
+    ),
 )
 
 debugging = _all(

@@ -2,6 +2,7 @@
 
 The masked original: just before every contraction, its operand is multiplied by 0 where slices were removed. Masking
 at the reader, after every pointwise operator, makes a removed channel add nothing whatever relu(0) or sigmoid(0) is.
+Where channels go from under a normalisation, it takes its statistics over those that are left (`masked_norms.py`).
 It is built from the slices of the groups on the unmodified graph; no code of `surgery.py` is called.
 """
 
@@ -19,6 +20,7 @@ from torch.fx import Node
 from .atoms import Array
 from .channels import Group, contracted
 from .ir import Graph
+from .masked_norms import mask_norms
 from .ops import arguments, contractions, is_constant, kind, shape
 
 Floats = NDArray[np.float64]
@@ -38,6 +40,7 @@ def masked(graph: Graph, groups: Sequence[Group]) -> Graph:
             if (operand, axis) not in made:
                 made[operand, axis] = _mask(twin, operand, axis, gone)
             reader.replace_input_with(operand, made[operand, axis])
+    mask_norms(twin, removed)
     return twin
 
 

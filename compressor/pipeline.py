@@ -65,9 +65,9 @@ class Decline:
 class Outcome:
     """What one step of a pass did.
 
-    contract: how this step's numbers are judged, the pass's own if None. reference: the graph that a `masked`
-    step must equal (the original with masks at its readers), or that a `bounded` step is compared with; the graph
-    before the step if None. facts: small plain data for the report.
+    contract: how this step's numbers are judged, the pass's own if None. reference: the graph to compare with where
+    that is not the graph before the step: the original with masks at its readers (`masked`), or the graph before an
+    earlier step, whose loss this one is to mend (`bounded`). facts: small plain data for the report.
     """
 
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -85,8 +85,10 @@ class Context:
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
     may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
     `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
-    measuring is switched off. original: the graph before the first pass, to run and not to edit; for passes that
-    say `learns`, None for a run without one.
+    measuring is switched off, or the target is elsewhere and nobody said how to measure there.
+    latency: the same for a budget that the user gave in time, which is taken here if it must be; timed_on says where.
+    evaluate: the user's metric of a graph, higher is better; None where the user named none.
+    original: the graph before the first pass, to run and not to edit; for passes that say `learns`, else None.
     """
 
     target: Target
@@ -96,6 +98,9 @@ class Context:
     limit: int | None = None
     measure: Callable[..., list[float]] | None = None
     original: Graph | None = None
+    latency: Callable[..., list[float]] | None = None
+    timed_on: str = "this host"
+    evaluate: Callable[[Graph], float] | None = None
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )
@@ -263,9 +268,7 @@ class _Judge:
             return "unchanged", []
         if not self.deterministic:
             contract = BOUNDED
-        base = self.before
-        if outcome.reference is not None and contract is not EXACT:
-            base = outcome.reference
+        base = self.before if outcome.reference is None or contract is EXACT else outcome.reference
         seen = verify.observe(graph, self.batches)
         try:
             status, checks = self._judge(base, graph, contract, seen, where)
@@ -283,13 +286,15 @@ class _Judge:
     def _judge(
         self, base: Graph, graph: Graph, contract: Contract, seen: list[verify.Outputs], where: str
     ) -> tuple[str, list[verify.Check]]:
-        reference, wrong, tolerance = self.last, None, self.tolerance
+        reference, wrong, tolerance, floor = self.last, None, self.tolerance, verify.FAIL_DB
         if base is not self.before:
             reference, wrong = verify.observe(base, self.batches), self.last
+            # What an earlier step lost is not this one's to answer for, unless it makes it worse.
+            floor = min(floor, *(c.sqnr_db for c in verify.compare(base, reference, wrong) if not c.discrete))
         if contract is EXACT and self.precise is not None:
             reference, tolerance = self.precise, verify.half_tolerance(graph, self.precise, self.last)
         checks = verify.compare(base, reference, seen, wrong, tolerance)
-        return self._conclude(base, graph, contract, checks, where)
+        return self._conclude(base, graph, contract, checks, where, floor)
 
     def _judge_in_double(
         self, base: Graph, graph: Graph, contract: Contract, where: str
@@ -310,8 +315,9 @@ class _Judge:
         return self._conclude(base, after, contract, checks, where)
 
     def _conclude(
-        self, base: Graph, graph: Graph, contract: Contract, checks: list[verify.Check], where: str
-    ) -> tuple[str, list[verify.Check]]:
+        self, base: Graph, graph: Graph, contract: Contract, checks: list[verify.Check], where: str,
+        floor: float = verify.FAIL_DB,
+    ) -> tuple[str, list[verify.Check]]:  # fmt: skip
         """Status and checks; ContractError names the first operator whose value went wrong."""
         inside = verify.Inside()
         if contract is not BOUNDED:
@@ -323,7 +329,7 @@ class _Judge:
             loosest = max(tolerances, default=verify.TOLERANCE[torch.float32])
             inside = verify.look_inside(base, graph, sample, 10 * loosest)
         try:
-            status = verify.judge(contract, checks, where)
+            status = verify.judge(contract, checks, where, floor)
         except ContractError as error:
             raise ContractError(f"{error}{_culprit(inside.wrong)}") from None
         if inside.wrong is not None and self.precise is None:

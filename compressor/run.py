@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, __version__, delivery, emit, measure, registry, report
+from . import TESTED_TORCH, __version__, delivery, device, emit, measure, registry, report
 from . import verify as contracts
 from .data import Batch, Data
 from .emit import Emitted, companion_of
@@ -55,6 +55,7 @@ class Run:
         self.large = False
         self.evaluator: Evaluator | None = None
         self.stopwatch: dict[str, list[float]] = _latency_table(opt.latency_table)
+        self.latency_cmd = device.checked(opt.latency_cmd)
         self.metric: dict[str, float] = {}
         self.timed: dict[str, Emitted] = {}
         self.facts: dict[str, Any] = {}
@@ -108,7 +109,10 @@ class Run:
                 held_out,
                 statistics,
                 opt.seed,
-                measure=self.measure if opt.measure and not self.target.elsewhere else None,
+                measure=self.measure if opt.measure and not self.elsewhere else None,
+                latency=self.measure if opt.measure else None,
+                timed_on=self.timed_on,
+                evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
             rows = self.pipeline.run(graph, ctx)
@@ -179,11 +183,15 @@ class Run:
         if self.opt.measure:
             files = {"model": emitted} | ({"float": baseline} if baseline is not None else {})
             with self.step("timing"):
-                made["latency"] = delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
-            if self.target.elsewhere:
-                notes = ("timed on this host, not on the target", made["latency"].get("note"))
+                made["latency"] = self.latencies(files, graph)
+            if self.elsewhere or self.latency_cmd:
+                notes = (f"timed on {self.timed_on}", made["latency"].get("note"))
                 made["latency"]["note"] = "; ".join(filter(None, notes))
-            elif made["latency"].get("ratio", 1.0) < 0.97 and made["latency"]["spread"][1] < 1:
+            if (
+                not self.elsewhere
+                and made["latency"].get("spread", [1, 1])[1] < 1
+                and made["latency"]["ratio"] < 0.97
+            ):
                 self.notices.append(
                     f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
                     "leave out the pass that does not pay"
@@ -195,6 +203,11 @@ class Run:
         for row in rows:
             if row.status == "not proved":
                 self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
+            if "latency" in row.facts:
+                one = row.facts["latency"]
+                self.notices.append(
+                    f"{row.config}: {one['before_ms']:.3g} -> {one['after_ms']:.3g} ms, timed on {one['timed_on']}"
+                )
         low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
         if low is not None:
             self.notices.append(
@@ -258,7 +271,9 @@ class Run:
     def measure(self, *graphs: Graph) -> list[float]:
         """Median milliseconds of one run of each graph, timed in turns: batch 1, one thread."""
         prints = [graph.fingerprint() for graph in graphs]
-        key = f"{self.target.name}:{'+'.join(prints)}"
+        if self.latency_cmd is not None and len(graphs) > 1:  # a device is asked for one at a time
+            return [self.measure(graph)[0] for graph in graphs]
+        key = f"{self.clock}:{'+'.join(prints)}"
         if key not in self.stopwatch:
             for graph, print_ in zip(graphs, prints, strict=True):
                 if print_ not in self.timed:
@@ -266,9 +281,41 @@ class Run:
                     plain = dataclasses.replace(self.target, formats=("onnx",))
                     self.timed[print_] = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
             files = {p: self.timed[p] for p in prints}
-            found = delivery.latencies(files, graphs[0].example, seconds=len(files) * TIMING_SECONDS)
-            self.stopwatch[key] = [found[p]["median_ms"] for p in prints]
+            if self.latency_cmd is not None:
+                self.stopwatch[key] = [device.milliseconds(self.latency_cmd, files[p].path) for p in prints]
+            else:
+                found = delivery.latencies(files, graphs[0].example, seconds=len(files) * TIMING_SECONDS)
+                self.stopwatch[key] = [found[p]["median_ms"] for p in prints]
         return self.stopwatch[key]
+
+    def latencies(self, files: Mapping[str, Emitted], graph: Graph) -> dict[str, Any]:
+        """What was emitted against the original, by the user's command where there is one."""
+        if self.latency_cmd is None:
+            return delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
+        found = {name: device.milliseconds(self.latency_cmd, e.path) for name, e in files.items()}
+        ratio = {"ratio": found["float"] / found["model"]} if "float" in found else {}
+        return {name: {"median_ms": ms} for name, ms in found.items()} | ratio
+
+    @property
+    def elsewhere(self) -> bool:
+        """True where the target is another machine and nobody said how to measure there."""
+        return self.target.elsewhere and self.latency_cmd is None
+
+    @property
+    def timed_on(self) -> str:
+        if self.latency_cmd is not None:
+            return "the device, by --latency-cmd"
+        return "this host, not on the target" if self.elsewhere else "this host"
+
+    @property
+    def clock(self) -> str:
+        """What the entries of the latency table were taken by."""
+        return self.target.name if self.latency_cmd is None else f"{self.target.name}, {self.latency_cmd}"
+
+    def evaluate(self, graph: Graph) -> float:
+        """The first of the user's metrics; higher is better."""
+        metrics = self.evaluator.of_graph(graph) if self.evaluator is not None else {}
+        return next(iter(metrics.values()))
 
     @contextmanager
     def step(self, words: str) -> Iterator[None]:

@@ -38,6 +38,8 @@ def remove(graph: Graph, groups: Iterable[Group]) -> None:
     for node in graph.nodes:
         if kind(node) in REWRITES:  # they read the old shapes, so literals go first
             REWRITES[kind(node)](graph, node, kept)
+        if node.target is torch.ops.aten.view.default:  # narrower operands may lie otherwise in memory
+            graph.set_args(node, node.args, target=torch.ops.aten.reshape.default)
     for node in graph.nodes:
         if node.op == "get_attr" and node.name in kept:
             graph.set_tensor(node, _sliced(graph.tensor(node), kept[node.name]))
@@ -213,6 +215,28 @@ def _scale(graph: Graph, node: Node, kept: Kept) -> None:
         graph.set_args(node, node.args, {**node.kwargs, "scale": width[-1] ** -0.5})
 
 
+def _normalized_shape(graph: Graph, node: Node, kept: Kept) -> None:
+    axes, given = _axes(kept, node), list(arguments(node)["normalized_shape"])
+    first = len(shape(node)) - len(given)
+    if any(axis >= first for axis in axes):
+        sizes = [len(axes[i]) if i in axes else size for i, size in enumerate(given, first)]
+        set_argument(graph, node, "normalized_shape", sizes)
+
+
+def _norm_groups(graph: Graph, node: Node, kept: Kept) -> None:
+    """Groups that lost all their channels are no groups any more; the others must be of one size."""
+    left, groups = _axes(kept, node).get(1), arguments(node)["num_groups"]
+    if left is None:
+        return
+    sizes = np.bincount(left // (shape(node)[1] // groups), minlength=groups)
+    sizes = sizes[sizes > 0]
+    if (sizes != sizes[0]).any():
+        raise ContractError(
+            f"surgery: the groups of {operator_name(node)} at {site(node)} would be of several sizes"
+        )
+    set_argument(graph, node, "num_groups", len(sizes))
+
+
 REWRITES: dict[str, Callable[[Graph, Node, Kept], None]] = {
     **dict.fromkeys(("view", "expand", "create", "create_like"), _sizes),
     "unflatten": _unflatten,
@@ -223,4 +247,6 @@ REWRITES: dict[str, Callable[[Graph, Node, Kept], None]] = {
     "pad": _pad,
     **dict.fromkeys(("conv", "conv_transpose"), _groups),
     "attention": _scale,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
+    "group_norm": _norm_groups,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from . import moves
-from .atoms import DYNAMIC, ONE, Atoms, Axis, is_one, why
+from .atoms import DYNAMIC, NORMS, ONE, Atoms, Axis, Reason, is_one, why
 from .ir import Graph, operator_name
 from .moves import first_axes, opaque, opaque_parts, rank_of, tensors
 from .ops import arguments, is_static, is_tensor, kind, shape
@@ -32,13 +32,13 @@ def read(graph: Graph, atoms: Atoms) -> None:
     names = dict(zip(graph.placeholders, (spec.name for spec in graph.inputs), strict=True))
     for node in graph.nodes:
         if node.op == "placeholder":
-            atoms.axes[node] = [f"it is an axis of input {names[node]}"] * rank_of(node)
+            atoms.axes[node] = [Reason(f"it is an axis of input {names[node]}")] * rank_of(node)
         elif node.op == "get_attr":
             atoms.axes[node] = [atoms.fresh(size) for size in shape(node)]
         elif node.op == "call_function":
             _visit(atoms, node)
     for name, result in zip(graph.outputs, graph.results, strict=True):
-        atoms.freeze(atoms.axes.get(result, ()), f"it reaches output {name}")
+        atoms.freeze(atoms.axes.get(result, ()), Reason(f"it reaches output {name}"))
 
 
 def _visit(t: Atoms, node: Node) -> None:
@@ -212,13 +212,33 @@ def _by_channel(t: Atoms, node: Node) -> list[Axis]:
 
 
 def _over_channels(t: Atoms, node: Node) -> list[Axis]:
-    """Layer, RMS and group norm: removing a channel would change the statistics of the others."""
+    """Layer and RMS norm: removing a channel changes the statistics of the others, so it stays but by `norms`."""
     x = first_axes(t, node)
-    over = len(arguments(node)["normalized_shape"]) if kind(node) != "group_norm" else len(x) - 1
-    reason = t.freeze(x[-over:], why(node, "statistics are taken over it"))
+    over = len(arguments(node)["normalized_shape"])
+    if t.norms:
+        for parameter in tensors(node)[1:]:
+            x[-over:] = [t.tie(a, b) for a, b in zip(x[-over:], t.axes[parameter], strict=True)]
+        return x
+    reason = t.freeze(x[-over:], why(node, "statistics are taken over it", NORMS))
     for parameter in tensors(node)[1:]:
         t.freeze(t.axes[parameter], reason)
     return [*x[:-over], *[reason] * over]
+
+
+def _group_norm(t: Atoms, node: Node) -> list[Axis]:
+    """Whole groups may go: the statistics of the others are their own. By `norms` as many channels of each."""
+    x, groups = first_axes(t, node), arguments(node)["num_groups"]
+    space = t.freeze(x[2:], why(node, "statistics are taken over it"))
+    if not isinstance(axis := x[1], str):
+        if t.norms and groups < len(axis):
+            t.fold(axis, groups)
+        elif groups > 1:
+            t.rows(axis.reshape(groups, -1))
+        else:
+            x[1] = t.freeze([axis], why(node, "statistics are taken over it", NORMS))
+    for parameter in tensors(node)[1:]:
+        x[1] = t.tie(x[1], t.axes[parameter][0])
+    return [*x[:2], *[space] * (len(x) - 2)]
 
 
 def _along(t: Atoms, node: Node) -> list[Axis]:
@@ -231,12 +251,24 @@ def _along(t: Atoms, node: Node) -> list[Axis]:
     return x
 
 
+def is_statistic(node: Node) -> bool:
+    """A mean, a variance or a Euclidean norm along some axes: what normalisations that are spelled out consist of."""
+    a, name = arguments(node), operator_name(node).split(".")[1]
+    if name == "linalg_vector_norm":
+        return bool(a["ord"] == 2)
+    if name in ("var", "std") and a.get("correction", 1) != 0:  # it divides by how many there are, less one
+        return "correction" in a and all(map(is_static, shape(node.args[0])))  # type: ignore[arg-type]
+    return name in ("mean", "var", "std")
+
+
 def _reduce(t: Atoms, node: Node) -> list[Axis]:
     a, x = arguments(node), first_axes(t, node)
     given = a.get("dim")
     dims = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     gone = {d % len(x) for d in (dims or range(len(x)))} if x else set()
-    t.freeze([x[d] for d in gone], why(node, "it is reduced"))
+    able = is_statistic(node)
+    if not (able and t.norms):
+        t.freeze([x[d] for d in gone], why(node, "it is reduced", NORMS if able else ""))
     if a.get("keepdim"):
         return [ONE if i in gone else axis for i, axis in enumerate(x)]
     return [axis for i, axis in enumerate(x) if i not in gone]
@@ -281,7 +313,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("activation", "add", "sub", "mul", "div", "neg", "binary"), _pointwise),
     **dict.fromkeys(("cast", "identity"), first_axes),
     **dict.fromkeys(("batch_norm", "instance_norm", "prelu"), _by_channel),
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), _over_channels),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _over_channels),
+    "group_norm": _group_norm,
     **dict.fromkeys(("softmax", "scan", "roll"), _along),
     "reduce": _reduce,
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_pool", "upsample"), _spatial),

@@ -101,7 +101,8 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         "--adapter lora --adapter b:0.5 --combine cat --task causal-lm "
         "--input x:f32[?,3] --input y:i64[?] --preprocess imagenet --trust-pickle "
         "--allow-missing head.* --static --output out --seed 3 --tolerance 1e-3 --print-after merge "
-        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json"
+        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json "
+        "--latency-cmd time_{onnx}"
     )
     code, _, err = run(model, *words.split())
     assert (code, err) == (0, "")
@@ -117,6 +118,7 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         **{"output": "out", "seed": 3, "tolerance": 1e-3, "print_after": ("merge",), "stop_after": "fold"},
         **{"limit": {"fold": 2, "merge": 0}, "time": True, "measure": False},
         "latency_table": "r.json",
+        "latency_cmd": "time_{onnx}",
     }
 
 
