@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,14 @@ HELD = 1 << 28  # bytes of values between two layers that stay in memory; more l
 class Rebuilt:
     """removed: the groups that go. tensors: name of a tensor -> its new value, in its old shape.
 
-    repaired: module paths of the layers that were solved anew.
+    repaired: module paths of the layers that were solved anew; parted: of those whose Gram matrix does not fit into
+    memory, with the number of parts that they were solved in.
     """
 
     removed: list[Group]
     tensors: dict[str, Tensor]
-    repaired: list[str]
+    repaired: list[str] = field(default_factory=list)
+    parted: dict[str, int] = field(default_factory=dict)
 
 
 def rebuild(
@@ -66,7 +68,7 @@ def rebuild(
                 twin.step(node)
                 advance(1)
         removed = [group for i in sorted(work.chosen) for group in work.chosen[i]]
-        return Rebuilt(removed, twin.tensors, work.repaired)
+        return Rebuilt(removed, twin.tensors, work.repaired, work.parted)
 
 
 class _Store:
@@ -174,6 +176,7 @@ class _Repair:
         self.chosen = {int(readers.family[groups[0].index]): groups for groups in chosen}
         self.open = {i for i in self.chosen if free and len(readers.of.get(i, ())) == 1}
         self.repaired: list[str] = []
+        self.parted: dict[str, int] = {}
 
     def visit(self, node: Node) -> None:
         """Repairs a layer, in front of its turn."""
@@ -200,6 +203,8 @@ class _Repair:
         gone = [group for i in mine for group in self.chosen[i]]
         self._solve(reading, moments, matrices, (grams, wanted), gone)
         self.repaired.append(site(node))
+        if reading.parts > 1:
+            self.parted[site(node)] = reading.parts
 
     def _look(self, reading: Reading) -> Moments:
         """What the layer reads in the twin, and how its outputs should change to bring its anchor back."""

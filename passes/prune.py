@@ -32,7 +32,7 @@ from compressor.oracle import masked, power
 from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.rebuild import Rebuilt, rebuild, restate_norms
 from compressor.surgery import remove
-from compressor.survey import survey
+from compressor.survey import MEMORY, survey
 from compressor.verify import POWER, TOLERANCE
 from compressor.widths import (
     MINIMUM,
@@ -192,7 +192,7 @@ class Prune(Pass):
     ) -> Rebuilt:
         """The groups that these families lose, and new weights where they are to be repaired."""
         if not repair or ctx.calibration is None or not narrowed:
-            return Rebuilt(_removed(narrowed), {}, [])
+            return Rebuilt(_removed(narrowed), {})
         losses, free = [family.removed for family in narrowed], bool(scored.eliminations)
         return rebuild(graph, scored.algebra, losses, free, ctx.calibration, ctx)
 
@@ -293,6 +293,10 @@ def _repair(graph: Graph, original: Graph, norms: int, cut: Rebuilt) -> Outcome:
         contract=BOUNDED,
         reference=original,
         rewrites=[Rewrite(site, "solved anew for the channels that are left") for site in cut.repaired],
+        declines=[
+            Decline(site, f"solved in {parts} parts: its Gram matrix is over {MEMORY >> 20} MB")
+            for site, parts in cut.parted.items()
+        ],
         facts={"repaired": len(cut.repaired), "norms_restated": norms},
     )
 
