@@ -107,13 +107,19 @@ def main(epochs: int) -> None:
         calibration=images[:512],
         dynamic=True,
         emit="pt2",
+        measure=False,  # no stopwatch: what this is about is accuracy
         output="digits-pruned",
     )
     module = pruned.trainable()
     before = accuracy(module, *test)
     fit(module, images, labels, max(1, epochs // 2), rate=2e-3)
     small = compressor.compress(
-        module, passes="fold,int8", calibration=images[:512], dynamic=True, output="digits-int8"
+        module,
+        passes="fold,int8",
+        calibration=images[:512],
+        dynamic=True,
+        measure=False,
+        output="digits-int8",
     )
 
     rows = [
