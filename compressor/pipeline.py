@@ -88,6 +88,7 @@ class Context:
     measuring is switched off, or the target is elsewhere and nobody said how to measure there.
     latency: the same for a budget that the user gave in time, which is taken here if it must be; timed_on says where.
     evaluate: the user's metric of a graph, higher is better; None where the user named none.
+    original: the graph before the first pass, to run and not to edit; for passes that say `learns`, else None.
     """
 
     target: Target
@@ -96,6 +97,7 @@ class Context:
     seed: int = 0
     limit: int | None = None
     measure: Callable[..., list[float]] | None = None
+    original: Graph | None = None
     latency: Callable[..., list[float]] | None = None
     timed_on: str = "this host"
     evaluate: Callable[[Graph], float] | None = None
@@ -108,13 +110,15 @@ class Pass:
     """Base of all passes: a frozen dataclass whose fields are its whole configuration.
 
     after: passes that must stand before it in a spec when both are there. requires: passes that are inserted before
-    it when they are missing. run edits `graph` through its verbs and returns an Outcome, or yields several steps.
+    it when they are missing. learns: it reads `Context.original`. run edits `graph` through its verbs and returns an
+    Outcome, or yields several steps.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
     after: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[bool] = False
 
     def run(self, graph: Graph, ctx: Context) -> Outcome | Iterator[Outcome]:
         raise NotImplementedError
@@ -198,6 +202,8 @@ class Pipeline:
         except (IndexError, RuntimeError) as error:
             first = str(error).strip().split("\n")[0]
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
+        if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
+            ctx = dataclasses.replace(ctx, original=graph.copy())
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):

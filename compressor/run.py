@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, __version__, delivery, emit, measure, registry, report
+from . import TESTED_TORCH, __version__, delivery, emit, measure, program, receipt, registry, report
 from . import verify as contracts
 from .data import Batch, Data
 from .emit import Emitted, companion_of
@@ -27,6 +27,7 @@ from .pipeline import Context, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
 from .target import Target
+from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
 
@@ -39,6 +40,17 @@ class Result:
     onnx: Path | None
     report: dict[str, Any]
     graph: Graph
+
+    def trainable(self) -> Trainable:
+        """The compiled model as a PyTorch module to train in your own loop: see `compressor.trainable.trainable`.
+
+        It holds copies of the weights, under the names of the original, and the receipt of this run: give it to
+        `compress` again, trained, and the new report goes on from this one.
+        """
+        module = trainable(self.graph)
+        issued = receipt.issue(self.report, self.graph, module.state_dict())
+        module.receipt = receipt.read(report.dumps(issued).encode())
+        return module
 
 
 class Run:
@@ -87,6 +99,10 @@ class Run:
         with self.step("capturing"):
             graph = capture_model(loaded, example, opt)
             self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
+            came = {
+                "sha256": loaded.sha256 or graph.fingerprint(),
+                "hashed": "file" if loaded.sha256 else "graph",
+            }
         require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
@@ -116,8 +132,18 @@ class Run:
             rows = self.pipeline.run(graph, ctx)
             self.warn(rows)
             made = self.describe(loaded, graph, rows, (source, statistics, held_out))
+            made["model"] |= came
+            if loaded.continued is not None:
+                made["continued_from"] = loaded.continued.facts()
+                made["history"] = loaded.continued.runs
             if stage is not None:
                 made["emitted"] = self.emit(graph, stage, baseline, list(held_out), loaded)
+                if "pt2" in opt.formats:
+                    with self.step("writing model.pt2"):
+                        made["emitted"]["program"] = program.deliver(graph, stage, made, list(held_out))
+                made["emitted"]["files"] = {
+                    f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()
+                }
         made["notices"] = self.notices
         made["latency_table"] = self.stopwatch.table
         made["peak_mb"] = measure.peak_memory_mb()
@@ -161,7 +187,6 @@ class Run:
             "file": emitted.path.name,
             "bytes": emitted.bytes,
             "sha256": delivery.sha256(emitted.path),
-            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()},
             "provider": provider,
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
@@ -226,7 +251,6 @@ class Run:
             "seed": self.opt.seed,
             "model": {
                 "path": str(loaded.path),
-                "sha256": loaded.sha256,
                 "stem": loaded.path.name.split(".")[0],
             },
             "target": {
