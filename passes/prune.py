@@ -147,9 +147,7 @@ class Prune(Pass):
             for scored, narrowed in self._steps(copy, ctx, first, amounts):
                 cut = self._cut(copy, ctx, scored, narrowed, self.repair and numbers_count)
                 remove(copy, cut.removed)
-                if cut.tensors and ctx.calibration is not None:
-                    set_tensors(copy, scored.algebra, cut)
-                    restate_norms(copy, ctx.calibration)
+                set_tensors(copy, scored.algebra, cut)
             return copy
 
         self.budget.search(goal, graph, ctx, before, least["macs"], trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,10 @@ from compressor.report import read_report
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """net.pt2 (convolutions of 32 and 24 channels, five classes), calib.npz with labels, in the working directory."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """net.pt2 (convolutions of 32 and 24 channels, five classes) and calib.npz with labels."""
+    folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 24, 3, padding=1), nn.ReLU(),
@@ -33,8 +34,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = torch.export.export(
         with_power(net, x), (x[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
     )
-    torch.export.save(program, "net.pt2")
-    np.savez("calib.npz", x=x.numpy(), y=net(x).argmax(1).numpy())
+    torch.export.save(program, folder / "net.pt2")
+    np.savez(folder / "calib.npz", x=x.numpy(), y=net(x).argmax(1).numpy())
+    return folder
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.pt2", "calib.npz"):
+        shutil.copy(made / name, name)
     return tmp_path
 
 
