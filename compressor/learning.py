@@ -36,6 +36,7 @@ SLACK = (
 RATES = {True: 0.05, False: 0.002}
 CLIP = 1.0  # longest gradient
 MOST_LOOKS = 100  # held-out evaluations in a run
+LEAST_LOOKS = 5  # of them without a better one before a run is stopped
 SAVE_SECONDS = 60.0  # between two checkpoints
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -46,13 +47,14 @@ State = dict[str, Tensor]
 class Course:
     """Where a run stands. step: the next one. seconds: spent so far. best: lowest held-out error, with the state that
     gave it (None: what the student came with). low: the lowest since learning began, seen at `low_at` of the
-    schedule: first steps may make worse what they start from. errors: of every evaluation.
+    schedule, `stale` evaluations ago: first steps may make worse what they start from. errors: of every evaluation.
     """
 
     before: float
     best: float
     low: float = math.inf
     low_at: float = 0.0
+    stale: int = 0
     state: State | None = None
     step: int = 0
     seconds: float = 0.0
@@ -62,8 +64,9 @@ class Course:
 
     def look(self, error: float, at: float, state: Callable[[], State]) -> None:
         self.errors.append(error)
+        self.stale += 1
         if at and error < self.low:
-            self.low, self.low_at = error, at
+            self.low, self.low_at, self.stale = error, at, 0
         if error < self.best:
             self.best, self.state = error, state()
 
@@ -91,7 +94,7 @@ class Trainer:
             advance(course.step)
             while not course.stopped:
                 fraction = self._fraction(course)
-                if fraction >= 1 or fraction - course.low_at > self.lesson.recipe.patience:
+                if fraction >= 1 or self._is_stale(course, fraction):
                     course.stopped = "end of the schedule" if fraction >= 1 else "no better held-out error"
                     break
                 epoch, at = divmod(course.step, self.per_epoch)
@@ -133,6 +136,10 @@ class Trainer:
         steps, clock = course.step / self.steps, (spent - SLACK) / (1 - SLACK)
         course.clock_led |= clock > steps
         return max(steps, clock)
+
+    def _is_stale(self, course: Course, fraction: float) -> bool:
+        waited = fraction - course.low_at > self.lesson.recipe.patience
+        return waited and course.stale >= LEAST_LOOKS
 
     def _learn(self, places: list[tuple[int, int]], step: int, fraction: float) -> bool:
         """One step; False where the loss is not finite."""

@@ -436,6 +436,24 @@ def test_the_schedule_ends_within_the_minutes():
     assert outcome.facts["error_after"] < 0.2 * outcome.facts["error_before"]
 
 
+def test_patience_counts_from_the_best_since_learning_began():
+    """First steps make worse what they start from; that alone ends no run."""
+    course = learning.Course(before=1.0, best=1.0)
+    for number, error in enumerate([3.0, 2.0, 1.5, 1.2], 1):
+        course.look(error, number / 10, dict)
+    assert (course.low, course.low_at, course.stale, course.best, course.state) == (1.2, 0.4, 0, 1.0, None)
+    course.look(0.5, 0.5, lambda: {"w": torch.ones(1)})
+    course.look(0.6, 0.6, dict)
+    assert (course.best, course.low_at, course.stale) == (0.5, 0.5, 1) and "w" in course.state
+
+
+def test_a_run_without_gain_stops_early():
+    graph = capture(perceptron(), (torch.randn(2, 6),))
+    one = replace(QUICK, epochs=40, lr=3.0, patience=0.1)
+    outcome = distilled(noisy(graph, 1e-3), graph, [(torch.randn(64, 6),)], one)
+    assert outcome.facts["stopped"] == "no better held-out error" and 5 <= outcome.facts["epochs"] < 40
+
+
 # -------------------------------------------------------------------- samples
 
 
