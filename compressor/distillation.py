@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .augment import augmented, is_image
+from .batches import rows_of
 from .ir import Graph, operator_name, site
-from .ops import extents, is_tensor, sizes
+from .ops import extents, is_tensor, kind, sizes
 from .padding import Padding, Real, is_mask
 from .samples import Inputs, Place, Samples
 from .slices import Region, index, regions
@@ -29,8 +30,11 @@ from .student import Student
 _HELD_OUT = (8, 512)  # one sample in so many judges, so many at most
 _STATISTICS = 512  # samples that batch-norm statistics are taken from
 _FEATURE_BYTES = 1 << 28  # of values inside that are matched, for one batch
+_ACTIVATIONS = 1 << 30  # bytes that a step may keep for its gradients; larger batches are learned in parts
 _CACHE = 1 << 26  # bytes of the teacher's answers to held-out samples that are kept
 _WORSE = 1.5  # times the error as it came: batch-norm statistics of the data do not suit the model
+_VIEWS = ("view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select",
+          "identity", "split", "chunk", "unbind", "getitem")  # fmt: skip
 _CONSTANT = 1e-10  # variance below this share of the square is rounding
 _LEAST_BATCH = 8  # samples whose statistics a batch norm can learn with; in smaller batches it keeps its own
 
@@ -40,13 +44,14 @@ class Recipe:
     """How to learn.
 
     epochs: passes over the data. minutes: the schedule ends by then, whatever is left of it. lr: largest step, as a
-    share of the size of each tensor's numbers. batch: samples a step. features: weight of values inside. patience:
-    share of the schedule that may pass without a better held-out error. augment: images are varied.
+    share of the size of each tensor's numbers, None for what suits the batch norms (`learning.RATES`). batch: samples
+    a step. features: weight of values inside. patience: share of the schedule that may pass without a better
+    held-out error. augment: images are varied.
     """
 
     epochs: int
     minutes: float | None
-    lr: float
+    lr: float | None
     batch: int
     features: float
     patience: float
@@ -85,7 +90,8 @@ class Lesson:
         self.layout = _layout((original, graph), samples.gather(self.held_out[0]) if self.held_out else ())
         self.teacher = _viewer(original, self.watched)
         self.student = Student(graph, [graph.results[i] for i in which] + [b for _, b in pairs], self.layout)
-        self.fingerprint = f"{original.fingerprint()} {graph.fingerprint()}"
+        self.graphs = original, graph
+        self.room = max(_ACTIVATIONS // max(_activations(graph), 1), _LEAST_BATCH)
         self.batch_statistics = bool(self.student.norms)
         self.answers: list[list[Tensor]] | None = None
         self.scales = self._scales()
@@ -107,6 +113,10 @@ class Lesson:
         draw = generator(self.recipe.seed, 2 * epoch + 2)
         return self.samples.grouped(self.learning, self.recipe.batch, draw)
 
+    def fingerprint(self) -> str:
+        """Equal for the same teacher and the same student as it came."""
+        return " ".join(graph.fingerprint() for graph in self.graphs)
+
     def inputs(self, places: Sequence[Place], step: int | None = None) -> Inputs:
         """One batch, augmented where a step is given."""
         found = list(self.samples.gather(places))
@@ -117,12 +127,30 @@ class Lesson:
                 found[i] = found[i].contiguous(memory_format=self.layout)
         return tuple(found)
 
-    def loss(self, places: Sequence[Place], step: int) -> Tensor:
-        """The loss of one step, differentiable."""
+    def losses(self, places: Sequence[Place], step: int) -> Iterator[Tensor]:
+        """The loss of one step, differentiable, in parts that add up to it: each of what memory has room for."""
         inputs = self.inputs(places, step)
+        for part in self._parts_of(inputs, len(places)):
+            share = self._rows(part) / self._rows(inputs)
+            yield share * self._loss(part)
+
+    def _parts_of(self, inputs: Inputs, count: int) -> list[Inputs]:
+        """Inputs cut into equal parts of at most `room` samples; a static batch stays whole."""
+        batched = self.samples.batched
+        cuts = 1 if self.samples.fixed or not any(batched) else -(-count // self.room)
+        rows = -(-count // cuts)
+        return [
+            tuple(t[i : i + rows] if one else t for t, one in zip(inputs, batched, strict=True))
+            for i in range(0, count, rows)
+        ]
+
+    def _rows(self, inputs: Inputs) -> int:
+        return rows_of(inputs, self.samples.batched)
+
+    def _loss(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
             wanted = self.teacher(*inputs)
-        self.student.module.train(self.batch_statistics and len(places) >= _LEAST_BATCH)
+        self.student.module.train(self.batch_statistics and self._rows(inputs) >= _LEAST_BATCH)
         errors = self._errors(wanted, self.student.module(*inputs), self.padding.of(inputs))
         loss = torch.stack(errors[: self.outputs]).mean()
         if len(errors) > self.outputs:
@@ -236,6 +264,12 @@ def shared_values(original: Graph, graph: Graph, batch: int) -> list[tuple[Node,
     size = sum(math.prod(sizes(n)) * 4 * batch for n, _ in pairs)
     thin = -(-size // _FEATURE_BYTES) or 1
     return pairs[::-1][::thin][::-1]
+
+
+def _activations(graph: Graph) -> int:
+    """Bytes of all floats that one sample makes, views left out."""
+    made = [n for n in graph.nodes if n.op == "call_function" and _is_float(n) and kind(n) not in _VIEWS]
+    return sum(math.prod(sizes(n)) * n.meta["val"].element_size() for n in made)
 
 
 def _is_shared(node: Node, graph: Graph) -> bool:

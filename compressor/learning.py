@@ -30,8 +30,13 @@ WARM_UP = 0.05  # share of the schedule
 SLACK = (
     0.02  # share of the time allowed that steps may lag behind, as the first ones do, before the clock leads
 )
+# Largest step, with and without batch statistics. Those make weights of any size do the same, so that large steps are
+# safe: ResNet-20 with 2.6x fewer MACs, 5 epochs: held-out error 0.214, 0.174, 0.153 at 0.01, 0.02, 0.05. MiniLM with
+# 1.18x fewer, 19 steps, from 0.322: 0.239, 0.180, 0.198, and no gain, at 0.0002, 0.001, 0.005, 0.02.
+RATES = {True: 0.05, False: 0.002}
 CLIP = 1.0  # longest gradient
 MOST_LOOKS = 100  # held-out evaluations in a run
+LEAST_LOOKS = 5  # of them without a better one before a run is stopped
 SAVE_SECONDS = 60.0  # between two checkpoints
 
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -42,13 +47,14 @@ State = dict[str, Tensor]
 class Course:
     """Where a run stands. step: the next one. seconds: spent so far. best: lowest held-out error, with the state that
     gave it (None: what the student came with). low: the lowest since learning began, seen at `low_at` of the
-    schedule: first steps may make worse what they start from. errors: of every evaluation.
+    schedule, `stale` evaluations ago: first steps may make worse what they start from. errors: of every evaluation.
     """
 
     before: float
     best: float
     low: float = math.inf
     low_at: float = 0.0
+    stale: int = 0
     state: State | None = None
     step: int = 0
     seconds: float = 0.0
@@ -58,8 +64,9 @@ class Course:
 
     def look(self, error: float, at: float, state: Callable[[], State]) -> None:
         self.errors.append(error)
+        self.stale += 1
         if at and error < self.low:
-            self.low, self.low_at = error, at
+            self.low, self.low_at, self.stale = error, at, 0
         if error < self.best:
             self.best, self.state = error, state()
 
@@ -73,9 +80,9 @@ class Trainer:
         self.per_epoch = len(lesson.batches(0))
         self.steps = recipe.epochs * self.per_epoch
         self.every = max(self.per_epoch, self.steps // MOST_LOOKS)
-        self.groups = lesson.student.groups(recipe.lr)
-        self.rates = [float(group["lr"]) for group in self.groups]  # type: ignore[arg-type]
-        self.optimiser = torch.optim.AdamW(self.groups, weight_decay=0.0)
+        groups = lesson.student.groups()
+        self.scales = [float(group["lr"]) for group in groups]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self.everything = list(dict.fromkeys(lesson.student.parameters.values()))
         self.allowed = math.inf if recipe.minutes is None else 60 * recipe.minutes
         self.saved = start
@@ -87,7 +94,7 @@ class Trainer:
             advance(course.step)
             while not course.stopped:
                 fraction = self._fraction(course)
-                if fraction >= 1 or fraction - course.low_at > self.lesson.recipe.patience:
+                if fraction >= 1 or self._is_stale(course, fraction):
                     course.stopped = "end of the schedule" if fraction >= 1 else "no better held-out error"
                     break
                 epoch, at = divmod(course.step, self.per_epoch)
@@ -130,17 +137,22 @@ class Trainer:
         course.clock_led |= clock > steps
         return max(steps, clock)
 
+    def _is_stale(self, course: Course, fraction: float) -> bool:
+        waited = fraction - course.low_at > self.lesson.recipe.patience
+        return waited and course.stale >= LEAST_LOOKS
+
     def _learn(self, places: list[tuple[int, int]], step: int, fraction: float) -> bool:
         """One step; False where the loss is not finite."""
         rate = min(fraction / WARM_UP, (1 + math.cos(math.pi * fraction)) / 2)
-        for group, highest in zip(self.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = highest * rate
+        highest = self.lesson.recipe.lr or RATES[self.lesson.batch_statistics]
+        for group, scale in zip(self.optimiser.param_groups, self.scales, strict=True):
+            group["lr"] = scale * highest * rate
+        self.optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = self.lesson.loss(places, step)
-            if not math.isfinite(float(loss.detach())):
-                return False
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            for loss in self.lesson.losses(places, step):
+                if not math.isfinite(float(loss.detach())):
+                    return False
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(self.everything, CLIP)
         self.optimiser.step()
         return True
@@ -170,7 +182,7 @@ class Checkpoint:
     def __init__(self, path: Path, lesson: Lesson) -> None:
         self.path = path
         options = hashlib.sha256(repr(lesson.recipe).encode()).hexdigest()
-        self.marks = {"model": lesson.fingerprint, "data": lesson.samples.fingerprint(), "options": options}
+        self.marks = {"model": lesson.fingerprint(), "data": lesson.samples.fingerprint(), "options": options}
 
     def read(self) -> dict[str, Any] | None:
         """What the file holds; None where there is none. UsageError where it belongs to another run."""

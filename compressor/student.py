@@ -74,10 +74,10 @@ class Student:
             node.replace_all_uses_with(call)
             twin.graph.erase_node(node)
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: a step moves a tensor by about `lr` of the size of its numbers."""
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser; the rate of each tensor is the size of its numbers."""
         return [
-            {"params": [p], "lr": lr * max(float(p.detach().square().mean().sqrt()), _SMALLEST)}
+            {"params": [p], "lr": max(float(p.detach().square().mean().sqrt()), _SMALLEST)}
             for p in dict.fromkeys(self.parameters.values())
         ]
 
