@@ -306,4 +306,4 @@ def test_every_criterion_says_one_finite_number_a_class_and_the_same_twice(crite
 
 
 def test_the_options_of_the_pass_are_the_criteria():
-    assert {"auto", *CRITERIA} == set(get_args(get_type_hints(Prune)["criterion"]))
+    assert {"auto", "reconstruct", *CRITERIA} == set(get_args(get_type_hints(Prune)["criterion"]))

@@ -589,6 +589,31 @@ class ConvNext(nn.Module):
         return x + 1e-6 * self.down(F.gelu(self.up(self.norm(x))))
 
 
+def spelled_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout((q @ k.transpose(2, 3)).softmax(3), 0.0, False) @ v
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, spelled_out])
+@pytest.mark.parametrize(("attention", "left"), [("heads", 8), ("width", 2)])
+def test_whole_heads_of_an_attention_go_or_their_width(attend, attention, left):
+    """Two heads of eight channels, as narrow as they get: one head is left, or one channel of each."""
+
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in net.qkv(x).chunk(3, 2))
+        return net.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    graph = graph_of(Net(forward, qkv=nn.Linear(8, 48), out=nn.Linear(16, 8)), 5, 8)
+    prune(graph, multiple=1, minimum=1, macs=0.01, reach="best", attention=attention)
+    assert graph.tensors["out.weight"].shape[1] == left
+
+
+def test_the_halves_of_a_channel_shuffle_are_no_heads():
+    """They are narrowed together, channel by channel, whatever attention would be."""
+    graph = graph_of(Shuffled(), 3, 8, 8)
+    prune(graph, multiple=1, scope="local", macs=0.5)
+    assert 2 < graph.tensors["c.weight"].shape[1] < 32
+
+
 def _wrong_columns(graph: Graph, original: Graph, site: str) -> None:
     """The reader at `site` keeps, of its inputs, the neighbours of those that it should."""
     weight, axis = next(
