@@ -285,6 +285,30 @@ def _block(m: nn.Module, x: Tensor) -> Tensor:
     return x + m.b(F.relu(m.a(x)))
 
 
+def _prenorm(m: nn.Module, x: Tensor) -> Tensor:
+    return x + m.b(F.gelu(m.a(m.norm(x))))
+
+
+def test_a_stream_under_norms_is_repaired_as_it_will_be_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    blocks = [
+        Net(_prenorm, norm=nn.LayerNorm(16), a=nn.Linear(16, 32), b=nn.Linear(32, 16)) for _ in range(2)
+    ]
+    model = nn.Sequential(nn.Linear(6, 16), *blocks, nn.LayerNorm(16), nn.Linear(16, 5)).eval()
+    x = drawn(256, 4, 6)
+    graph = capture(model, x[:2])
+    prune = Prune(macs=0.6, align=1, norms=True, ignore=("*.a",))
+    heard = {}
+    for masks in (True, False):
+        pruned = graph.copy()
+        if not masks:
+            monkeypatch.setattr("compressor.rebuild.mask_norms", lambda twin, removed: None)
+        row = Pipeline([prune], {}).run(pruned, context(graph, x))[-1]
+        assert any("0 and" in r.site for r in row.rewrites if "channels" in r.what)
+        heard[masks] = row.total_db
+    assert heard[True] > heard[False] + 1
+
+
 def test_without_data_reconstruct_says_what_it_needs() -> None:
     graph = capture(Redundant(conv(8, 5)).eval(), drawn(2, 3, 8, 8))
     ctx = Context(CPU, stream(graph, drawn(8, 3, 8, 8)))
