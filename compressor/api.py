@@ -15,7 +15,7 @@ from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
 from .adapters import found_in
 from .budgets import costs_of
-from .channels import analyse
+from .channels import analyse, carrier_of
 from .delivery import CPU
 from .emit import companion_of
 from .errors import CompressorError, UsageError
@@ -219,7 +219,7 @@ def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
 
 def _groups(graph: Graph, target: Target) -> dict[str, Any]:
     """The ledger of a graph that nothing was taken from, and the shares of it that pruning must leave."""
-    algebra = analyse(graph)
+    algebra = analyse(graph, carrier_of(graph))
     costs = costs_of(graph, algebra)
     unknown = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1))
     found = families(algebra, costs, unknown, target.channel_multiple, MINIMUM)

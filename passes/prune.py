@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from compressor.budgets import Amounts, Budget, costs_of, on_the_way, shares
-from compressor.channels import Algebra, Group, Key, analyse
+from compressor.channels import Algebra, Group, Key, analyse, carrier_of
 from compressor.criteria import CriteriaData, importance
 from compressor.elimination import Elimination
 from compressor.errors import UsageError
@@ -27,7 +27,7 @@ from compressor.images import imported
 from compressor.ir import Graph
 from compressor.ledger import Ledger
 from compressor.measure import parameters
-from compressor.ops import CONTRACTIONS, kind, macs
+from compressor.ops import macs
 from compressor.oracle import masked, power
 from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.rebuild import Rebuilt, rebuild, restate_norms
@@ -195,10 +195,7 @@ class Prune(Pass):
         return rebuild(graph, scored.algebra, losses, free, ctx.calibration, ctx)
 
     def _scored(self, graph: Graph, ctx: Context) -> Scored:
-        heads = self.attention == "heads" and _has_attention(
-            graph
-        )  # elsewhere a reshape is a channel shuffle
-        algebra = analyse(graph, "head" if heads else "head_dim", norms=self.norms)
+        algebra = analyse(graph, carrier_of(graph, heads=self.attention == "heads"), norms=self.norms)
         if self._criterion(ctx) == "reconstruct" and ctx.calibration is not None:
             eliminations = survey(graph, algebra, ctx.calibration, ctx)
             nothing = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=0))
@@ -312,17 +309,6 @@ def set_tensors(graph: Graph, algebra: Algebra, cut: Rebuilt) -> None:
                 left = np.setdiff1d(np.arange(value.shape[axis]), indices)
                 value = value.index_select(axis, torch.from_numpy(left))
             graph.set_tensor(node, value)
-
-
-def _has_attention(graph: Graph) -> bool:
-    """True where weights that a softmax made multiply values, spelled out or not."""
-    weights = [node for node in graph.nodes if kind(node) == "softmax"]
-    while weights:
-        readers = [user for node in weights for user in node.users]
-        if any(kind(user) in CONTRACTIONS for user in readers):
-            return True
-        weights = [user for user in readers if kind(user) in ("identity", "cast")]
-    return any(kind(node) == "attention" for node in graph.nodes)
 
 
 def _open(found: Sequence[Family]) -> list[Family]:
