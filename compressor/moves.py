@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .atoms import DYNAMIC, ONE, Atoms, Axis, is_one, why
 from .ir import operator_name
-from .ops import arguments, is_static, is_tensor, kind, shape
+from .ops import arguments, extents, is_static, is_tensor, kind, shape
 
 RULE = "a rule for this operator (CONTRIBUTING.md, Add an operator)"
 
@@ -23,7 +25,7 @@ def opaque(t: Atoms, node: Node) -> list[Axis]:
 
 def opaque_parts(t: Atoms, node: Node) -> list[list[Axis]]:
     """The same for an operator with several results: the axes of each."""
-    reason = why(node, "no rule for this operator", RULE)
+    reason = why(node, "no rule for this operator", t.remedy(node, RULE))
     for source in node.all_input_nodes:
         for axes in [t.axes.get(source, []), *t.parts.get(source, [])]:
             t.freeze(axes, reason)
@@ -159,15 +161,83 @@ def index_select(t: Atoms, node: Node) -> list[Axis]:
 
 
 def look_up(t: Atoms, node: Node) -> list[Axis]:
-    """A table looked up along one axis, as attention biases are; several indices at once are not followed."""
+    """A table looked up along some axes, as attention biases are: those are replaced by the axes of the indices."""
     x = first_axes(t, node)
     indices: list[Node | None] = list(node.args[1])  # type: ignore[arg-type]
     used = [i for i, index in enumerate(indices) if index is not None]
-    if len(used) != 1 or not is_tensor(indices[used[0]]) or "bool" in str(indices[used[0]].meta["val"].dtype):  # type: ignore[union-attr]
+    found: list[Node] = [index for index in indices if index is not None]
+    if not all(is_tensor(n) and n.meta["val"].dtype in (torch.int64, torch.int32) for n in found):
         return opaque(t, node)
-    reason = t.freeze([x[used[0]]], why(node, "it is indexed"))
-    t.freeze(t.axes[indices[used[0]]], reason)  # type: ignore[index]
-    return [*x[: used[0]], *[reason] * rank_of(indices[used[0]]), *x[used[0] + 1 :]]  # type: ignore[arg-type]
+    reason = t.freeze([x[i] for i in used], why(node, "it is indexed"))
+    for index in found:
+        t.freeze(t.axes[index], reason)
+    rest = [axis for i, axis in enumerate(x) if i not in used]
+    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0  # apart, their axes come first
+    return [*rest[:first], *[reason] * max(map(rank_of, found)), *rest[first:]]
+
+
+def gather(t: Atoms, node: Node) -> list[Axis]:
+    """Entries picked along one axis: along the others, the indices say nothing but how many."""
+    a, x = arguments(node), first_axes(t, node)
+    index = t.axes[a["index"]]
+    dim = a["dim"] % max(1, len(x))
+    sizes = zip(extents(a["self"].meta["val"]), extents(a["index"].meta["val"]), strict=True)
+    if any(m != n for i, (m, n) in enumerate(sizes) if i != dim):
+        return opaque(t, node)
+    t.freeze([x[dim]], why(node, "it is indexed"))
+    return [axis if i == dim else t.tie(x[i], axis) for i, axis in enumerate(index)]
+
+
+def slice_scatter(t: Atoms, node: Node) -> list[Axis]:
+    """A part of an axis, written over: the part and what is written there live and die together."""
+    a, x = arguments(node), first_axes(t, node)
+    written, dim = t.axes[a["src"]], a["dim"] % len(x)
+    result = [axis if i == dim else t.tie(axis, written[i]) for i, axis in enumerate(x)]
+    if isinstance(axis := x[dim], str) or isinstance(written[dim], str):
+        result[dim] = t.tie(axis, written[dim])
+    elif a["step"] == 1 and all(bound is None or is_static(bound) for bound in (a["start"], a["end"])):
+        t.tie(axis[a["start"] : a["end"]], written[dim])
+    else:
+        result[dim] = t.freeze([axis, written[dim]], why(node, "it is written in steps"))
+    return result
+
+
+def select_scatter(t: Atoms, node: Node) -> list[Axis]:
+    a, x = arguments(node), first_axes(t, node)
+    dim, written = a["dim"] % len(x), iter(t.axes[a["src"]])
+    if not isinstance(axis := x[dim], str):
+        chosen = axis[[a["index"]]] if is_static(a["index"]) else axis
+        t.freeze([chosen], why(node, "it is selected by its position"))
+    return [axis if i == dim else t.tie(axis, next(written)) for i, axis in enumerate(x)]
+
+
+def im2col(t: Atoms, node: Node) -> list[Axis]:
+    """[..., c, h, w] -> [..., c * kh * kw, positions]"""
+    a, x = arguments(node), first_axes(t, node)
+    space = t.freeze(x[-2:], why(node, "it is a spatial axis"))
+    return [*x[:-3], copies_of_each(x[-3], math.prod(a["kernel_size"])), space]
+
+
+def col2im(t: Atoms, node: Node) -> list[Axis]:
+    """[..., c * kh * kw, positions] -> [..., c, h, w]"""
+    a, x = arguments(node), first_axes(t, node)
+    space = t.freeze(x[-1:], why(node, "it is a spatial axis"))
+    channels = (
+        axis if isinstance(axis := x[-2], str) else t.rows(axis.reshape(-1, math.prod(a["kernel_size"])))
+    )
+    return [*x[:-2], channels, space, space]
+
+
+def unfold(t: Atoms, node: Node) -> list[Axis]:
+    """Overlapping windows along one axis; what is in a window becomes the last axis."""
+    a, x = arguments(node), first_axes(t, node)
+    dim = a["dimension"] % len(x)
+    x[dim] = t.freeze([x[dim]], why(node, "it is cut into windows"))
+    return [*x, x[dim]]
+
+
+def copies_of_each(axis: Axis, times: int) -> Axis:
+    return axis if isinstance(axis, str) else np.repeat(axis, times)
 
 
 def flip(t: Atoms, node: Node) -> list[Axis]:

@@ -18,6 +18,7 @@ from torch.fx import Node
 from .ir import Graph, operator_name
 
 OPAQUE = "opaque"
+_BEHIND_DOTS = "αβγδεζηθικλμ"  # label the axes that `...` stands for: no equation can hold them
 
 _ROWS: dict[str, str] = {
     "conv": "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding",
@@ -87,6 +88,11 @@ _ROWS: dict[str, str] = {
     "select": "select.int",
     "index_select": "index_select.default",
     "index": "index.Tensor",
+    "im2col": "im2col.default",
+    "col2im": "col2im.default",
+    "unfold": "unfold.default",
+    "grid_sample": "grid_sampler.default grid_sampler_2d.default grid_sampler_3d.default",
+    "glu": "glu.default",
     "gather": "gather.default",
     "roll": "roll.default",
     "flip": "flip.default",
@@ -224,14 +230,27 @@ def node_macs(node: Node) -> int:
     return _einsum_macs(node)
 
 
+def einsum_terms(node: Node) -> list[str]:
+    """Labels of every operand and of the result, Greek ones for the axes behind `...`; none without an arrow."""
+    text, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    if "->" not in text:
+        return []
+    terms = [*text.split("->")[0].split(","), text.split("->")[1]]
+    ranks = [len(shape(n)) for n in (*operands, node)]
+    return [
+        term.replace("...", _BEHIND_DOTS[len(_BEHIND_DOTS) - (rank - len(term) + 3) :])
+        if "..." in term
+        else term
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
+
+
 def _einsum_macs(node: Node) -> int:
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     extents: dict[str, int] = {}
-    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):  # type: ignore[arg-type]
-        if "." in labels:
-            return math.prod(sizes(node))
-        extents |= dict(zip(labels, sizes(operand), strict=True))  # type: ignore[arg-type]
-    return math.prod(extents.values())
+    for labels, operand in zip(einsum_terms(node), node.args[1], strict=False):  # type: ignore[arg-type]
+        for label, size in zip(labels, sizes(operand), strict=True):  # type: ignore[arg-type]
+            extents[label] = max(size, extents.get(label, 1))
+    return math.prod(extents.values()) if extents else math.prod(sizes(node))
 
 
 def example_sizes(graph: fx.Graph) -> dict[Any, int]:

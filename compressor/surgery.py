@@ -240,9 +240,9 @@ def _norm_groups(graph: Graph, node: Node, kept: Kept) -> None:
 REWRITES: dict[str, Callable[[Graph, Node, Kept], None]] = {
     **dict.fromkeys(("view", "expand", "create", "create_like"), _sizes),
     "unflatten": _unflatten,
-    "slice": _slice,
+    **dict.fromkeys(("slice", "slice_scatter"), _slice),
     "narrow": _narrow,
-    "select": _select,
+    **dict.fromkeys(("select", "select_scatter"), _select),
     **dict.fromkeys(("split", "chunk"), _pieces),
     "pad": _pad,
     **dict.fromkeys(("conv", "conv_transpose"), _groups),

@@ -22,7 +22,7 @@ from . import moves
 from .atoms import DYNAMIC, NORMS, ONE, Atoms, Axis, Reason, is_one, why
 from .ir import Graph, operator_name
 from .moves import first_axes, opaque, opaque_parts, rank_of, tensors
-from .ops import arguments, is_static, is_tensor, kind, shape
+from .ops import arguments, einsum_terms, is_static, is_tensor, kind, shape
 
 Rule = Callable[[Atoms, Node], list[Axis]]
 
@@ -150,11 +150,10 @@ def _addmm(t: Atoms, node: Node) -> list[Axis]:
 
 
 def einsum_labels(node: Node) -> list[str] | None:
-    """Labels of both operands and of the result; None where they are not two, or for `...`, diagonals and lone sums."""
-    text = str(node.args[0]).replace(" ", "")
-    if "->" not in text or "." in text or len(node.args[1]) != 2:  # type: ignore[arg-type]
+    """Labels of both operands and of the result; None where they are not two, for diagonals and for lone sums."""
+    terms = einsum_terms(node)
+    if len(terms) != 3:
         return None
-    terms = [*text.split("->")[0].split(","), text.split("->")[1]]
     lone = set(terms[0]) ^ set(terms[1])
     plain = all(len(set(term)) == len(term) for term in terms) and lone <= set(terms[2])
     return terms if plain else None
@@ -201,6 +200,11 @@ def _attention(t: Atoms, node: Node) -> list[Axis]:
 
 def _pointwise(t: Atoms, node: Node) -> list[Axis]:
     return t.broadcast(tensors(node), rank_of(node))
+
+
+def _copy(t: Atoms, node: Node) -> list[Axis]:
+    """The second operand's values in the first one's shape."""
+    return t.broadcast(tensors(node)[:2], rank_of(node))
 
 
 def _by_channel(t: Atoms, node: Node) -> list[Axis]:
@@ -284,6 +288,22 @@ def _spatial(t: Atoms, node: Node) -> list[Axis]:
     return [*x[:-count], *[t.freeze(x[-count:], why(node, "it is a spatial axis"))] * count]
 
 
+def _glu(t: Atoms, node: Node) -> list[Axis]:
+    """The first half times the sigmoid of the second."""
+    x, dim = first_axes(t, node), arguments(node)["dim"]
+    if not isinstance(axis := x[dim], str):
+        x[dim] = t.tie(*np.split(axis, 2))
+    return x
+
+
+def _grid_sample(t: Atoms, node: Node) -> list[Axis]:
+    """[n, c, ...] read at the places [n, ..., 2 or 3]."""
+    a = arguments(node)
+    x, grid = t.axes[a["input"]], t.axes[a["grid"]]
+    t.freeze([*x[2:], grid[-1]], why(node, "it is a spatial axis"))
+    return [t.tie(x[0], grid[0]), x[1], *grid[1:-1]]
+
+
 def _embedding(t: Atoms, node: Node) -> list[Axis]:
     a = arguments(node)
     rows, columns = t.axes[a["weight"]]
@@ -321,6 +341,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("softmax", "scan", "roll"), _along),
     "reduce": _reduce,
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_pool", "upsample"), _spatial),
+    "glu": _glu,
+    "grid_sample": _grid_sample,
     "embedding": _embedding,
     "create": _create,
     "create_like": _create_like,
@@ -336,6 +358,13 @@ RULES: dict[str, Rule] = {
     "select": moves.select,
     "index_select": moves.index_select,
     "index": moves.look_up,
+    "gather": moves.gather,
+    "copy": _copy,
+    "slice_scatter": moves.slice_scatter,
+    "select_scatter": moves.select_scatter,
+    "im2col": moves.im2col,
+    "col2im": moves.col2im,
+    "unfold": moves.unfold,
     "flip": moves.flip,
     "pad": moves.pad,
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), moves.pixel_shuffle),

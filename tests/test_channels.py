@@ -314,6 +314,56 @@ CASES: dict[str, Case] = {
         (4, 4),
         (("new_zeros", "4, 4, 4]", "2, 4, 4]"),),
     ),
+    "windows as columns and back": Case(
+        lambda: Net(
+            lambda m, x: m.c(F.fold(m.s * F.unfold(m.a(x), 3, padding=1), (4, 4), 3, padding=1))
+            + m.d(F.unfold(m.b(x), 2, stride=2).view(-1, 6, 16)),
+            a=_block(3, 8), b=_block(3, 6), s=torch.ones(72, 1), c=_block(8, 6),
+            d=nn.Sequential(nn.Linear(16, 1), nn.Unflatten(1, (6, 1))),
+        ),
+        (3, 4, 4),
+        (8,),
+    ),
+    "overlapping windows, sampling": Case(
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).unfold(2, 2, 1).sum(-1))
+            + m.c(F.grid_sample(m.a(x), x[:, 0, :3, :, None].expand(-1, -1, -1, 2), align_corners=True)),
+            a=_block(3, 8), b=_block(8, 2), c=_block(8, 2),
+        ),
+        (3, 4, 4),
+        (8,),
+    ),
+    "gated halves (GLU)": Case(
+        lambda: Net(lambda m, x: m.b(F.glu(m.a(x), 1)), a=_block(3, 12), b=_block(6, 2)), (3, 4, 4), (6,)
+    ),
+    "positions picked": Case(
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).gather(1, x[:, :3, :1].long().clamp(0, 4).expand(-1, -1, 8)))
+            + m.c(m.d(x)[:, torch.tensor([[0, 2], [1, 3]]), torch.tensor([0, 1])].flatten(2)).sum(1, keepdim=True),
+            a=nn.Linear(4, 8), b=nn.Linear(8, 2), d=nn.Sequential(nn.Linear(4, 12), nn.Unflatten(2, (2, 6))),
+            c=nn.Linear(12, 2),
+        ),
+        (5, 4),
+        (8, 6),
+    ),
+    "written slices": Case(
+        lambda: Net(
+            lambda m, x: m.d(torch.slice_scatter(m.a(x), m.b(x), 1, 2, 6))
+            + m.d(torch.select_scatter(m.a(x), m.c(x)[:, 0], 1, 7)),
+            a=_block(3, 8), b=_block(3, 4), c=_block(3, 1), d=_block(8, 2),
+        ),
+        (3, 4, 4),
+        (3, 4),
+        (("slice_scatter", "1, 2, 6)", "1, 1, 3)"),),
+    ),
+    "einsum over trailing axes": Case(
+        lambda: Net(
+            lambda m, x: m.b(torch.einsum("...c,dc->...d", m.a(x), m.w)), a=nn.Linear(4, 8), w=torch.ones(6, 8),
+            b=nn.Linear(6, 2),
+        ),
+        (5, 4),
+        (6, 8),
+    ),
     "pools, resizing and space padding": Case(
         lambda: Net(
             lambda m, x: m.b(F.interpolate(F.pad(F.avg_pool2d(m.a(x), 2), (1,) * 4, mode="reflect"), scale_factor=2.0)),
