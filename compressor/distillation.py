@@ -102,7 +102,10 @@ class Lesson:
             return f"too few samples to fill the model's batches of {self.samples.fixed}"
         if not self.outputs:
             return "no output is a float, there is nothing to compare"
-        if not self.evaluate():
+        error = self.evaluate()
+        if not math.isfinite(error):
+            return "outputs hold NaN or infinite values, or so large ones that their squares are infinite"
+        if not error:
             return "the model still answers as the original does, there is nothing to learn"
         with torch.enable_grad():
             seen = self.student.module(*self.inputs(self.held_out[0]))[: self.outputs]
@@ -172,11 +175,11 @@ class Lesson:
 
     @torch.no_grad()
     def estimate(self) -> None:
-        """Statistics of the batch norms anew: the mean over batches of the samples as they are."""
+        """Statistics of the batch norms anew, where they learn so: the mean over batches of samples as they are."""
+        if not self.batch_statistics:
+            return
         norms = self.student.norms.values()
-        batches = (
-            self.samples.grouped(self.learning[:_STATISTICS], max(self.recipe.batch, 64)) if norms else []
-        )
+        batches = self.samples.grouped(self.learning[:_STATISTICS], max(self.recipe.batch, 64))
         self.student.module.train()
         for number, places in enumerate(b for b in batches if len(b) >= _LEAST_BATCH):
             for norm in norms:
@@ -256,10 +259,11 @@ def shared_values(original: Graph, graph: Graph, batch: int) -> list[tuple[Node,
     readers: where a residual stream flows. Evenly thinned where they would take too much memory.
     """
     there = {n.name: n for n in original.nodes if _is_shared(n, original)}
+    learned = _learned(graph)
     pairs = [
         (there[n.name], n)
         for n in graph.nodes
-        if n.name in there and _is_shared(n, graph) and _alike(there[n.name], n)
+        if n in learned and n.name in there and _is_shared(n, graph) and _alike(there[n.name], n)
     ]
     size = sum(math.prod(sizes(n)) * 4 * batch for n, _ in pairs)
     thin = -(-size // _FEATURE_BYTES) or 1
@@ -275,6 +279,16 @@ def _activations(graph: Graph) -> int:
 def _is_shared(node: Node, graph: Graph) -> bool:
     readers = [u for u in node.users if u.op == "call_function" and is_tensor(u)]
     return node.op == "call_function" and len(readers) > 1 and _is_float(node) and node not in graph.results
+
+
+def _learned(graph: Graph) -> set[Node]:
+    """Values that a parameter moves: a mask that many layers read is none of them."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        parameter = node.op == "get_attr" and str(node.target) in graph.parameters
+        if parameter or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _alike(a: Node, b: Node) -> bool:
