@@ -251,7 +251,17 @@ def test_a_residual_stream_is_what_both_graphs_share():
     Pipeline(parse(CUT.replace(")", ",scope=local)"), PASSES), PASSES).run(
         stream, context(graph, [(images(32),)])
     )
-    assert shared_values(graph, stream, 16) == []  # its channels went: no value has the shape that it had
+    assert [a.name for a, _ in shared_values(graph, stream, 16)] == ["relu", "relu_2"]
+    data_of = context(graph, [(images(32),)]).calibration
+    lesson = Lesson(graph, stream, Samples(data_of, graph.inputs), QUICK._recipe(0))
+    inputs = lesson.inputs(lesson.held_out[0])
+    wanted, seen = lesson.teacher(inputs)[1], lesson.student.module(*inputs)[1]
+    left = stream.lineage["relu"][1]
+    assert wanted.shape[1] == len(left) < 8  # of the stream's channels, those that were not pruned
+    assert torch.allclose(wanted, seen, 1e-4, 1e-5)
+    stream.lineage["relu"][1] = (left + 1) % 8
+    wrong = Lesson(graph, stream, Samples(data_of, graph.inputs), QUICK._recipe(0)).teacher(inputs)[1]
+    assert not torch.allclose(wrong, seen, 0.1, 0.1)
 
 
 def test_a_batch_that_memory_has_no_room_for_is_learned_in_parts():
