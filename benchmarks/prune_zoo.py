@@ -45,13 +45,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from zoo import with_power  # noqa: E402  defines what torchvision needs, before it is imported
 
 from compressor import data, delivery, verify  # noqa: E402
+from compressor.atoms import MERGE, NORMS  # noqa: E402
 from compressor.capture import capture  # noqa: E402
 from compressor.channels import Algebra, analyse  # noqa: E402
 from compressor.errors import CompressorError  # noqa: E402
-from compressor.ir import Graph  # noqa: E402
+from compressor.ir import Graph, Journal  # noqa: E402
 from compressor.measure import parameters  # noqa: E402
 from compressor.ops import macs  # noqa: E402
 from compressor.pipeline import Context  # noqa: E402
+from passes.merge import Merge  # noqa: E402
 from passes.prune import Prune  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
@@ -66,6 +68,7 @@ COLUMNS = {
     "prunable": "prunable params", "left": "MACs left", "pruned": "groups pruned", "outputs": "error at outputs",
     "inside": "worst value inside", "power": "proved / not", "onnx": "ONNX vs pruned graph", "verdict": "verdict",
 }  # fmt: skip
+BY_OPTION = "pruned, equal by option"
 EQUAL, REFUSED, UNCAPTURED, WRONG, FAILED = "pruned, equal", "refused", "does not capture", "WRONG", "failed"
 Row = dict[str, Any]
 
@@ -97,26 +100,48 @@ def measure(make: Any, emits: bool) -> Iterator[Row]:
         "analysis": f"{time.perf_counter() - start:.2f}",
         "prunable": f"{prunable(algebra):.0%}",
     }
-    yield from pruned(graph, inputs, emits)
+    yield attempts(graph, inputs, emits, {group.remedy for group in algebra.groups})
 
 
-def pruned(graph: Graph, inputs: Sequence[Tensor], emits: bool) -> Iterator[Row]:
-    dense, start = graph.copy(), time.perf_counter()
+def attempts(graph: Graph, inputs: Sequence[Tensor], emits: bool, remedies: set[str]) -> Row:
+    """`prune(macs=0.6)`; where it refuses or does not get there and says what would help, that as well."""
+    row = pruned(graph.copy(), inputs, emits, "")
+    if row["verdict"] not in (EQUAL, REFUSED) or not row["why"]:
+        return row
+    for remedy, words in ((MERGE, "merge,prune"), (NORMS, "norms=true")):
+        if remedy not in remedies:
+            continue
+        other = pruned(graph.copy(), inputs, emits, words)
+        if other["verdict"] == WRONG:
+            return other
+        if other["verdict"] == EQUAL and row["verdict"] == REFUSED:
+            row = {**other, "verdict": BY_OPTION, "why": f"{words}; alone it is refused: {row['why']}"}
+        elif other["verdict"] == EQUAL:
+            row["why"] += f"; {words} reaches {other['left']}, equal"
+    return row
+
+
+def pruned(graph: Graph, inputs: Sequence[Tensor], emits: bool, remedy: str) -> Row:
+    """remedy: `merge,prune` or `norms=true`, or nothing."""
     held_out = data.synthetic(graph.inputs, graph.example, samples=SAMPLES)
+    context = Context(target=CPU, held_out=held_out)
+    if remedy == "merge,prune":
+        Merge().run(graph, context)
+        graph.clean()
+    dense, start = graph.copy(), time.perf_counter()
+    graph.journal = Journal()
     try:
-        (outcome,) = Prune(macs=SHARE, criterion="l2", reach="best").run(
-            graph, Context(target=CPU, held_out=held_out)
+        (outcome,) = Prune(macs=SHARE, criterion="l2", reach="best", norms=remedy == "norms=true").run(
+            graph, context
         )
     except CompressorError as error:
-        yield {"verdict": FAILED, "why": first_line(error)}
-        return
+        return {"verdict": FAILED, "why": first_line(error)}
     facts, reference = outcome.facts, outcome.reference
     if not facts["pruned"] or reference is None:
         reasons = ", ".join(f"{count} groups: {reason}" for reason, count in facts["frozen"].items())
-        yield {"verdict": REFUSED, "why": reasons or "no axis with a channel of its own"}
-        return
+        return {"verdict": REFUSED, "why": reasons or "no axis with a channel of its own"}
     graph.clean()
-    yield {
+    row = {
         "seconds": f"{time.perf_counter() - start:.1f}",
         "left": f"{facts['macs']:.3f}",
         "pruned": f"{facts['pruned']} / {facts['groups']}",
@@ -124,14 +149,13 @@ def pruned(graph: Graph, inputs: Sequence[Tensor], emits: bool) -> Iterator[Row]
     }
     outputs, inside, note = compared(reference, graph, inputs)
     equal = outputs <= TOLERANCE and inside <= INSIDE
-    yield {
+    row |= {
         "outputs": f"{outputs:.1e}{note}",
         "inside": f"{inside:.1e}{note}",
         "verdict": EQUAL if equal else WRONG,
-        "why": "" if facts["macs"] <= SHARE + 1e-9 else "0.6 is out of reach",
+        "why": "" if facts["macs"] <= SHARE + 1e-9 else f"{SHARE} is out of reach",
     }
-    if emits and equal:
-        yield emitted(dense, graph, inputs)
+    return row | (emitted(dense, graph, inputs) if emits and equal else {})
 
 
 def prunable(algebra: Algebra) -> float:
@@ -286,21 +310,22 @@ def shown(name: str, row: Row) -> str:
 def summary(rows: Mapping[str, Row]) -> Iterator[str]:
     verdicts = Counter(row.get("verdict", FAILED) for row in rows.values())
     captured = len(rows) - verdicts[UNCAPTURED]
-    equal = verdicts[EQUAL]
+    equal, more = verdicts[EQUAL], verdicts[BY_OPTION]
     yield (
         f"{len(rows)} models, {captured} capture; **{equal} pruned and equal ({equal / max(1, captured):.1%} of "
-        f"those that capture)**, {verdicts[REFUSED]} refused, {verdicts[FAILED]} failed loudly, {verdicts[WRONG]} "
+        f"those that capture)**, {more} more by the option that their refusal "
+        f"names, {verdicts[REFUSED]} refused, {verdicts[FAILED]} failed loudly, {verdicts[WRONG]} "
         f"wrong."
     )
     proved = [int(part) for row in rows.values() if "power" in row for part in str(row["power"]).split(" / ")]
     yield f"Groups that went: {sum(proved[::2]):,} proved with power, {sum(proved[1::2]):,} not proved."
-    for verdict in (WRONG, FAILED, REFUSED, UNCAPTURED):
+    for verdict in (WRONG, FAILED, REFUSED, BY_OPTION, UNCAPTURED):
         for name, row in rows.items():
             if row.get("verdict") == verdict:
                 yield f"- {name}: {verdict}: {row.get('why', '')}"
     for name, row in rows.items():
         if row.get("verdict") == EQUAL and row.get("why"):
-            yield f"- {name}: {EQUAL}, but {row['why']}: {row['left']} of the MACs are left"
+            yield f"- {name}: {EQUAL}, {row['left']} of the MACs are left: {row['why']}"
 
 
 def chosen(patterns: Sequence[str]) -> dict[str, Any]:

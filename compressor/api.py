@@ -1,4 +1,4 @@
-"""compress(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
+"""compress(), trainable(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams
 from .ops import kind, macs
+from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run, dtype_name, shape_of
 from .target import Target
+from .trainable import Trainable
+from .trainable import trainable as as_module
 from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
+__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
 
 
 def compress(
@@ -65,6 +68,20 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def trainable(
+    model: nn.Module | ExportedProgram | str | Path, example_inputs: Any = None, **options: Any
+) -> Trainable:
+    """A module to train in your own loop, from the model.pt2 that `emit="pt2"` wrote or from any other model.
+
+    It is what `Result.trainable()` gives for a run in this process: see `compressor.trainable.trainable`. The receipt
+    in the file stays with it. model, example_inputs and options as for `compress`.
+    """
+    opt = Options.of(options)
+    loaded = load_model(model, opt)
+    graph = capture_model(loaded, example_inputs, opt)
+    return as_module(graph, receipt=loaded.continued.receipt if loaded.continued is not None else None)
 
 
 def verify(
@@ -131,9 +148,10 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
         return _inspect_weights(path, adapters_of(path, opt.adapter))
     facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
     try:
-        graph = capture_model(load_model(path, opt), None, opt)
+        loaded = load_model(path, opt)
+        graph = capture_model(loaded, None, opt)
     except CompressorError as error:
-        if not facts["adapters"]:
+        if groups or not facts["adapters"]:
             raise
         return facts | {"problem": str(error)}
     counts: dict[str, int] = {}
@@ -141,6 +159,9 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
         if node.op == "call_function":
             name = str(node.target)
             counts[name] = counts.get(name, 0) + 1
+    earlier: dict[str, Any] = {}
+    if loaded.continued is not None:
+        earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
     return facts | {
         "adapters": facts["adapters"] or found_in(graph.tensors),
         "inputs": [shape_of(spec) for spec in graph.inputs],
@@ -150,7 +171,8 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
         "bytes": measure.bytes_of(graph),
         "operators": dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))),
         "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
-        "notices": graph.notices,
+        "notices": [*loaded.notes, *graph.notices],
+        **earlier,
         **(_groups(graph, registry.target("cpu")) if groups else {}),
     }
 
@@ -183,6 +205,16 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
+
+
+def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
+    """One row for every pass in the receipt that a model came with."""
+    shown = ("pass", "config", "contract", "status", "params", "macs", "bytes")
+    return [
+        {"run": number, **{key: row.get(key, "") for key in shown}}
+        for number, run in enumerate(continued.runs, 1)
+        for row in run["rows"]
+    ]
 
 
 def _groups(graph: Graph, target: Target) -> dict[str, Any]:

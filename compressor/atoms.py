@@ -41,6 +41,7 @@ class Reason(str):
 ONE = Reason("it has one slice only")
 DYNAMIC = Reason("its size is dynamic", "a fixed size: --input NAME:DTYPE[SIZES]")
 NORMS = "prune(norms=true) includes it"
+MERGE = "merge before prune makes one weight of what computes it"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Atoms:
         self.count = 0
         self.ties: list[tuple[Array, Array]] = []
         self.frozen: list[tuple[Array, str]] = []
+        self.settled: set[Node] = (
+            set()
+        )  # values that no input reaches: weights, and what is computed from them alone
         self.choices: list[Choice] = []
 
     # ---------------------------------------------------------------- what rules say
@@ -140,6 +144,10 @@ class Atoms:
                 self.freeze([array], axis)
             arrays.append(array)
         return np.concatenate(arrays)
+
+    def remedy(self, node: Node, otherwise: str) -> str:
+        """What frees channels that an operator needs whole: a weight that is computed from weights can be folded."""
+        return MERGE if node in self.settled else otherwise
 
     # ---------------------------------------------------------------- reshapes
 
@@ -265,6 +273,11 @@ def _quotient(a: Any, b: Any) -> Any:
     """a / b if that is a whole number for every value of the symbols, None otherwise."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    return _symbolic_quotient(a, b)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a graph asks for the same few over and over
+def _symbolic_quotient(a: Any, b: Any) -> Any:
     ratio = sympy.cancel(sympy.sympify(a) / b)
     if ratio.is_Integer:
         return int(ratio)

@@ -100,10 +100,11 @@ class Budget:
                 else graph
             )
 
-        if self.latency is not None or self.latency_ms is not None:
-            share = self._time(goal, graph, ctx, (least, first), pruned)
-        elif self.max_drop is not None:
-            share = self._evaluate(goal, graph, ctx, least, pruned)
+        with ctx.progress("measuring pruned copies", None):
+            if self.latency is not None or self.latency_ms is not None:
+                share = self._time(goal, graph, ctx, (least, first), pruned)
+            elif self.max_drop is not None:
+                share = self._evaluate(goal, graph, ctx, least, pruned)
         if share < first:
             goal.amounts["macs"] = share * before["macs"]
 
@@ -136,7 +137,7 @@ class Budget:
                 got = f"latency={_rounded_up(now / original):g} ({now:.3g} of {original:.3g} ms, {ctx.timed_on})"
                 self._missed(goal, named, f"{got} is the least")
             else:
-                share = closest(fits, least, first)
+                share = closest(fits, least, first, TRIES)
         original, now = seen[share]
         goal.facts["latency"] = {"before_ms": original, "after_ms": now, "timed_on": ctx.timed_on}
         return share
@@ -158,7 +159,7 @@ class Budget:
                 seen[share] = evaluate(pruned(share))
             return seen[1.0] - seen[share] <= limit + ROUNDING
 
-        share = least if fits(least) else closest(fits, 1.0, least)
+        share = least if fits(least) else closest(fits, 1.0, least, TRIES)
         goal.facts["metric"] = {"before": seen[1.0], "after": seen[share]}
         return share
 
@@ -198,7 +199,7 @@ def shares(goal: Amounts, now: Amounts) -> dict[str, float]:
     return {name: min(1.0, amount / now[name]) if now[name] else 1.0 for name, amount in goal.items()}
 
 
-def closest(fits: Callable[[float], bool], good: float, bad: float, tries: int = TRIES) -> float:
+def closest(fits: Callable[[float], bool], good: float, bad: float, tries: int) -> float:
     """The share nearest to `bad` that was seen to fit, by halving; `good` is known to fit and `bad` not to."""
     for _ in range(tries):
         middle = (good + bad) / 2

@@ -8,7 +8,7 @@ a graph: `surgery.remove` does, and `oracle.masked` says what its result must co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,19 +77,21 @@ class Algebra:
     they stand on the same axes, so that every width is a sum of whole families.
     """
 
-    def __init__(self, graph: Graph, axes: dict[Key, Array], reasons: Sequence[str]) -> None:
+    def __init__(
+        self, graph: Graph, axes: dict[Key, Array], reasons: Callable[[int], str], count: int
+    ) -> None:
+        """reasons: why a class stays, by its number; count: how many classes there are."""
         self.axes = axes
         self.macs_terms = list(_macs_terms(graph, axes))
         self.parameter_terms = list(_parameter_terms(graph, axes))
-        count = len(reasons)
         macs = _alone(self.macs_terms, axes, count)
         parameters = _alone(self.parameter_terms, axes, count)
         used = np.zeros(count, dtype=bool)
         for key in {key for term in self.macs_terms for key in term.axes}:
             used[axes[key]] = True
-        sites = _sites(graph, axes, count)
+        sites = _sites(graph, axes)
         self.groups = tuple(
-            Group(c, tuple(sites[c]), int(parameters[c]), int(macs[c]), reasons[c], self)
+            Group(c, sites.get(c, ()), int(parameters[c]), int(macs[c]), reasons(c), self)
             for c in np.flatnonzero(used).tolist()
         )
         self._count = count
@@ -163,8 +165,12 @@ def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) ->
         if not isinstance(axis, str)
     }
     classes, inverse = np.unique(labels, return_inverse=True)
-    reasons = ["" if first[c] == len(atoms.frozen) else atoms.frozen[first[c]][1] for c in classes]
-    return Algebra(graph, {key: inverse[labels_of] for key, labels_of in axes.items()}, reasons)
+    stays = first[classes]
+
+    def reason(c: int) -> str:
+        return "" if stays[c] == len(atoms.frozen) else atoms.frozen[stays[c]][1]
+
+    return Algebra(graph, {key: inverse[labels_of] for key, labels_of in axes.items()}, reason, len(classes))
 
 
 def _components(count: int, ties: Sequence[tuple[Array, Array]]) -> Array:
@@ -255,17 +261,21 @@ def _alone(terms: Sequence[Term], axes: Mapping[Key, Array], count: int) -> NDAr
     """What each class saves when it alone is removed."""
     saved = np.zeros(count)
     for term in terms:
-        kept = np.ones(count)
-        for key in term.axes:
-            kept *= 1 - np.bincount(axes[key], minlength=count) / len(axes[key])
-        saved += term.base * (1 - kept)
+        if not term.axes:
+            continue
+        there = [np.unique(axes[key], return_counts=True) for key in term.axes]
+        classes = np.unique(np.concatenate([some for some, _ in there]))
+        kept = np.ones(len(classes))
+        for (some, slices), key in zip(there, term.axes, strict=True):
+            kept[np.searchsorted(classes, some)] *= 1 - slices / len(axes[key])
+        saved[classes] += term.base * (1 - kept)
     return np.rint(saved)
 
 
-def _sites(graph: Graph, axes: Mapping[Key, Array], count: int) -> list[list[str]]:
+def _sites(graph: Graph, axes: Mapping[Key, Array]) -> dict[int, tuple[str, ...]]:
     """Module paths of the contractions that compute each class; of those that read it where none does."""
-    made: list[list[str]] = [[] for _ in range(count)]
-    read_by: list[list[str]] = [[] for _ in range(count)]
+    made: dict[int, dict[str, None]] = {}
+    read_by: dict[int, dict[str, None]] = {}
     for node in contractions(graph):
         operands = {(operand.name, axis) for operand, axis in contracted(node)}
         results = {(node.name, axis) for axis in range(len(shape(node)))}
@@ -273,6 +283,5 @@ def _sites(graph: Graph, axes: Mapping[Key, Array], count: int) -> list[list[str
         for keys, places in ((results, made), (operands, read_by)):
             for key in sorted(keys & axes.keys()):
                 for c in np.unique(axes[key]).tolist():
-                    if where not in places[c]:
-                        places[c].append(where)
-    return [m or r for m, r in zip(made, read_by, strict=True)]
+                    places.setdefault(c, {})[where] = None
+    return {c: tuple(places) for c, places in (read_by | made).items()}

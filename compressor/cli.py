@@ -188,7 +188,7 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
 )
 @loading
 @printing
-def inspect(path: str, quiet: bool, as_json: bool, groups: bool, **options: Any) -> None:
+def inspect(path: str, groups: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Show a report, an ONNX file, or what a model holds, its adapters first."""
     found = Path(existing(path))
     if (found / "report.json").is_file():

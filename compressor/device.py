@@ -9,6 +9,7 @@ as `model.onnx.data`). The last number that it prints counts. It is the user's o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -35,27 +36,34 @@ def milliseconds(command: str, onnx: Path, timeout: float = TIMEOUT) -> float:
     """What the command says of this file. TargetError, in one line, where it fails, hangs or prints no latency."""
     words = command.replace(PLACE, shlex.quote(str(onnx)))
     named = f"--latency-cmd '{command}'"
-    process = subprocess.Popen(
-        words, shell=True, text=True, errors="replace", start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=timeout)
+        code, out, err = _run(words, timeout)
     except subprocess.TimeoutExpired as error:
         raise TargetError(f"{named}: no answer within {timeout:g} s") from error
-    finally:
-        if process.poll() is None:  # it, and what it started: a device must not stay busy
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
+    if code:
         said = _last_line(err) or _last_line(out)
-        raise TargetError(f"{named}: exit code {process.returncode}" + (f": {said}" if said else ""))
+        raise TargetError(f"{named}: exit code {code}" + (f": {said}" if said else ""))
     numbers = _NUMBER.findall(out)
     found = float(numbers[-1]) if numbers else math.nan
     if not (math.isfinite(found) and found > 0):
         said = f"it printed '{_last_line(out)}'" if out.strip() else "it printed nothing"
         raise TargetError(f"{named}: the last number on standard output must be milliseconds; {said}")
     return found
+
+
+def _run(words: str, timeout: float) -> tuple[int, str, str]:
+    """Exit code, standard output and error. Nothing that it started outlives it where it is given up."""
+    with subprocess.Popen(
+        words, shell=True, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:  # its time is up, or the user's patience: a device must not stay busy
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, out, err
 
 
 def _last_line(text: str) -> str:

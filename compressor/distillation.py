@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 from .augment import augmented, is_image
 from .batches import rows_of
@@ -139,7 +140,7 @@ class Lesson:
         values = list(self.viewer(*inputs))
         for k, axes in enumerate(self.kept):
             for axis, left in axes.items():
-                values[k] = values[k].index_select(axis, left)
+                values[k] = values[k].movedim(axis, 0)[left].movedim(0, axis)
         return values
 
     def losses(self, places: Sequence[Place], step: int) -> Iterator[Tensor]:
@@ -248,7 +249,7 @@ class Lesson:
         found = []
         for k, (a, b) in enumerate(zip(wanted, seen, strict=True)):
             parts = zip(self._parts(k, a, real), self._parts(k, b, real), self.scales[k], strict=True)
-            each = [(x - y).square().mean() / s for x, y, s in parts if x.numel()]
+            each = [F.mse_loss(y, x) / s for x, y, s in parts if x.numel()]
             found.append(torch.stack(each).mean() if each else torch.zeros(()))
         return found
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 Floats = NDArray[np.float64]
 RIDGE = 1e-4  # of the mean diagonal
+ROUNDS = 128  # an elimination takes about so many at most
 
 
 @dataclass
@@ -53,13 +54,12 @@ def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     return drawn
 
 
-def eliminate(
-    problems: Sequence[Problem], count: int, chunk: int = 1, stop: int | None = None
-) -> Elimination:
-    """Removes candidates 0..count-1 one by one (`chunk` at once), always those that cost all readers least together.
+def eliminate(problems: Sequence[Problem], count: int, stop: int | None = None) -> Elimination:
+    """Removes candidates 0..count-1, always those that cost all readers least together.
 
-    stop: how many to remove, all of them if None. Destroys the problems' matrices.
+    One by one, but of more than `ROUNDS` several at once. stop: how many to remove, all of them if None.
     """
+    chunk = 1 + count // ROUNDS
     solvers = [_Solver(p) for p in problems]
     alive = np.ones(count, dtype=bool)
     order: list[int] = []
@@ -86,22 +86,26 @@ class _Solver:
         self.matrix = problem.matrix.clone()
         self.root = problem.weight.clamp(min=0).sqrt()[:, None]
         self.blocks = problem.blocks
-        sizes = {len(b) for b in problem.blocks if len(b)}
-        self.size = sizes.pop() if len(sizes) == 1 else None
+        self.sizes = np.array([len(block) for block in problem.blocks])
+        sizes = set(self.sizes.tolist()) - {0}
+        self.table: Tensor | None = None  # [candidates, columns of each] where all have as many
+        if len(sizes) == 1:
+            self.table = torch.zeros(len(self.blocks), sizes.pop(), dtype=torch.int64)
+            self.table[torch.from_numpy(self.sizes > 0)] = torch.stack([b for b in self.blocks if len(b)])
 
     def prices(self, candidates: NDArray[np.int64]) -> Floats:
         """What each candidate costs by itself."""
         found = np.zeros(len(candidates))
-        here = [i for i, g in enumerate(candidates.tolist()) if len(self.blocks[g])]
-        if not here:
+        here = np.flatnonzero(self.sizes[candidates])
+        if not len(here):
             return found
-        if self.size is None:
-            found[here] = [self._price(self.blocks[int(candidates[i])]) for i in here]
+        if self.table is None:
+            found[here] = [self._price(self.blocks[g]) for g in candidates[here].tolist()]
             return found
-        columns = torch.stack([self.blocks[int(candidates[i])] for i in here])  # [n, b]
+        columns = self.table[torch.from_numpy(candidates[here])]  # [n, b]
         corner = self.inverse[columns[:, :, None], columns[:, None, :]]
         weights = (self.matrix * self.root)[:, columns].permute(1, 2, 0)  # [n, b, O]
-        if self.size == 1:
+        if columns.shape[1] == 1:
             cost = weights[:, 0].square().sum(1) / corner[:, 0, 0]
         else:
             cost = (weights * torch.linalg.solve(corner, weights)).sum((1, 2))

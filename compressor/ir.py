@@ -64,6 +64,24 @@ class Journal:
     changed: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The model's state dict as it came and the form of its answer, for the way back to PyTorch (trainable.py).
+
+    names: keys of the state dict, in order. tied: a key -> the key whose tensor it shares, which the graph reads.
+    constants: tensors of the graph that stand in no state dict. counters: batches that each batch norm has seen, by
+    key, which only training reads. returns: `tensor`, `tuple` or `dict`. lost_dropouts: dropouts that capture could
+    not keep.
+    """
+
+    names: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+    counters: Mapping[str, Tensor] = field(default_factory=dict)
+    returns: str = "tuple"
+    lost_dropouts: int = 0
+
+
 class Graph:
     """A flat ATen graph with symbolic shapes in `node.meta["val"]` (FakeTensor, or SymInt for a size).
 
@@ -71,6 +89,7 @@ class Graph:
     example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
     tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
     lineage: like `journal.kept`, over all passes since the graph was captured.
+    origin: what the model's state dict and its answer looked like.
     keep: puts a new tensor where it is to lie, in memory or in a mapped file, and answers it from there.
     """
 
@@ -89,6 +108,7 @@ class Graph:
         self.outputs = tuple(outputs)
         self.example = tuple(example)
         self.parameters = parameters
+        self.origin = Origin()
         self.notices: list[str] = []
         self.journal = Journal()
         self.lineage: dict[str, dict[int, Tensor]] = {}
@@ -298,7 +318,8 @@ class Graph:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
         twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
-        twin.notices, twin.keep, twin.lineage = list(self.notices), self.keep, dict(self.lineage)
+        twin.origin, twin.notices, twin.keep = self.origin, list(self.notices), self.keep
+        twin.lineage = dict(self.lineage)
         return twin
 
     # ---------------------------------------------------------------- invariants and views

@@ -70,6 +70,12 @@ compiling = _all(
         "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
     ),
     click.option(
+        "--emit",
+        multiple=True,
+        metavar="FORMAT",
+        help="What to write beside model.onnx: pt2, a PyTorch program to train or to compress further. Repeatable.",
+    ),
+    click.option(
         "--dynamic/--static",
         default=None,
         help="Leave the batch axis free, or fix it; default: the target's.",

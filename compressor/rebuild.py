@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from .channels import Algebra, Group
 from .data import Batch, Data
 from .elimination import eliminate, ridged
 from .ir import Graph, last_uses, site
+from .masked_norms import Removed, mask_norms
 from .ops import arguments, is_constant, kind
 from .pipeline import Context
 from .readers import norm_gain
@@ -40,12 +41,14 @@ HELD = 1 << 28  # bytes of values between two layers that stay in memory; more l
 class Rebuilt:
     """removed: the groups that go. tensors: name of a tensor -> its new value, in its old shape.
 
-    repaired: module paths of the layers that were solved anew.
+    repaired: module paths of the layers that were solved anew; parted: of those whose Gram matrix does not fit into
+    memory, with the number of parts that they were solved in.
     """
 
     removed: list[Group]
     tensors: dict[str, Tensor]
-    repaired: list[str]
+    repaired: list[str] = field(default_factory=list)
+    parted: dict[str, int] = field(default_factory=dict)
 
 
 def rebuild(
@@ -57,16 +60,19 @@ def rebuild(
     may go instead, if it can do better without them.
     """
     readers = Readers(graph, algebra)
+    losses = {int(readers.family[groups[0].index]): groups for groups in chosen}
+    open_ = {i for i in losses if free and len(readers.of.get(i, ())) == 1}
+    decided = [group for i, groups in losses.items() if i not in open_ for group in groups]
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        twin = _Twin(graph, list(data), _Store(folder))
-        work = _Repair(twin, readers, chosen, free, Sampler(graph, data.samples, ctx.seed))
+        twin = _Twin(graph, algebra.removed(decided), list(data), _Store(folder))
+        work = _Repair(twin, readers, losses, open_, Sampler(graph, data.samples, ctx.seed))
         with ctx.progress("prune: solving layers for what is left", len(graph.nodes)) as advance:
             for node in graph.nodes:
                 work.visit(node)
                 twin.step(node)
                 advance(1)
         removed = [group for i in sorted(work.chosen) for group in work.chosen[i]]
-        return Rebuilt(removed, twin.tensors, work.repaired)
+        return Rebuilt(removed, twin.tensors, work.repaired, work.parted)
 
 
 class _Store:
@@ -92,10 +98,20 @@ class _Twin:
     """A graph and its pruned twin at one point of their run, over all batches.
 
     whole, cut: values of each batch in the graph and in the twin. tensors: those that the twin has of its own.
+    removed: channels that are known to go; normalisations over them take their statistics over the others.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[Batch], store: _Store) -> None:
+    def __init__(self, graph: Graph, removed: Removed, batches: Sequence[Batch], store: _Store) -> None:
         self.graph, self.batches, self._store = graph, batches, store
+        self._masked = graph.copy()
+        mask_norms(self._masked, removed)
+        back = {node.name: node for node in graph.nodes}
+        self._origin = {node: back[node.name] for node in self._masked.nodes if node.name in back}
+        self._norms = {
+            origin: node
+            for node, origin in self._origin.items()
+            if node.target is not origin.target or any(n not in self._origin for n in node.all_input_nodes)
+        }
         self.tensors: dict[str, Tensor] = {}
         self.whole: list[dict[Node, Any]] = [{} for _ in batches]
         self.cut: list[dict[Node, Any]] = [{} for _ in batches]
@@ -112,9 +128,9 @@ class _Twin:
             elif node.op == "get_attr":
                 whole[node], cut[node] = self.graph.tensor(node), self.now(node)
             else:
-                whole[node] = self._store.put(self._execute(node, whole))
-                same = all(whole[n] is cut[n] for n in node.all_input_nodes)
-                cut[node] = whole[node] if same else self._store.put(self._execute(node, cut))
+                whole[node] = self._store.put(self._execute(node, whole, False))
+                same = all(whole[n] is cut[n] for n in node.all_input_nodes) and node not in self._norms
+                cut[node] = whole[node] if same else self._store.put(self._execute(node, cut, True))
         for dead in self._last.get(node, ()):
             for whole, cut in zip(self.whole, self.cut, strict=True):
                 first, second = whole.pop(dead, None), cut.pop(dead, None)
@@ -124,8 +140,21 @@ class _Twin:
                         self._store.drop(second)
 
     @torch.no_grad()
-    def _execute(self, node: Node, values: Mapping[Node, Any]) -> Any:
-        return self.graph.execute(node, values)
+    def _execute(self, node: Node, values: Mapping[Node, Any], cut: bool) -> Any:
+        if not cut or node not in self._norms:
+            return self.graph.execute(node, values)
+        known: dict[Node, Any] = {}
+
+        def value(part: Node) -> Any:
+            """Of the masked normalisation, which is made of several operators."""
+            origin = self._origin.get(part)
+            if part not in known and origin is not None and origin is not node:
+                known[part] = values[origin]
+            elif part not in known:
+                known[part] = self._masked.execute(part, {n: value(n) for n in part.all_input_nodes})
+            return known[part]
+
+        return value(self._norms[node])
 
     def differs(self, nodes: Sequence[Node]) -> bool:
         """Whether any of these values, as far as it is known by now, is another in the twin."""
@@ -147,7 +176,7 @@ class _Twin:
                 known[node] = (
                     (self.now(node) if cut else self.graph.tensor(node))
                     if constant
-                    else self._execute(node, known)
+                    else self._execute(node, known, cut)
                 )
                 todo.pop()
             todo += missing
@@ -165,15 +194,20 @@ class _Twin:
 
 
 class _Repair:
-    """Solves layer after layer. chosen: family -> which of its groups go, until its reader chooses others."""
+    """Solves layer after layer. chosen: family -> which of its groups go; open: those whose reader may still choose."""
 
     def __init__(
-        self, twin: _Twin, readers: Readers, chosen: Sequence[Sequence[Group]], free: bool, sampler: Sampler
+        self,
+        twin: _Twin,
+        readers: Readers,
+        losses: Mapping[int, Sequence[Group]],
+        open_: set[int],
+        sampler: Sampler,
     ) -> None:
         self.twin, self.readers, self.sampler = twin, readers, sampler
-        self.chosen = {int(readers.family[groups[0].index]): groups for groups in chosen}
-        self.open = {i for i in self.chosen if free and len(readers.of.get(i, ())) == 1}
+        self.chosen, self.open = dict(losses), set(open_)
         self.repaired: list[str] = []
+        self.parted: dict[str, int] = {}
 
     def visit(self, node: Node) -> None:
         """Repairs a layer, in front of its turn."""
@@ -200,6 +234,8 @@ class _Repair:
         gone = [group for i in mine for group in self.chosen[i]]
         self._solve(reading, moments, matrices, (grams, wanted), gone)
         self.repaired.append(site(node))
+        if reading.parts > 1:
+            self.parted[site(node)] = reading.parts
 
     def _look(self, reading: Reading) -> Moments:
         """What the layer reads in the twin, and how its outputs should change to bring its anchor back."""

@@ -31,7 +31,6 @@ from .statistics import Gram
 MEMORY = 1 << 29  # bytes of Gram matrices held at once: more layers take more passes over the data
 ROWS = 32  # rows for each feature of a layer. Four times as many changed no choice on ResNet-56
 LEAST_ROWS = 1 << 13
-ROUNDS = 128  # an elimination takes at most about so many rounds: wide families lose several channels at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +245,7 @@ def survey(graph: Graph, algebra: Algebra, data: Data, ctx: Context) -> dict[int
                         r.anchor.scale.square() / max(energy[r.anchor.node], 1e-30),
                     )
                 ]
-                found[i] = eliminate(problems, len(family), chunk=1 + len(family) // ROUNDS)
+                found[i] = eliminate(problems, len(family))
                 advance(1)
     return found
 

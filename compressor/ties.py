@@ -35,6 +35,7 @@ def read(graph: Graph, atoms: Atoms) -> None:
             atoms.axes[node] = [Reason(f"it is an axis of input {names[node]}")] * rank_of(node)
         elif node.op == "get_attr":
             atoms.axes[node] = [atoms.fresh(size) for size in shape(node)]
+            atoms.settled.add(node)
         elif node.op == "call_function":
             _visit(atoms, node)
     for name, result in zip(graph.outputs, graph.results, strict=True):
@@ -43,6 +44,8 @@ def read(graph: Graph, atoms: Atoms) -> None:
 
 def _visit(t: Atoms, node: Node) -> None:
     value, which = node.meta["val"], kind(node)
+    if node.all_input_nodes and all(source in t.settled for source in node.all_input_nodes):
+        t.settled.add(node)
     if isinstance(value, Tensor):
         t.axes[node] = _fit(t, RULES.get(which, opaque)(t, node), value)
     elif isinstance(value, (tuple, list)):
@@ -204,7 +207,7 @@ def _by_channel(t: Atoms, node: Node) -> list[Axis]:
     """Batch and instance norm, prelu: parameters along axis 1, every channel by itself."""
     x = first_axes(t, node)
     if kind(node) == "instance_norm" or arguments(node).get("training"):
-        t.freeze(x[2:], why(node, "statistics are taken over it"))
+        t.freeze(x[2:], why(node, "statistics are taken over it", t.remedy(node, "")))
     for parameter in tensors(node)[1:]:
         if not is_one(shape(parameter)[0]):
             x[1] = t.tie(x[1], t.axes[parameter][0])
@@ -219,7 +222,7 @@ def _over_channels(t: Atoms, node: Node) -> list[Axis]:
         for parameter in tensors(node)[1:]:
             x[-over:] = [t.tie(a, b) for a, b in zip(x[-over:], t.axes[parameter], strict=True)]
         return x
-    reason = t.freeze(x[-over:], why(node, "statistics are taken over it", NORMS))
+    reason = t.freeze(x[-over:], why(node, "statistics are taken over it", t.remedy(node, NORMS)))
     for parameter in tensors(node)[1:]:
         t.freeze(t.axes[parameter], reason)
     return [*x[:-over], *[reason] * over]
@@ -268,7 +271,7 @@ def _reduce(t: Atoms, node: Node) -> list[Axis]:
     gone = {d % len(x) for d in (dims or range(len(x)))} if x else set()
     able = is_statistic(node)
     if not (able and t.norms):
-        t.freeze([x[d] for d in gone], why(node, "it is reduced", NORMS if able else ""))
+        t.freeze([x[d] for d in gone], why(node, "it is reduced", t.remedy(node, NORMS if able else "")))
     if a.get("keepdim"):
         return [ONE if i in gone else axis for i, axis in enumerate(x)]
     return [axis for i, axis in enumerate(x) if i not in gone]

@@ -33,7 +33,8 @@ class Family:
     importance: of each group; their sum is what the whole family weighs against others. slices: how many slices of
     each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
     full: how many groups the family had before anything was pruned, where that was more than now. curve: what the
-    model loses with the first k of them [n + 1], where that is known.
+    model loses with the first k of them [n + 1], where that is known. stays: why
+    none of them should go; empty where they may.
     """
 
     groups: list[Group]
@@ -43,6 +44,7 @@ class Family:
     minimum: int = 1
     full: int = 0
     curve: NDArray[np.float64] | None = None
+    stays: str = ""
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,21 +168,25 @@ def families(
     full: by `Family.axes`, how many groups each had in the model as it came, where part of them has gone since.
     eliminations: by position in `algebra.families`.
     """
-    owner = np.full(len(importance), -1)
-    for i, groups in enumerate(algebra.families):
-        owner[[g.index for g in groups]] = i
+    owner, place = np.full(len(importance), -1), np.zeros(len(importance), dtype=np.int64)
     ordered = [
         [groups[k] for k in eliminations[i].order]
         if i in eliminations
         else sorted(groups, key=lambda g: (importance[g.index], g.index))
         for i, groups in enumerate(algebra.families)
     ]
+    for i, groups in enumerate(ordered):
+        indices = [g.index for g in groups]
+        owner[indices], place[indices] = i, np.arange(len(indices))
     slices: list[dict[Key, NDArray[np.int64]]] = [{} for _ in ordered]
     for key in sorted(costs.keys):
-        counts = np.bincount(algebra.axes[key], minlength=len(importance))
-        for i in np.unique(owner[np.flatnonzero(counts)]).tolist():
-            if i >= 0:
-                slices[i][key] = counts[[g.index for g in ordered[i]]]
+        classes, counts = np.unique(algebra.axes[key], return_counts=True)
+        able = owner[classes] >= 0
+        classes, counts = classes[able], counts[able]
+        for i in np.unique(owner[classes]).tolist():
+            mine = owner[classes] == i
+            found = slices[i][key] = np.zeros(len(ordered[i]), dtype=np.int64)
+            found[place[classes[mine]]] = counts[mine]
     return [
         Family(
             groups, importance[[g.index for g in groups]], found, multiple, minimum,

@@ -32,7 +32,7 @@ from compressor.oracle import masked, power
 from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.rebuild import Rebuilt, rebuild, restate_norms
 from compressor.surgery import remove
-from compressor.survey import survey
+from compressor.survey import MEMORY, survey
 from compressor.verify import POWER, TOLERANCE
 from compressor.widths import (
     MINIMUM,
@@ -81,7 +81,8 @@ class Prune(Pass):
     scope: `global` lets layers compete, `local` narrows all alike. steps: so many rounds, each scored anew.
 
     minimum: no layer gets narrower. align: widths of at least twice this stay multiples of it; the target's channel
-    multiple where 0, and 1 leaves them free. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`. norms:
+    multiple where 0, and 1 leaves them free. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`.
+    attention: whole `heads` go, or the same channels of every head (`width`). norms:
     channels may go from under layer, RMS and group norms too (residual streams of transformers): the reference is then
     the original with those channels masked and with norms taken over the channels that are left.
 
@@ -109,6 +110,7 @@ class Prune(Pass):
     minimum: int = MINIMUM
     align: int = 0
     ignore: tuple[str, ...] = ()
+    attention: Literal["heads", "width"] = "heads"
     norms: bool = False
 
     def __post_init__(self) -> None:
@@ -121,10 +123,11 @@ class Prune(Pass):
                 raise UsageError(f"prune({name}={getattr(self, name)}): {why}")
         if self.loss is not None and self.criterion != "taylor":
             raise UsageError(f"prune(loss={self.loss}): only criterion=taylor asks for a loss")
-        self.budget  # noqa: B018  which raises what is wrong with it
+        _ = self.budget
 
     @property
     def budget(self) -> Budget:
+        """UsageError where it is none."""
         return Budget(
             self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop,
             best=self.reach == "best",
@@ -135,27 +138,26 @@ class Prune(Pass):
         self._check(ctx)
         first = self._scored(graph, ctx)
         found = self._families(first, ctx)
-        before, least = first.costs.before, least_shares(self._open(found), first.costs)
+        before, least = first.costs.before, least_shares(_open(found), first.costs)
         goal = self.budget.goal(before, least)
+        numbers_count = self.max_drop is not None or self.steps > 1  # a stopwatch asks for widths alone
 
         def trial(amounts: Amounts) -> Graph:
             copy = graph.copy()
             for scored, narrowed in self._steps(copy, ctx, first, amounts):
-                cut = self._cut(copy, ctx, scored, narrowed, repair=self.max_drop is not None)
+                cut = self._cut(copy, ctx, scored, narrowed, self.repair and numbers_count)
                 remove(copy, cut.removed)
                 set_tensors(copy, scored.algebra, cut)
             return copy
 
         self.budget.search(goal, graph, ctx, before, least["macs"], trial)
-        ignored = {f.groups[0]: f"ignored by '{pattern}'" for f in found if (pattern := self._ignored(f))}
-        ledger = Ledger(
-            graph, first.algebra, first.costs, found, {g.index: why for g, why in ignored.items()}
-        )
+        stays = {family.groups[0]: family.stays for family in found if family.stays}
+        ledger = Ledger(graph, first.algebra, first.costs, found, {g.index: why for g, why in stays.items()})
         facts = {"criterion": self._criterion(ctx), "least": least, "frozen": _reasons(first.algebra)}
         tally = Tally(graph, ledger, goal.facts | facts)
         declines = [
             *(Decline(site, why) for site, why in goal.short),
-            *(Decline(group.sites[0], why) for group, why in ignored.items()),
+            *(Decline(group.sites[0], why) for group, why in stays.items()),
             *(Decline(site, f"{count} channels stay: {why}") for site, why, count in first.algebra.frozen()),
         ]
         left = ctx.limit
@@ -188,15 +190,15 @@ class Prune(Pass):
     ) -> Rebuilt:
         """The groups that these families lose, and new weights where they are to be repaired."""
         if not repair or ctx.calibration is None or not narrowed:
-            return Rebuilt(_removed(narrowed), {}, [])
+            return Rebuilt(_removed(narrowed), {})
         losses, free = [family.removed for family in narrowed], bool(scored.eliminations)
         return rebuild(graph, scored.algebra, losses, free, ctx.calibration, ctx)
 
     def _scored(self, graph: Graph, ctx: Context) -> Scored:
-        algebra = analyse(graph, norms=self.norms)
+        algebra = analyse(graph, "head" if self.attention == "heads" else "head_dim", norms=self.norms)
         if self._criterion(ctx) == "reconstruct" and ctx.calibration is not None:
             eliminations = survey(graph, algebra, ctx.calibration, ctx)
-            nothing = np.zeros(1 + max((g.index for g in algebra.groups), default=0))
+            nothing = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=0))
             return Scored(algebra, costs_of(graph, algebra), nothing, eliminations)
         loss = imported(self.loss, "prune(loss=...)") if self.loss else None
         data = CriteriaData(ctx.calibration, ctx.seed, loss, ctx.progress)
@@ -208,9 +210,14 @@ class Prune(Pass):
         self, scored: Scored, ctx: Context, full: Mapping[tuple[Key, ...], int] = MappingProxyType({})
     ) -> list[Family]:
         multiple = self.align or ctx.target.channel_multiple
-        return families(
+        found = families(
             scored.algebra, scored.costs, scored.importance, multiple, self.minimum, full, scored.eliminations
         )
+        for family in found:
+            family.stays = self._ignored(family)
+            if not family.stays and scored.eliminations and family.curve is None:
+                family.stays = "no layer with weights of its own reads them, by which reconstruct judges"
+        return found
 
     def _steps(
         self, graph: Graph, ctx: Context, first: Scored, goal: Amounts
@@ -221,16 +228,13 @@ class Prune(Pass):
         for number, amounts in enumerate(on_the_way(first.costs.before, goal, self.steps)):
             scored = self._scored(graph, ctx) if number else first
             found = self._families(scored, ctx, full)
-            shrink(self._open(found), scored.costs.fresh(), shares(amounts, scored.costs.before))
+            shrink(_open(found), scored.costs.fresh(), shares(amounts, scored.costs.before))
             yield scored, [family for family in found if family.removed]
 
-    def _open(self, found: Sequence[Family]) -> list[Family]:
-        return [family for family in found if not self._ignored(family)]
-
     def _ignored(self, family: Family) -> str:
-        """The pattern that keeps a family as it is; empty if none does."""
         sites = family.groups[0].sites
-        return next((p for p in self.ignore if any(fnmatchcase(site, p) for site in sites)), "")
+        pattern = next((p for p in self.ignore if any(fnmatchcase(site, p) for site in sites)), None)
+        return f"ignored by '{pattern}'" if pattern is not None else ""
 
 
 class Tally:
@@ -287,6 +291,10 @@ def _repair(graph: Graph, original: Graph, norms: int, cut: Rebuilt) -> Outcome:
         contract=BOUNDED,
         reference=original,
         rewrites=[Rewrite(site, "solved anew for the channels that are left") for site in cut.repaired],
+        declines=[
+            Decline(site, f"solved in {parts} parts: its Gram matrix is over {MEMORY >> 20} MB")
+            for site, parts in cut.parted.items()
+        ],
         facts={"repaired": len(cut.repaired), "norms_restated": norms},
     )
 
@@ -301,6 +309,10 @@ def set_tensors(graph: Graph, algebra: Algebra, cut: Rebuilt) -> None:
                 left = np.setdiff1d(np.arange(value.shape[axis]), indices)
                 value = value.index_select(axis, torch.from_numpy(left))
             graph.set_tensor(node, value)
+
+
+def _open(found: Sequence[Family]) -> list[Family]:
+    return [family for family in found if not family.stays]
 
 
 def _removed(narrowed: Sequence[Family]) -> list[Group]:

@@ -306,6 +306,28 @@ def test_a_metric_may_fall_by_so_much_and_no_more():
     assert outcome.rewrites == []
 
 
+@pytest.mark.parametrize(("repair", "steps"), [(True, 1), (False, 1), (True, 2)])
+def test_what_was_evaluated_is_what_comes_out(repair, steps):
+    """Repaired or not, in one step or two: the metric of the copy that was chosen is that of the result."""
+    graph = graph_of(Residual())
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = graph.run(x)[0]
+
+    def evaluate(graph: Graph) -> float:
+        return -float((graph.run(x)[0] - expected).square().mean() / expected.square().mean())
+
+    calibration = data.open_data([(x[:32],)], graph.inputs)
+    ctx = context(graph, 1, evaluate=evaluate, calibration=calibration)
+    one = Prune(max_drop=0.05, criterion="l2", repair=repair, steps=steps)
+    facts: dict = {}
+    for outcome in one.run(graph, ctx):
+        facts |= outcome.facts
+        graph.journal = Journal()
+    assert ("repaired" in facts) == repair and facts["pruned"] > 0
+    assert evaluate(graph) == pytest.approx(facts["metric"]["after"], rel=1e-3)
+    assert -0.05 <= facts["metric"]["after"] < 0
+
+
 def test_a_drop_needs_a_metric_and_no_other_budget():
     graph = graph_of(Residual())
     with pytest.raises(UsageError, match=r"prune\(max_drop=0.01\): needs a metric: --eval DATA"):
