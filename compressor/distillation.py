@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 from .augment import augmented, is_image
 from .batches import rows_of
@@ -74,9 +75,13 @@ class Lesson:
         self.outputs = len(which)
         pairs = shared_values(original, graph, recipe.batch) if recipe.features else []
         self.watched = [original.results[i] for i in which] + [a for a, _ in pairs]
+        self.kept: list[dict[int, Tensor]] = [{} for _ in which] + [
+            graph.lineage.get(b.name, {}) for _, b in pairs
+        ]
         masked = any(is_mask(spec) for spec in original.inputs)
         self.regions: list[list[Region]] = [
-            [{}] if masked else regions(node) or [{}] for node in self.watched
+            [{}] if masked or kept else regions(node) or [{}]
+            for node, kept in zip(self.watched, self.kept, strict=True)
         ]
         self.padding = Padding(original)
         self.images = [is_image(spec) for spec in graph.inputs]
@@ -88,7 +93,7 @@ class Lesson:
         self.held_out = samples.grouped([drawn[i] for i in order[:count]], recipe.batch)
         self.learning = [drawn[i] for i in order[count:]]
         self.layout = _layout((original, graph), samples.gather(self.held_out[0]) if self.held_out else ())
-        self.teacher = _viewer(original, self.watched)
+        self.viewer = _viewer(original, self.watched)
         self.student = Student(graph, [graph.results[i] for i in which] + [b for _, b in pairs], self.layout)
         self.graphs = original, graph
         self.room = max(_ACTIVATIONS // max(_activations(graph), 1), _LEAST_BATCH)
@@ -102,7 +107,10 @@ class Lesson:
             return f"too few samples to fill the model's batches of {self.samples.fixed}"
         if not self.outputs:
             return "no output is a float, there is nothing to compare"
-        if not self.evaluate():
+        error = self.evaluate()
+        if not math.isfinite(error):
+            return "outputs hold NaN or infinite values, or so large ones that their squares are infinite"
+        if not error:
             return "the model still answers as the original does, there is nothing to learn"
         with torch.enable_grad():
             seen = self.student.module(*self.inputs(self.held_out[0]))[: self.outputs]
@@ -127,6 +135,14 @@ class Lesson:
                 found[i] = found[i].contiguous(memory_format=self.layout)
         return tuple(found)
 
+    def teacher(self, inputs: Inputs) -> list[Tensor]:
+        """What the teacher computes: its outputs, then values inside, without channels that the student lost."""
+        values = list(self.viewer(*inputs))
+        for k, axes in enumerate(self.kept):
+            for axis, left in axes.items():
+                values[k] = values[k].movedim(axis, 0)[left].movedim(0, axis)
+        return values
+
     def losses(self, places: Sequence[Place], step: int) -> Iterator[Tensor]:
         """The loss of one step, differentiable, in parts that add up to it: each of what memory has room for."""
         inputs = self.inputs(places, step)
@@ -149,7 +165,7 @@ class Lesson:
 
     def _loss(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
-            wanted = self.teacher(*inputs)
+            wanted = self.teacher(inputs)
         self.student.module.train(self.batch_statistics and self._rows(inputs) >= _LEAST_BATCH)
         errors = self._errors(wanted, self.student.module(*inputs), self.padding.of(inputs))
         loss = torch.stack(errors[: self.outputs]).mean()
@@ -172,11 +188,11 @@ class Lesson:
 
     @torch.no_grad()
     def estimate(self) -> None:
-        """Statistics of the batch norms anew: the mean over batches of the samples as they are."""
+        """Statistics of the batch norms anew, where they learn so: the mean over batches of samples as they are."""
+        if not self.batch_statistics:
+            return
         norms = self.student.norms.values()
-        batches = (
-            self.samples.grouped(self.learning[:_STATISTICS], max(self.recipe.batch, 64)) if norms else []
-        )
+        batches = self.samples.grouped(self.learning[:_STATISTICS], max(self.recipe.batch, 64))
         self.student.module.train()
         for number, places in enumerate(b for b in batches if len(b) >= _LEAST_BATCH):
             for norm in norms:
@@ -203,7 +219,7 @@ class Lesson:
         answers: list[list[Tensor]] | None = []
         used = 0
         for places in self.held_out:
-            found = list(self.teacher(*self.inputs(places))[: self.outputs])
+            found = self.teacher(self.inputs(places))[: self.outputs]
             used += sum(t.nbytes for t in found)
             if answers is not None:
                 answers.append(found)
@@ -219,7 +235,7 @@ class Lesson:
         for places in self.held_out:
             inputs = self.inputs(places)
             real = self.padding.of(inputs)
-            for k, value in enumerate(self.teacher(*inputs)):
+            for k, value in enumerate(self.teacher(inputs)):
                 for total, part in zip(sums[k], self._parts(k, value, real), strict=True):
                     variance, square = _spread(part)
                     total[0] += variance * part.numel()
@@ -233,7 +249,7 @@ class Lesson:
         found = []
         for k, (a, b) in enumerate(zip(wanted, seen, strict=True)):
             parts = zip(self._parts(k, a, real), self._parts(k, b, real), self.scales[k], strict=True)
-            each = [(x - y).square().mean() / s for x, y, s in parts if x.numel()]
+            each = [F.mse_loss(y, x) / s for x, y, s in parts if x.numel()]
             found.append(torch.stack(each).mean() if each else torch.zeros(()))
         return found
 
@@ -252,14 +268,15 @@ def _spread(value: Tensor) -> tuple[float, float]:
 
 
 def shared_values(original: Graph, graph: Graph, batch: int) -> list[tuple[Node, Node]]:
-    """Values inside that both graphs compute under one name, at one place of the model, in one shape, for several
-    readers: where a residual stream flows. Evenly thinned where they would take too much memory.
+    """Values inside that both graphs compute under one name, at one place of the model, for several readers: where a
+    residual stream flows. In one shape but for pruned channels. Thinned where they would take too much memory.
     """
     there = {n.name: n for n in original.nodes if _is_shared(n, original)}
+    learned = _learned(graph)
     pairs = [
         (there[n.name], n)
         for n in graph.nodes
-        if n.name in there and _is_shared(n, graph) and _alike(there[n.name], n)
+        if n in learned and n.name in there and _is_shared(n, graph) and _alike(there[n.name], n, graph)
     ]
     size = sum(math.prod(sizes(n)) * 4 * batch for n, _ in pairs)
     thin = -(-size // _FEATURE_BYTES) or 1
@@ -277,9 +294,22 @@ def _is_shared(node: Node, graph: Graph) -> bool:
     return node.op == "call_function" and len(readers) > 1 and _is_float(node) and node not in graph.results
 
 
-def _alike(a: Node, b: Node) -> bool:
+def _learned(graph: Graph) -> set[Node]:
+    """Values that a parameter moves: a mask that many layers read is none of them."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        parameter = node.op == "get_attr" and str(node.target) in graph.parameters
+        if parameter or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _alike(a: Node, b: Node, graph: Graph) -> bool:
+    """Whether b, of `graph`, is a without slices that passes have removed."""
+    kept = graph.lineage.get(b.name, {})
     same = operator_name(a) == operator_name(b) and site(a) == site(b)
-    return same and extents(a.meta["val"]) == extents(b.meta["val"])
+    wanted = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(extents(a.meta["val"]))]
+    return same and wanted == list(extents(b.meta["val"]))
 
 
 def _is_float(node: Node) -> bool:

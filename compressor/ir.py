@@ -88,6 +88,7 @@ class Graph:
     inputs: the tensors it takes, in order; outputs: path names of the tensors it returns, in order.
     example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
     tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
+    lineage: like `journal.kept`, over all passes since the graph was captured.
     origin: what the model's state dict and its answer looked like.
     keep: puts a new tensor where it is to lie, in memory or in a mapped file, and answers it from there.
     """
@@ -110,6 +111,7 @@ class Graph:
         self.origin = Origin()
         self.notices: list[str] = []
         self.journal = Journal()
+        self.lineage: dict[str, dict[int, Tensor]] = {}
         self.keep: Callable[[Tensor], Tensor] = _in_memory
 
     # ---------------------------------------------------------------- reading
@@ -300,6 +302,14 @@ class Graph:
         with mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = self.execute(node, env)
 
+    def turn_page(self) -> None:
+        """A new journal; which slices of the captured graph's values are left, goes into `lineage`."""
+        for name, axes in self.journal.kept.items():
+            before = self.lineage.get(name, {})
+            sliced = {axis: before[axis][left] if axis in before else left for axis, left in axes.items()}
+            self.lineage[name] = {**before, **sliced}
+        self.journal = Journal()
+
     def copy(self) -> Graph:
         """Another graph over the same tensors, with node names kept and an empty journal."""
         graph = fx.Graph()
@@ -309,6 +319,7 @@ class Graph:
             mapping[node].meta = dict(node.meta)
         twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
         twin.origin, twin.notices, twin.keep = self.origin, list(self.notices), self.keep
+        twin.lineage = dict(self.lineage)
         return twin
 
     # ---------------------------------------------------------------- invariants and views

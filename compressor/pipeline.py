@@ -17,7 +17,7 @@ from torch.fx import Node
 from . import verify
 from .data import Data
 from .errors import ContractError, DataError, UsageError
-from .ir import Graph, Journal, operator_name, site
+from .ir import Graph, operator_name, site
 from .measure import bytes_of, parameters, peak_memory_mb
 from .ops import macs
 from .spec import arrange, parse
@@ -204,6 +204,7 @@ class Pipeline:
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
         if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
             ctx = dataclasses.replace(ctx, original=graph.copy())
+        graph.lineage = {}
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):
@@ -256,7 +257,7 @@ class _Judge:
 
     def begin(self, graph: Graph) -> None:
         self.before = graph.copy()
-        graph.journal = Journal()
+        graph.turn_page()
 
     def step(
         self, graph: Graph, contract: Contract, outcome: Outcome, where: str

@@ -169,7 +169,7 @@ def test_padding_does_not_count():
         stream = data.open_data([(ids.repeat(16, 1), mask.repeat(16, 1))], graph.inputs)
         return Lesson(graph, start, Samples(stream, graph.inputs), Distill()._recipe(0))
 
-    class Masked(nn.Module):
+    class WithMask(nn.Module):
         def __init__(self):
             super().__init__()
             self.table = nn.Embedding(9, 4)
@@ -177,11 +177,11 @@ def test_padding_does_not_count():
         def forward(self, ids, attention_mask):
             return self.table(ids) + 0 * attention_mask[:, :, None]
 
-    class Other(Masked):
+    class Other(WithMask):
         def forward(self, ids, segments):
             return super().forward(ids, segments)
 
-    assert "nothing to learn" in lesson(Masked).obstacle()
+    assert "nothing to learn" in lesson(WithMask).obstacle()
     assert lesson(Other).obstacle() == "" and lesson(Other).evaluate() > 0.1
 
 
@@ -197,6 +197,8 @@ def test_batch_norms_keep_statistics_that_suit_the_model_better_than_those_of_th
     assert made.batch_statistics and after != before
     made, before, after = lesson(measured=False)
     assert not made.batch_statistics and after == before == made.evaluate()
+    made.estimate()
+    assert made.evaluate() == before
 
 
 def test_tied_weights_stay_tied_and_nobody_writes_into_the_callers():
@@ -249,7 +251,17 @@ def test_a_residual_stream_is_what_both_graphs_share():
     Pipeline(parse(CUT.replace(")", ",scope=local)"), PASSES), PASSES).run(
         stream, context(graph, [(images(32),)])
     )
-    assert shared_values(graph, stream, 16) == []  # its channels went: no value has the shape that it had
+    assert [a.name for a, _ in shared_values(graph, stream, 16)] == ["relu", "relu_2"]
+    data_of = context(graph, [(images(32),)]).calibration
+    lesson = Lesson(graph, stream, Samples(data_of, graph.inputs), QUICK._recipe(0))
+    inputs = lesson.inputs(lesson.held_out[0])
+    wanted, seen = lesson.teacher(inputs)[1], lesson.student.module(*inputs)[1]
+    left = stream.lineage["relu"][1]
+    assert wanted.shape[1] == len(left) < 8  # of the stream's channels, those that were not pruned
+    assert torch.allclose(wanted, seen, 1e-4, 1e-5)
+    stream.lineage["relu"][1] = (left + 1) % 8
+    wrong = Lesson(graph, stream, Samples(data_of, graph.inputs), QUICK._recipe(0)).teacher(inputs)[1]
+    assert not torch.allclose(wrong, seen, 0.1, 0.1)
 
 
 def test_a_batch_that_memory_has_no_room_for_is_learned_in_parts():
@@ -264,6 +276,22 @@ def test_a_batch_that_memory_has_no_room_for_is_learned_in_parts():
     (seen,) = torch.autograd.grad(sum(parts), [lesson.student.parameters["0.weight"]])
     assert len(parts) == 4 and torch.allclose(sum(parts), whole, 1e-5)
     assert torch.allclose(seen, wanted, 1e-4, 1e-7) and not torch.allclose(parts[0], whole, 0.1)
+
+
+def test_a_mask_that_layers_share_is_nothing_to_learn():
+    def forward(net, x, mask):
+        far = (1 - mask) * torch.finfo(torch.float32).min
+        for layer in (net.one, net.two):
+            x = x + torch.softmax(layer(x) + far, -1)
+        return x
+
+    parts = {"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)}
+    x, mask = torch.randn(64, 4), (torch.rand(64, 4) < 0.8).float()
+    graph = capture(Net(forward, **parts), (x[:2], mask[:2]))
+    assert [a.name for a, _ in shared_values(graph, graph, 8)] == ["add_1"]
+    start = noisy(graph)
+    outcome = distilled(start, graph, [(x, mask)])
+    assert outcome.facts["error_after"] < 0.5 * outcome.facts["error_before"]
 
 
 # -------------------------------------------------------------------- nothing to learn
@@ -295,6 +323,15 @@ class Counts(nn.Module):
         return self.layer(x).argmax(1)
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(x).masked_fill(x < 0, -torch.inf)
+
+
 class Fixed(nn.Module):
     def forward(self, x):
         return x * 2 + 1
@@ -305,6 +342,7 @@ class Fixed(nn.Module):
     [
         (perceptron, None, "still answers as the original does"),
         (Counts, "noise", "no output is a float"),
+        (Masked, "noise", "NaN or infinite"),
         (Fixed, "scale", "no parameter moves an output"),
         (lambda: perceptron().half(), "noise", "half precision"),
     ],
