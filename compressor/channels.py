@@ -73,7 +73,8 @@ class Algebra:
     """The classes of one graph, as it was when it was read.
 
     axes[(node, axis)]: the class of every slice; axes that cannot change are absent. groups: the classes that some
-    convolution, linear or matrix product computes or reads. families: groups that can be removed, put together where
+    convolution, linear or matrix product computes or reads. weights: names of the constants that they
+    multiply by; of a head, one slice of a value, these have as many slices as it is wide. families: groups that can be removed, put together where
     they stand on the same axes, so that every width is a sum of whole families.
     """
 
@@ -82,6 +83,7 @@ class Algebra:
     ) -> None:
         """reasons: why a class stays, by its number; count: how many classes there are."""
         self.axes = axes
+        self.weights = {n.name for c in contractions(graph) for n, _ in contracted(c) if is_constant(n)}
         self.macs_terms = list(_macs_terms(graph, axes))
         self.parameter_terms = list(_parameter_terms(graph, axes))
         macs = _alone(self.macs_terms, axes, count)

@@ -34,7 +34,7 @@ class Family:
     each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
     full: how many groups the family had before anything was pruned, where that was more than now. curve: what the
     model loses with the first k of them [n + 1], where that is known. stays: why
-    none of them should go; empty where they may.
+    none of them should go; empty where they may. unit: slices that a group has of the weight where it has the fewest.
     """
 
     groups: list[Group]
@@ -45,12 +45,13 @@ class Family:
     full: int = 0
     curve: NDArray[np.float64] | None = None
     stays: str = ""
+    unit: int = 0
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.left = len(self.groups)
         self.full = max(self.full, self.left)
-        self.unit = min((int(counts.min()) for counts in self.slices.values()), default=1)
+        self.unit = self.unit or min((int(counts.min()) for counts in self.slices.values()), default=1)
         self._sums = np.concatenate([[0.0], np.cumsum(self.importance)])
 
     @property
@@ -191,6 +192,7 @@ def families(
         Family(
             groups, importance[[g.index for g in groups]], found, multiple, minimum,
             full.get(tuple(sorted(found)), 0), eliminations[i].costs if i in eliminations else None,
+            unit=min((int(n.min()) for key, n in found.items() if key[0] in algebra.weights), default=0),
         )
         for i, (groups, found) in enumerate(zip(ordered, slices, strict=True))
     ]  # fmt: skip

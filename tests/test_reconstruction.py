@@ -309,6 +309,19 @@ def test_a_stream_under_norms_is_repaired_as_it_will_be_normalised(monkeypatch: 
     assert heard[True] > heard[False] + 1
 
 
+def test_heads_count_by_their_channels_not_by_their_number() -> None:
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (m.q, m.k, m.v))
+        return x + m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    parts = {name: nn.Linear(16, 32) for name in "qkv"}
+    x = drawn(64, 5, 16)
+    graph = capture(Net(attend, **parts, o=nn.Linear(32, 16)).eval(), x[:2])
+    row = Pipeline([Prune(macs=0.5)], {}).run(graph, context(graph, x))[-1]
+    assert [r.what for r in row.rewrites if "->" in r.what] == ["32 -> 16 channels"]
+
+
 def test_without_data_reconstruct_says_what_it_needs() -> None:
     graph = capture(Redundant(conv(8, 5)).eval(), drawn(2, 3, 8, 8))
     ctx = Context(CPU, stream(graph, drawn(8, 3, 8, 8)))
