@@ -172,3 +172,15 @@ def test_dataflow_is_a_networkx_view(graph):
 
 def test_input_prints_as_the_command_line_writes_it():
     assert str(Input("x", torch.float32, ("batch", 3, 8))) == "x:f32[batch,3,8]"
+
+
+def test_a_new_page_of_the_journal_keeps_what_is_left_of_the_captured_values(graph):
+    graph.journal.kept = {"relu": {1: torch.tensor([0, 2, 3])}}
+    graph.journal.changed.add("relu")
+    graph.turn_page()
+    assert not graph.journal.kept and not graph.journal.changed
+    twin = graph.copy()
+    graph.journal.kept = {"relu": {1: torch.tensor([1, 2]), 2: torch.tensor([0])}}
+    graph.turn_page()
+    assert {a: t.tolist() for a, t in graph.lineage["relu"].items()} == {1: [2, 3], 2: [0]}
+    assert twin.lineage["relu"][1].tolist() == [0, 2, 3]
