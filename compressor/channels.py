@@ -73,9 +73,9 @@ class Algebra:
     """The classes of one graph, as it was when it was read.
 
     axes[(node, axis)]: the class of every slice; axes that cannot change are absent. groups: the classes that some
-    convolution, linear or matrix product computes or reads. weights: names of the constants that they
-    multiply by; of a head, one slice of a value, these have as many slices as it is wide. families: groups that can be removed, put together where
-    they stand on the same axes, so that every width is a sum of whole families.
+    convolution, linear or matrix product computes or reads. weights: names of the constants that these multiply by; of
+    a head, which is one slice of a value, they have as many slices as it is wide. families: groups that can be removed,
+    put together where they stand on the same axes, so that every width is a sum of whole families.
     """
 
     def __init__(
