@@ -291,7 +291,8 @@ class _Judge:
         if base is not self.before:
             reference, wrong = verify.observe(base, self.batches), self.last
             # What an earlier step lost is not this one's to answer for, unless it makes it worse.
-            floor = min(floor, *(c.sqnr_db for c in verify.compare(base, reference, wrong) if not c.discrete))
+            lost = [c.sqnr_db for c in verify.compare(base, reference, wrong) if not c.discrete]
+            floor = min([floor, *lost])
         if contract is EXACT and self.precise is not None:
             reference, tolerance = self.precise, verify.half_tolerance(graph, self.precise, self.last)
         checks = verify.compare(base, reference, seen, wrong, tolerance)

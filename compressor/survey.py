@@ -143,7 +143,8 @@ class Sampler:
 
     def begin(self, number: int, batch: Batch) -> None:
         self.real = self._padding.of(batch.inputs)
-        self._share = len(batch.inputs[0]) / self._samples
+        first = batch.inputs[0]
+        self._share = (len(first) if first.dim() else 1) / self._samples
         self._number = number
 
     def rows(self, layer: Layer, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -282,7 +283,7 @@ def _observe(
                     found[layer.node].update(sampler.rows(layer, value)[0])
                 if node in anchors:
                     anchors[node].update(sampler.real.rows(node, value, anchors[node].axis))
-            advance(len(batch.inputs[0]))
+            advance(len(batch.inputs[0]) if batch.inputs[0].dim() else 1)
     energy |= {node: float(spread.variance.sum()) for node, spread in anchors.items()}
     return found
 

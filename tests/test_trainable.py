@@ -235,7 +235,8 @@ def test_a_step_of_training_reduces_the_loss_and_reaches_every_parameter(
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     before = F.cross_entropy(module(images), labels).item()
     module.train()
-    for _ in range(60):
+    torch.manual_seed(0)  # of the dropout
+    for _ in range(150):
         loss = F.cross_entropy(module(images), labels)
         optimizer.zero_grad()
         loss.backward()
