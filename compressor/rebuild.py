@@ -64,7 +64,9 @@ def rebuild(
     open_ = {i for i in losses if free and len(readers.of.get(i, ())) == 1}
     decided = [group for i, groups in losses.items() if i not in open_ for group in groups]
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        twin = _Twin(graph, algebra.removed(decided), list(data), _Store(folder))
+        store = _Store(folder)
+        batches = [Batch(tuple(map(store.put, batch.inputs))) for batch in data]
+        twin = _Twin(graph, algebra.removed(decided), batches, store)
         work = _Repair(twin, readers, losses, open_, Sampler(graph, data.samples, ctx.seed))
         with ctx.progress("prune: solving layers for what is left", len(graph.nodes)) as advance:
             for node in graph.nodes:

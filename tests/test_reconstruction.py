@@ -341,12 +341,14 @@ def test_other_criteria_choose_and_are_repaired() -> None:
     assert heard[True] > heard[False] + 3
 
 
-def test_the_same_run_twice_gives_the_same_weights() -> None:
+def test_the_same_run_gives_the_same_weights_in_memory_and_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     x = drawn(64, 3, 8, 8)
     graph = capture(Redundant(conv(8, 5)).eval(), x[:2])
     prints = set()
-    for _ in range(2):
+    for held in (1 << 28, 1 << 28, 0):
+        monkeypatch.setattr("compressor.rebuild.HELD", held)
+        monkeypatch.setattr("compressor.spill.LEAST_BYTES", 1)
         pruned = graph.copy()
         Pipeline([Prune(macs=0.6, align=1)], {}).run(pruned, context(graph, x))
         prints.add(pruned.fingerprint())
