@@ -59,6 +59,9 @@ from targets.cpu import CPU  # noqa: E402
 
 SHARE, TOLERANCE, INSIDE, SAMPLES = 0.6, 1e-5, 1e-4, 8
 SECONDS = 300  # of processor time for one model
+LARGE = (
+    150e6  # parameters over which a model is not emitted: gigabytes, and nothing that a smaller variant lacks
+)
 SIGNALS = {
     signal.SIGXCPU: f"over {SECONDS} s of processor time",
     signal.SIGKILL: "killed: out of memory or time",
@@ -205,6 +208,8 @@ def relative(expected: Tensor, seen: Tensor) -> float:
 
 def emitted(dense: Graph, graph: Graph, inputs: Sequence[Tensor]) -> Row:
     """Error of the file in ONNX Runtime; where it does not emit, whether the original does."""
+    if parameters(dense) > LARGE:
+        return {"onnx": "not emitted: large"}
     try:
         return {"onnx": f"{file_error(graph, inputs):.1e}"}
     except (CompressorError, RuntimeError) as error:
@@ -357,7 +362,13 @@ def main() -> int:
         rows[name] = isolated(make, not options.no_onnx)
         print(shown(name, rows[name]), flush=True)
         gc.collect()
-    print("", *summary(rows), sep="\n")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        "",
+        *summary(rows),
+        f"\n{(spent.ru_utime + spent.ru_stime) / 60:.0f} minutes of processor time.",
+        sep="\n",
+    )
     return int(any(row.get("verdict") == WRONG for row in rows.values()))
 
 
