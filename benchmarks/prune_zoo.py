@@ -134,7 +134,9 @@ def pruned(graph: Graph, inputs: Sequence[Tensor], emits: bool, remedy: str) -> 
     dense, start = graph.copy(), time.perf_counter()
     graph.journal = Journal()
     try:
-        (outcome,) = Prune(macs=SHARE, criterion="l2", norms=remedy == "norms=true").run(graph, context)
+        (outcome,) = Prune(macs=SHARE, criterion="l2", reach="best", norms=remedy == "norms=true").run(
+            graph, context
+        )
     except CompressorError as error:
         return {"verdict": FAILED, "why": first_line(error)}
     facts, reference = outcome.facts, outcome.reference

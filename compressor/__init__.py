@@ -4,7 +4,7 @@
     result = compressor.compress(model, (images,), passes="merge,fold", output="small")
 
 Importing this package loads neither torch nor onnxruntime; the first use of `compress`, `Options` or
-`Result` does. `compressor.api` holds the other verbs: verify, inspect, bench.
+`Result` does. `compressor.api` holds the other verbs: trainable, verify, inspect, bench.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""compress(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
+"""compress(), trainable(), verify(), inspect(), bench(): the verbs of the package, which everything else serves."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
 from . import delivery, measure, registry, report, runtime
 from . import verify as contracts
 from .adapters import found_in
+from .budgets import costs_of
+from .channels import analyse, carrier_of
 from .delivery import CPU
 from .emit import companion_of
-from .errors import CompressorError
+from .errors import CompressorError, UsageError
+from .ir import Graph
+from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams
 from .ops import kind, macs
+from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run, dtype_name, shape_of
 from .target import Target
+from .trainable import Trainable
+from .trainable import trainable as as_module
+from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "verify"]
+__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
 
 
 def compress(
@@ -59,6 +68,20 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def trainable(
+    model: nn.Module | ExportedProgram | str | Path, example_inputs: Any = None, **options: Any
+) -> Trainable:
+    """A module to train in your own loop, from the model.pt2 that `emit="pt2"` wrote or from any other model.
+
+    It is what `Result.trainable()` gives for a run in this process: see `compressor.trainable.trainable`. The receipt
+    in the file stays with it. model, example_inputs and options as for `compress`.
+    """
+    opt = Options.of(options)
+    loaded = load_model(model, opt)
+    graph = capture_model(loaded, example_inputs, opt)
+    return as_module(graph, receipt=loaded.continued.receipt if loaded.continued is not None else None)
 
 
 def verify(
@@ -103,23 +126,32 @@ def verify(
     }
 
 
-def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
+def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
+
+    groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
     """
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
+        if groups:
+            raise UsageError(
+                f"{path}: --groups is for a PyTorch model, or the report.json of a run that pruned it"
+            )
         return _inspect_onnx(path)
     opt = Options.of(options)
     if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
+        if groups:
+            raise UsageError(f"{path}: --groups needs the architecture too: --model file.py:FACTORY")
         return _inspect_weights(path, adapters_of(path, opt.adapter))
     facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
     try:
-        graph = capture_model(load_model(path, opt), None, opt)
+        loaded = load_model(path, opt)
+        graph = capture_model(loaded, None, opt)
     except CompressorError as error:
-        if not facts["adapters"]:
+        if groups or not facts["adapters"]:
             raise
         return facts | {"problem": str(error)}
     counts: dict[str, int] = {}
@@ -127,6 +159,9 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         if node.op == "call_function":
             name = str(node.target)
             counts[name] = counts.get(name, 0) + 1
+    earlier: dict[str, Any] = {}
+    if loaded.continued is not None:
+        earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
     return facts | {
         "adapters": facts["adapters"] or found_in(graph.tensors),
         "inputs": [shape_of(spec) for spec in graph.inputs],
@@ -136,7 +171,9 @@ def inspect(path: str | Path, **options: Any) -> dict[str, Any]:
         "bytes": measure.bytes_of(graph),
         "operators": dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))),
         "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
-        "notices": graph.notices,
+        "notices": [*loaded.notes, *graph.notices],
+        **earlier,
+        **(_groups(graph, registry.target("cpu")) if groups else {}),
     }
 
 
@@ -168,6 +205,26 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
+
+
+def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
+    """One row for every pass in the receipt that a model came with."""
+    shown = ("pass", "config", "contract", "status", "params", "macs", "bytes")
+    return [
+        {"run": number, **{key: row.get(key, "") for key in shown}}
+        for number, run in enumerate(continued.runs, 1)
+        for row in run["rows"]
+    ]
+
+
+def _groups(graph: Graph, target: Target) -> dict[str, Any]:
+    """The ledger of a graph that nothing was taken from, and the shares of it that pruning must leave."""
+    algebra = analyse(graph, carrier_of(graph))
+    costs = costs_of(graph, algebra)
+    unknown = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1))
+    found = families(algebra, costs, unknown, target.channel_multiple, MINIMUM)
+    entries = Ledger(graph, algebra, costs, found).entries()
+    return {"least": least_shares(found, costs), "groups": [entry.to_dict(names=True) for entry in entries]}
 
 
 def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,16 @@ def members(file: BinaryIO, data: memoryview, name: str) -> dict[str, memoryview
     return found
 
 
+def find(data: bytes, ending: str, limit: int, name: str) -> bytes | None:
+    """The member whose name ends so, of an archive that `members` has verified; its first `limit` bytes.
+
+    None where there is no such member.
+    """
+    with io.BytesIO(data) as file:
+        info = next((one for one in _directory(file, name) if one.filename.endswith(ending)), None)
+        return None if info is None else bytes(_member(info, memoryview(data), name)[:limit])
+
+
 def below_root(found: dict[str, memoryview], name: str) -> dict[str, memoryview]:
     """The members by their names below the one folder that torch puts them all in."""
     top = next(iter(found)).split("/", 1)[0] + "/"

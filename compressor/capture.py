@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .ir import Graph, Input, operator_name, unsupported
 from .ops import kind
 from .pytrees import leaves, path_name
 from .standins import StandIns
+from .trainable import Trainable, argument_names, graph_of
 
 
 def capture(
@@ -48,6 +50,8 @@ def capture(
     if isinstance(model, ExportedProgram):
         specs = _program_specs(model, _names_of_program(model), inputs)
         return _graph_of(model, specs, _static_notice(model, dynamic))
+    if isinstance(model, Trainable):
+        return _graph_of_trainable(model, args, kwargs, inputs)
     positional, keywords = bind(args, kwargs, inputs, model)
     with _evaluating(model), StandIns(model, positional, keywords) as stand_ins:
         while True:
@@ -64,6 +68,52 @@ def capture(
         with _evaluating(model), torch.no_grad():
             _prove(graph, _call(model, (positional, keywords), graph.example))
     return graph
+
+
+def _graph_of_trainable(
+    model: Trainable,
+    args: Sequence[Any] | Tensor | Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    inputs: Sequence[Input],
+) -> Graph:
+    """The graph that the module was made from, with its present weights, proved against it."""
+    if inputs:
+        raise UsageError("a module of trainable() knows its inputs: leave their description out")
+    graph = graph_of(model)
+    if args is not None or kwargs:
+        positional, keywords = bind(args, kwargs, (), model)
+        _check_example(graph, positional, keywords)
+    if all(t.device.type == "cpu" for t in model.state_dict().values()):
+        with _evaluating(model), torch.no_grad():
+            answer = model(*(t.clone() for t in graph.example))
+        _prove(graph, pytree.tree_leaves(answer))
+    return graph
+
+
+def _check_example(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    names = argument_names([spec.name for spec in graph.inputs])
+    given = [
+        (name, value)
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]
+        if value is not None
+    ]
+    specs = dict(zip(names, graph.inputs, strict=True))
+    for name, value in given:
+        spec = specs.get(name)
+        fits = (
+            spec is not None
+            and isinstance(value, Tensor)
+            and value.dtype == spec.dtype
+            and len(value.shape) == len(spec.shape)
+            and all(isinstance(n, str) or n == s for n, s in zip(spec.shape, value.shape, strict=True))
+        )
+        if not fits:
+            shown = f"{name} {list(value.shape)}" if isinstance(value, Tensor) else name
+            raise UsageError(
+                f"the example {shown} does not fit: the module takes {', '.join(map(str, graph.inputs))}"
+            )
+    if len(args) > len(names) or {name for name, _ in given} != set(names):
+        raise UsageError(f"the example does not fit: the module takes {', '.join(map(str, graph.inputs))}")
 
 
 def _graph_of(program: ExportedProgram, specs: tuple[Input, ...], notices: list[str]) -> Graph:
@@ -195,9 +245,15 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     if not rename_in_place(flat.graph):
         culprit = next(n for n in flat.nodes if in_place(n))
         raise unsupported(culprit, "writes into the model's own state; a compiled model keeps none")
+    lost = _dropouts(graph) - _dropouts(flat)
     graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters
+    graph.origin = replace(flat.origin, lost_dropouts=lost)
     graph.clean()
     graph.reinfer()
+
+
+def _dropouts(graph: Graph) -> int:
+    return sum("dropout" in operator_name(node) for node in graph.nodes if node.op == "call_function")
 
 
 def _drop_settled_writes(graph: Graph) -> None:

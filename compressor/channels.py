@@ -19,7 +19,7 @@ from torch.fx import Node
 from .atoms import Array, Atoms, Carrier
 from .errors import ContractError
 from .ir import Graph, site
-from .ops import arguments, contractions, is_constant, kind, node_macs, shape, sizes
+from .ops import CONTRACTIONS, arguments, contractions, is_constant, kind, node_macs, shape, sizes
 from .ties import einsum_labels, read
 
 ROUNDS = 3  # readings of a graph while carriers of reshapes are given up for the next
@@ -133,6 +133,20 @@ class Algebra:
         """(site, reason, how many groups) of what cannot be removed, the most first."""
         counts = Counter((g.sites[0] if g.sites else "", g.reason) for g in self.groups if g.reason)
         return [(where, reason, number) for (where, reason), number in counts.most_common()]
+
+
+def carrier_of(graph: Graph, *, heads: bool = True) -> Carrier:
+    """Which axis carries where a reshape makes several of one: the heads of an attention, or the channels of each.
+
+    heads: whether whole heads should go. Without attention a reshape is a channel shuffle, whose halves are no heads.
+    """
+    weights = [node for node in graph.nodes if kind(node) == "softmax"]
+    found = any(kind(node) == "attention" for node in graph.nodes)
+    while weights and not found:  # weights that a softmax made multiply values
+        readers = [user for node in weights for user in node.users]
+        found = any(kind(user) in CONTRACTIONS for user in readers)
+        weights = [user for user in readers if kind(user) in ("identity", "cast")]
+    return "head" if heads and found else "head_dim"
 
 
 def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) -> Algebra:

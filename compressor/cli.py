@@ -181,9 +181,14 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
 
 @commands.command()
 @click.argument("path", metavar="REPORT|ONNX|MODEL")
+@click.option(
+    "--groups",
+    is_flag=True,
+    help="Show which channels pruning can take or took, and why the others must stay.",
+)
 @loading
 @printing
-def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def inspect(path: str, groups: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Show a report, an ONNX file, or what a model holds, its adapters first."""
     found = Path(existing(path))
     if (found / "report.json").is_file():
@@ -195,6 +200,8 @@ def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
         report = read_report(found)
         if as_json:
             _json(report)
+        elif groups:
+            console.show_ledger(console.ledger_of(report, found), console.output())
         elif not quiet:
             render(report, console.output(), details=True)
             emitted = found.parent / ((report.get("emitted") or {}).get("file") or "model.onnx")
@@ -207,6 +214,9 @@ def inspect(path: str, quiet: bool, as_json: bool, **options: Any) -> None:
         facts = api.inspect(path, **given())
     if as_json:
         _json(facts)
+    elif groups:
+        console.show_ledger(facts, console.output())
+        _next(path, "--passes", "merge,prune")
     elif not quiet:
         console.show_facts(facts, console.output())
         if found.suffix == ".onnx":

@@ -12,6 +12,7 @@ from typing import IO, Any, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
+from .errors import UsageError
 from .report import count, error, size, table
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
@@ -113,6 +114,42 @@ def show_verification(result: Mapping[str, Any], console: Console) -> None:
 
 
 _CHECK_FORMATS = (("sqnr_db", "{:.1f} dB"), ("cosine", "{:.6f}"), ("agreement", "{:.1%}"))
+
+
+def ledger_of(report: Mapping[str, Any], where: os.PathLike[str]) -> dict[str, Any]:
+    """What the last pass that pruned says of all channels; UsageError where none did."""
+    for row in reversed(report["rows"]):
+        facts = row.get("facts") or {}
+        if "ledger" in facts:
+            return {"least": facts.get("least") or {}, "groups": facts["ledger"]}
+    raise UsageError(
+        f"{os.fspath(where)}: no pass of this run pruned, so it has no groups; inspect the model instead"
+    )
+
+
+def show_ledger(facts: Mapping[str, Any], console: Console) -> None:
+    """One row for all channels that stand on the same axes: width, how narrow it may be, what it costs, what became
+    of it, and why."""
+    numbers = ["channels", "least", "tensors", "params", "MACs"]
+    made = table("where", *numbers, "state", "why", right=numbers)
+    for row in facts["groups"]:
+        tensors = row["tensors"] if isinstance(row["tensors"], int) else len(row["tensors"])
+        width = f"{row['width']}" + (f" -> {row['left']}" if row["left"] != row["width"] else "")
+        cells = (width, str(row["least"]), str(tensors), count(row["params"]), count(row["macs"]))
+        state = f"[{_STATES.get(row['state'], 'default')}]{escape(row['state'])}[/]"
+        why = "; ".join(filter(None, (row["why"], row.get("remedy"))))
+        made.add_row(escape(row["where"]), *cells, state, escape(why))
+    console.print(made)
+    least = facts["least"]
+    if least:
+        console.print(
+            f" with every layer at its least width {least['macs']:.0%} of the MACs and {least['params']:.0%} of the "
+            "parameters stay",
+            highlight=False,
+        )  # fmt: skip
+
+
+_STATES = {"pruned": "green", "frozen": "yellow"}
 
 
 def show_facts(facts: Mapping[str, Any], console: Console, indent: int = 0) -> None:

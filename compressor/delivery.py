@@ -179,7 +179,7 @@ def check_emitted(
     Float models within 1e-4 (half precision: 30 dB), integer models at 30 dB; ContractError beyond.
     """
     with opened(emitted.path, provider) as session:
-        comparison = compare_session(graph, session, emitted.inputs, _varied(graph, batches))
+        comparison = compare_session(graph, session, emitted.inputs, varied(graph, batches))
     checks = comparison.checks(tolerance or verify.EMITTED)
     judge_emitted(graph, checks)
     return checks
@@ -310,7 +310,7 @@ def _bfloat16(array: np.ndarray) -> Tensor:
     )
 
 
-def _varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
     """The batches, and the first one with every dynamic axis cut to 1 and to one less."""
     for batch in batches:
         yield batch.inputs

@@ -6,18 +6,20 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import CompressorError, UnsupportedError, UsageError
+from .errors import CompressorError, OutputError, UnsupportedError, UsageError
 from .ir import Graph, Input
 from .pytrees import leaves, path_name
 
@@ -35,16 +37,72 @@ def load_program(data: bytes) -> ExportedProgram:
             raise
 
 
-def reexport(graph: Graph) -> ExportedProgram:
-    """The graph as an exported program again, with the dynamic axes that it came in with."""
+def reexport(graph: Graph, module: nn.Module | None = None) -> ExportedProgram:
+    """The graph as an exported program again, with the dynamic axes that it came in with.
+
+    module: what to export in its place, which takes the same inputs.
+    """
     dynamic = tuple(
         {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in graph.inputs
     )
     with torch.no_grad(), quiet():
         return torch.export.export(
-            graph.module.eval(), tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
+            (module or graph.module).eval(),
+            tuple(t.clone() for t in graph.example),
+            dynamic_shapes=dynamic,
+            strict=False,
         )
+
+
+def save_program(program: ExportedProgram, path: Path, extra: Mapping[str, str]) -> None:
+    """A `.pt2` file with extra text files in it. What operators came from is said without folders of this machine.
+
+    OutputError where it cannot be written.
+    """
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            kept = {
+                key: node.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in node.meta
+            }
+            if "stack_trace" in node.meta:
+                kept["stack_trace"] = re.sub(r'File "[^"]*[/\\\\]', 'File "', node.meta["stack_trace"])
+            node.meta = kept
+    try:
+        with path.open("wb") as file, _Sink(file) as sink, quiet():
+            torch.export.save(program, cast(IO[bytes], sink), extra_files=dict(extra))
+            failed = sink.failed
+    except OSError as error:
+        failed = error
+    if failed is not None:
+        reason = failed.strerror or failed
+        raise OutputError(f"cannot write {path}: {reason}; free space, or name another folder") from failed
+
+
+class _Sink(io.RawIOBase):
+    """Hands bytes on, and keeps the first error for later: torch's writer ends the process where a write fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """torch rewinds what it has written; there is nothing to read here."""
+        return 0
+
+    def write(self, data: Any) -> int:
+        if self.failed is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.failed = error
+        return len(data)
 
 
 @contextmanager

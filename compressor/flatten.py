@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .errors import UnsupportedError
-from .ir import Graph, Input, unsupported
+from .ir import Graph, Input, Origin, unsupported
 from .ops import kind
 from .pytrees import distinct, key_name, leaves, plain
 
@@ -19,6 +19,7 @@ from .pytrees import distinct, key_name, leaves, plain
 def flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence[Tensor]) -> Graph:
     """The program's module as a Graph: plain placeholders, a flat tuple of named tensors, one node a tensor."""
     module = program.module(check_guards=False)
+    state = module.state_dict(keep_vars=True)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     _drop_constant_inputs(graph)
@@ -29,7 +30,10 @@ def flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence[
             if node.users:
                 raise unsupported(node, "an assertion whose value is read")
             graph.erase_node(node)
-    return Graph(graph, tensors, specs, outputs, example, parameters)
+    flat = Graph(graph, tensors, specs, outputs, example, parameters)
+    read = {str(n.target): flat.tensor(n) for n in graph.nodes if n.op == "get_attr" and n.users}
+    flat.origin = _origin(state, read, _form(program, len(outputs)))
+    return flat
 
 
 def refuse_complex(graph: Graph) -> None:
@@ -94,14 +98,7 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
             raise unsupported(
                 node, "the exporter stored a tensor without data here; the layer hides it in .data"
             )
-        key: Any = (
-            value.untyped_storage().data_ptr(),
-            value.storage_offset(),
-            tuple(value.shape),
-            value.stride(),
-            value.dtype,
-        )
-        key = key if value.numel() else (id(value),)
+        key = _memory(value)
         if key in first:
             node.replace_all_uses_with(first[key])
             module.graph.erase_node(node)
@@ -111,3 +108,47 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
         if isinstance(value, nn.Parameter):
             parameters.add(str(node.target))
     return tensors, frozenset(parameters)
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same numbers in the same place."""
+    if not value.numel():
+        return (id(value),)
+    place = (value.untyped_storage().data_ptr(), value.storage_offset())
+    return (*place, tuple(value.shape), value.stride(), value.dtype)
+
+
+# -------------------------------------------------------------------- the way back
+
+_COUNTER = "num_batches_tracked"
+
+
+def _origin(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], returns: str) -> Origin:
+    """state: the model's state dict; tensors: those that its graph reads."""
+    read = {_memory(value): name for name, value in tensors.items()}
+    tied = {
+        name: read[_memory(value)]
+        for name, value in state.items()
+        if name not in tensors and _memory(value) in read
+    }
+    counters = {
+        name: value.detach()
+        for name, value in state.items()
+        if name.rpartition(".")[2] == _COUNTER and name not in tensors and name not in tied
+    }
+    return Origin(
+        names=tuple(state),
+        tied=tied,
+        constants=frozenset(tensors) - frozenset(state),
+        counters=counters,
+        returns=returns,
+    )
+
+
+def _form(program: ExportedProgram, count: int) -> str:
+    """How the model's answer is built: `dict` by names of fields, one `tensor`, or a `tuple`."""
+    spec = program.call_spec.out_spec
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec) if spec is not None else ()
+    if isinstance(plain(tree), Mapping):
+        return "dict"
+    return "tensor" if count == 1 else "tuple"

@@ -64,12 +64,32 @@ class Journal:
     changed: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The model's state dict as it came and the form of its answer, for the way back to PyTorch (trainable.py).
+
+    names: keys of the state dict, in order. tied: a key -> the key whose tensor it shares, which the graph reads.
+    constants: tensors of the graph that stand in no state dict. counters: batches that each batch norm has seen, by
+    key, which only training reads. returns: `tensor`, `tuple` or `dict`. lost_dropouts: dropouts that capture could
+    not keep.
+    """
+
+    names: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+    counters: Mapping[str, Tensor] = field(default_factory=dict)
+    returns: str = "tuple"
+    lost_dropouts: int = 0
+
+
 class Graph:
     """A flat ATen graph with symbolic shapes in `node.meta["val"]` (FakeTensor, or SymInt for a size).
 
     inputs: the tensors it takes, in order; outputs: path names of the tensors it returns, in order.
     example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
     tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
+    lineage: like `journal.kept`, over all passes since the graph was captured.
+    origin: what the model's state dict and its answer looked like.
     keep: puts a new tensor where it is to lie, in memory or in a mapped file, and answers it from there.
     """
 
@@ -88,8 +108,10 @@ class Graph:
         self.outputs = tuple(outputs)
         self.example = tuple(example)
         self.parameters = parameters
+        self.origin = Origin()
         self.notices: list[str] = []
         self.journal = Journal()
+        self.lineage: dict[str, dict[int, Tensor]] = {}
         self.keep: Callable[[Tensor], Tensor] = _in_memory
 
     # ---------------------------------------------------------------- reading
@@ -143,7 +165,7 @@ class Graph:
         Floats are cast to the precision that the graph takes.
         """
         env: dict[Node, Any] = {}
-        last = _last_uses(self.graph)
+        last = last_uses(self.graph)
         feed = iter([as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
             value = env[node] = next(feed) if node.op == "placeholder" else self.execute(node, env)
@@ -280,6 +302,14 @@ class Graph:
         with mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = self.execute(node, env)
 
+    def turn_page(self) -> None:
+        """A new journal; which slices of the captured graph's values are left, goes into `lineage`."""
+        for name, axes in self.journal.kept.items():
+            before = self.lineage.get(name, {})
+            sliced = {axis: before[axis][left] if axis in before else left for axis, left in axes.items()}
+            self.lineage[name] = {**before, **sliced}
+        self.journal = Journal()
+
     def copy(self) -> Graph:
         """Another graph over the same tensors, with node names kept and an empty journal."""
         graph = fx.Graph()
@@ -288,7 +318,8 @@ class Graph:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
         twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
-        twin.notices, twin.keep = list(self.notices), self.keep
+        twin.origin, twin.notices, twin.keep = self.origin, list(self.notices), self.keep
+        twin.lineage = dict(self.lineage)
         return twin
 
     # ---------------------------------------------------------------- invariants and views
@@ -462,7 +493,7 @@ def _mutates(node: Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
     """node -> values that no later node reads."""
     seen: set[Node] = set()
     last: dict[Node, list[Node]] = {}

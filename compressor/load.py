@@ -25,11 +25,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from . import adapters, architecture, archive, folders, gate, huggingface, pickles, sentence, tasks, weights
+from . import receipt as receipts
 from .blend import Combination, combination
 from .checkpoint import Contents, Weights, contents
 from .errors import FileError, UsageError
 from .folders import Adapter
 from .ir import Input
+from .receipt import Continued
 
 _MODULES = ("ema", "model_ema", "model", "module", "net")  # where checkpoints keep whole modules
 
@@ -41,6 +43,7 @@ class Loaded:
     sha256: of the file's bytes, or of the folder's config and weights. example: (args, kwargs) found in the file.
     inputs: what the model takes, where its library says so. labels: class names found in the file. notes: what the
     user should know, a few words each. tokenizer: the folder that holds the tokenizer's files, of text models.
+    continued: the receipt of earlier runs that came with it.
     """
 
     model: nn.Module | ExportedProgram
@@ -51,6 +54,7 @@ class Loaded:
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tokenizer: Path | None = None
+    continued: Continued | None = None
 
 
 Words = str | os.PathLike[str]
@@ -254,7 +258,22 @@ def _load_program(path: Path, unfit: Mapping[str, Any], trust: bool) -> Loaded:
     weights.check_finite(tensors, set(program.graph_signature.parameters), path.name)
     example = program.example_inputs
     valid = isinstance(example, tuple) and len(example) == 2 and isinstance(example[1], dict)
-    return Loaded(program, path, hashlib.sha256(data).hexdigest(), example if valid else None)
+    loaded = Loaded(program, path, hashlib.sha256(data).hexdigest(), example if valid else None)
+    return _with_receipt(loaded, program, data)
+
+
+def _with_receipt(loaded: Loaded, program: ExportedProgram, data: bytes) -> Loaded:
+    """The same with the receipt in its extra file; one that cannot be read is left out, and a note says so."""
+    name = loaded.path.name
+    text = archive.find(data, f"/extra/{receipts.MEMBER}", receipts.MAX_BYTES + 1, name)
+    if text is None:
+        return loaded
+    try:
+        found = receipts.continued(receipts.read(text), program.state_dict)
+    except receipts.Unreadable as reason:
+        note = f"the receipt in {name} is left out, so the report begins anew: {reason}"
+        return replace(loaded, notes=(*loaded.notes, note))
+    return replace(loaded, continued=found)
 
 
 def _load_weights(path: Path, kind: str, model: str | None, trust: bool, allow: Sequence[str]) -> Loaded:

@@ -21,7 +21,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-    from torch import Tensor
+    from torch.fx import Node
 
     from .ir import Graph
 
@@ -48,22 +48,22 @@ _ISA = (
 
 def parameters(graph: Graph) -> int:
     """Numbers in all tensors that the graph reads, buffers included; a shared tensor counts once."""
-    return sum(tensor.numel() for tensor in _live(graph))
+    return sum(tensor.numel() for tensor in map(graph.tensor, live(graph)))
 
 
 def bytes_of(graph: Graph) -> int:
     """Bytes of all tensors that the graph reads, each in its own dtype; a shared tensor counts once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _live(graph))
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(graph.tensor, live(graph)))
 
 
-def _live(graph: Graph) -> list[Tensor]:
-    """The tensors that an operator or an output reads, one per memory: tied weights are one."""
-    unique: dict[object, Tensor] = {}
+def live(graph: Graph) -> list[Node]:
+    """The `get_attr` nodes that an operator or an output reads, one per memory: tied weights are one."""
+    unique: dict[object, Node] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:
             tensor = graph.tensor(node)
             where = (tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype)
-            unique[where if tensor.numel() else str(node.target)] = tensor
+            unique[where if tensor.numel() else str(node.target)] = node
     return list(unique.values())
 
 

@@ -21,9 +21,12 @@ from .data import Data
 from .errors import DataError, FileError, UsageError
 from .ir import Graph, Input
 from .load import Loaded, load
+from .receipt import continued, rename
 from .texts import Reading
+from .trainable import Trainable
 
 SAMPLES = 8  # generated held-out samples where the user gave no data
+FORMATS = ("onnx", "pt2")  # what --emit takes; onnx is always written
 CHECKED = 64  # held-out samples that every contract is checked on, at most
 
 
@@ -37,7 +40,8 @@ class Options:
     preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
     `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
-    measurements are replayed instead of taken. command: what to write in the report.
+    measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
+    `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -58,6 +62,8 @@ class Options:
     tolerance: float | None = None
     measure: bool = True
     latency_table: str | Path | None = None
+    latency_cmd: str | None = None
+    emit: str | Sequence[str] = ()
     print_after: Sequence[str] = ()
     stop_after: str | None = None
     limit: Mapping[str, int] = field(default_factory=dict)
@@ -74,7 +80,19 @@ class Options:
                 raise UsageError(
                     f"unknown option '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
                 )
-        return cls(**options)
+        made = cls(**options)
+        for name in made.formats:
+            if name not in FORMATS:
+                raise UsageError(f"--emit {name}: no such format; there are {', '.join(FORMATS)}")
+        return made
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What `emit` names: one word, words between commas, or several of these."""
+        words = [self.emit] if isinstance(self.emit, str) else self.emit
+        return tuple(
+            dict.fromkeys(part.strip() for word in words for part in word.split(",") if part.strip())
+        )
 
 
 def load_model(model: Any, opt: Options) -> Loaded:
@@ -96,7 +114,10 @@ def load_model(model: Any, opt: Options) -> Loaded:
         raise UsageError(
             f"a model is a torch module, an exported program or a file, not {type(model).__name__}"
         )
-    return Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
+    loaded = Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
+    if isinstance(model, Trainable) and model.receipt is not None:
+        return dataclasses.replace(loaded, continued=continued(model.receipt, model.state_dict()))
+    return loaded
 
 
 def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
@@ -105,7 +126,10 @@ def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
     if args is None and kwargs is None and not specs:
         args, kwargs = loaded.example or (None, None)
         specs = [] if loaded.example else list(loaded.inputs)
-    return capture(loaded.model, args, kwargs, inputs=specs)
+    graph = capture(loaded.model, args, kwargs, inputs=specs)
+    if loaded.continued is not None and isinstance(loaded.model, ExportedProgram) and not specs:
+        rename(graph, loaded.continued.receipt)
+    return graph
 
 
 def require_finite(graph: Graph) -> None:

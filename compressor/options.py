@@ -70,6 +70,12 @@ compiling = _all(
         "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
     ),
     click.option(
+        "--emit",
+        multiple=True,
+        metavar="FORMAT",
+        help="What to write beside model.onnx: pt2, a PyTorch program to train or to compress further. Repeatable.",
+    ),
+    click.option(
         "--dynamic/--static",
         default=None,
         help="Leave the batch axis free, or fix it; default: the target's.",
@@ -92,6 +98,13 @@ compiling = _all(
         "--latency-table",
         metavar="REPORT",
         help="Replay what an earlier run measured (its report.json), so that the same decisions are made again.",
+    ),
+    click.option(
+        "--latency-cmd",
+        metavar="CMD",
+        help="Measure on the device: a shell command with {onnx} for the path of the model, whose last printed number "
+        "is milliseconds: 'sh examples/latency_over_adb.sh {onnx}', or 'scp -q {onnx} pi:m.onnx && ssh pi python3 "
+        "bench.py m.onnx'.",
     ),
 )
 

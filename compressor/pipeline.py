@@ -17,7 +17,7 @@ from torch.fx import Node
 from . import verify
 from .data import Data
 from .errors import ContractError, DataError, UsageError
-from .ir import Graph, Journal, operator_name, site
+from .ir import Graph, operator_name, site
 from .measure import bytes_of, parameters, peak_memory_mb
 from .ops import macs
 from .spec import arrange, parse
@@ -65,8 +65,9 @@ class Decline:
 class Outcome:
     """What one step of a pass did.
 
-    contract: how this step's numbers are judged, the pass's own if None. reference: the graph that a `masked`
-    step must equal (the original with masks at its readers). facts: small plain data for the report.
+    contract: how this step's numbers are judged, the pass's own if None. reference: the graph to compare with where
+    that is not the graph before the step: the original with masks at its readers (`masked`), or the graph before an
+    earlier step, whose loss this one is to mend (`bounded`). facts: small plain data for the report.
     """
 
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -84,7 +85,10 @@ class Context:
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
     may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
     `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
-    measuring is switched off.
+    measuring is switched off, or the target is elsewhere and nobody said how to measure there.
+    latency: the same for a budget that the user gave in time, which is taken here if it must be; timed_on says where.
+    evaluate: the user's metric of a graph, higher is better; None where the user named none.
+    original: the graph before the first pass, to run and not to edit; for passes that say `learns`, else None.
     """
 
     target: Target
@@ -93,6 +97,10 @@ class Context:
     seed: int = 0
     limit: int | None = None
     measure: Callable[..., list[float]] | None = None
+    original: Graph | None = None
+    latency: Callable[..., list[float]] | None = None
+    timed_on: str = "this host"
+    evaluate: Callable[[Graph], float] | None = None
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )
@@ -102,13 +110,15 @@ class Pass:
     """Base of all passes: a frozen dataclass whose fields are its whole configuration.
 
     after: passes that must stand before it in a spec when both are there. requires: passes that are inserted before
-    it when they are missing. run edits `graph` through its verbs and returns an Outcome, or yields several steps.
+    it when they are missing. learns: it reads `Context.original`. run edits `graph` through its verbs and returns an
+    Outcome, or yields several steps.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
     after: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[bool] = False
 
     def run(self, graph: Graph, ctx: Context) -> Outcome | Iterator[Outcome]:
         raise NotImplementedError
@@ -192,6 +202,9 @@ class Pipeline:
         except (IndexError, RuntimeError) as error:
             first = str(error).strip().split("\n")[0]
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
+        if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
+            ctx = dataclasses.replace(ctx, original=graph.copy())
+        graph.lineage = {}
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):
@@ -244,7 +257,7 @@ class _Judge:
 
     def begin(self, graph: Graph) -> None:
         self.before = graph.copy()
-        graph.journal = Journal()
+        graph.turn_page()
 
     def step(
         self, graph: Graph, contract: Contract, outcome: Outcome, where: str
@@ -256,7 +269,7 @@ class _Judge:
             return "unchanged", []
         if not self.deterministic:
             contract = BOUNDED
-        base = outcome.reference if contract is MASKED and outcome.reference is not None else self.before
+        base = self.before if outcome.reference is None or contract is EXACT else outcome.reference
         seen = verify.observe(graph, self.batches)
         try:
             status, checks = self._judge(base, graph, contract, seen, where)
@@ -274,13 +287,15 @@ class _Judge:
     def _judge(
         self, base: Graph, graph: Graph, contract: Contract, seen: list[verify.Outputs], where: str
     ) -> tuple[str, list[verify.Check]]:
-        reference, wrong, tolerance = self.last, None, self.tolerance
+        reference, wrong, tolerance, floor = self.last, None, self.tolerance, verify.FAIL_DB
         if base is not self.before:
             reference, wrong = verify.observe(base, self.batches), self.last
+            # What an earlier step lost is not this one's to answer for, unless it makes it worse.
+            floor = min(floor, *(c.sqnr_db for c in verify.compare(base, reference, wrong) if not c.discrete))
         if contract is EXACT and self.precise is not None:
             reference, tolerance = self.precise, verify.half_tolerance(graph, self.precise, self.last)
         checks = verify.compare(base, reference, seen, wrong, tolerance)
-        return self._conclude(base, graph, contract, checks, where)
+        return self._conclude(base, graph, contract, checks, where, floor)
 
     def _judge_in_double(
         self, base: Graph, graph: Graph, contract: Contract, where: str
@@ -301,8 +316,9 @@ class _Judge:
         return self._conclude(base, after, contract, checks, where)
 
     def _conclude(
-        self, base: Graph, graph: Graph, contract: Contract, checks: list[verify.Check], where: str
-    ) -> tuple[str, list[verify.Check]]:
+        self, base: Graph, graph: Graph, contract: Contract, checks: list[verify.Check], where: str,
+        floor: float = verify.FAIL_DB,
+    ) -> tuple[str, list[verify.Check]]:  # fmt: skip
         """Status and checks; ContractError names the first operator whose value went wrong."""
         inside = verify.Inside()
         if contract is not BOUNDED:
@@ -314,7 +330,7 @@ class _Judge:
             loosest = max(tolerances, default=verify.TOLERANCE[torch.float32])
             inside = verify.look_inside(base, graph, sample, 10 * loosest)
         try:
-            status = verify.judge(contract, checks, where)
+            status = verify.judge(contract, checks, where, floor)
         except ContractError as error:
             raise ContractError(f"{error}{_culprit(inside.wrong)}") from None
         if inside.wrong is not None and self.precise is None:

@@ -156,10 +156,12 @@ def seconds(value: float | None) -> str:
 def render(report: Mapping[str, Any], console: Console, *, details: bool = False) -> None:
     """Print the report: one row a pass, what was left alone and why, notices, and the emitted file.
 
-    details adds what ran (command, versions, model, data), each pass's worst check and its first rewrites.
+    details adds what ran (command, versions, model, data), the passes of earlier runs where the model came with a
+    receipt, each pass's worst check and its first rewrites.
     """
     if details:
         _provenance(report, console)
+    _history(report, console, details)
     console.print(_passes(report["rows"]))
     if details:
         _rewrites(report["rows"], console)
@@ -167,6 +169,26 @@ def render(report: Mapping[str, Any], console: Console, *, details: bool = False
     for notice in report.get("notices", ()):
         _line(console, f"[yellow]notice[/]    {escape(notice)}")
     _emitted(report, console)
+
+
+def _history(report: Mapping[str, Any], console: Console, details: bool) -> None:
+    """Where a model that came with a receipt was made, and with details what each earlier run did to it."""
+    came = report.get("continued_from")
+    if not came:
+        return
+    original = came.get("original") or {}
+    parts = [str(original.get("path", "")), _digest(original.get("sha256")), f"by {came.get('spec', '')}"]
+    changed = "its weights changed since" if came.get("changed") else "its weights are as they were left"
+    _line(console, f"continued from {escape(' '.join(filter(None, parts)))}; {changed}")
+    for number, run in enumerate(report.get("history") or () if details else (), 1):
+        target = f" for {run['target']}" if run.get("target") else ""
+        trained = ", on changed weights" if run.get("changed_before") else ""
+        _line(
+            console, f"[bold]run {number}[/]  {escape(str(run.get('command', '')))}{escape(target)}{trained}"
+        )
+        console.print(_passes(run["rows"]))
+    if details and report.get("history"):
+        _line(console, "[bold]this run[/]")
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -327,6 +349,12 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
     for name, value in (emitted.get("metric") or {}).items():
         was = f"{metric(name, before[name])} -> " if name in before else ""
         lines.append(f"{name:<8}  {was}{metric(name, value, before.get(name))}")
+    beside = emitted.get("program") or {}
+    if beside:
+        name = escape(str(beside.get("file", "model.pt2")))
+        lines.append(
+            f"[bold]{name}[/]  {size(beside.get('bytes'))}, {escape(str(beside.get('verified', '')))}"
+        )
     verdicts = [line for line in emitted.get("mobile") or () if line.startswith("Model should perform well")]
     lines += [f"mobile    {escape(verdict)}" for verdict in verdicts]
     memory = report.get("memory") or {}

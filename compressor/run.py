@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, __version__, delivery, emit, measure, registry, report
+from . import TESTED_TORCH, __version__, delivery, emit, measure, program, receipt, registry, report
 from . import verify as contracts
 from .data import Batch, Data
 from .emit import Emitted, companion_of
@@ -25,10 +25,11 @@ from .load import Loaded
 from .opening import Options, capture_model, reading, require_finite, streams
 from .pipeline import Context, Pipeline, Row, parse
 from .spill import spilling, trim
+from .stopwatch import Stopwatch
 from .target import Target
+from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
-TIMING_SECONDS = 0.5  # for each graph that a pass has timed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class Result:
     onnx: Path | None
     report: dict[str, Any]
     graph: Graph
+
+    def trainable(self) -> Trainable:
+        """The compiled model as a PyTorch module to train in your own loop: see `compressor.trainable.trainable`.
+
+        It holds copies of the weights, under the names of the original, and the receipt of this run: give it to
+        `compress` again, trained, and the new report goes on from this one.
+        """
+        module = trainable(self.graph)
+        issued = receipt.issue(self.report, self.graph, module.state_dict())
+        module.receipt = receipt.read(report.dumps(issued).encode())
+        return module
 
 
 class Run:
@@ -54,9 +66,8 @@ class Run:
         self.scratch = Path()
         self.large = False
         self.evaluator: Evaluator | None = None
-        self.stopwatch: dict[str, list[float]] = _latency_table(opt.latency_table)
+        self.stopwatch = Stopwatch(target, opt.latency_cmd, _latency_table(opt.latency_table))
         self.metric: dict[str, float] = {}
-        self.timed: dict[str, Emitted] = {}
         self.facts: dict[str, Any] = {}
         self.bar = _progress_bar(opt.console)
         for name in opt.print_after:
@@ -88,6 +99,10 @@ class Run:
         with self.step("capturing"):
             graph = capture_model(loaded, example, opt)
             self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
+            came = {
+                "sha256": loaded.sha256 or graph.fingerprint(),
+                "hashed": "file" if loaded.sha256 else "graph",
+            }
         require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
@@ -99,7 +114,7 @@ class Run:
             self.evaluator = evaluator(opt.evaluate, graph, preprocess=opt.preprocess, text=text)
         # beside the output, where there is room for a model; the folder for temporary files may well be memory
         with tempfile.TemporaryDirectory(prefix="compressor-", dir=stage) as scratch:
-            self.scratch = Path(scratch)
+            self.scratch = self.stopwatch.folder = Path(scratch)
             if self.large:
                 graph.keep = spilling(self.scratch)
             baseline = self.baseline(graph) if stage is not None else None
@@ -108,16 +123,29 @@ class Run:
                 held_out,
                 statistics,
                 opt.seed,
-                measure=self.measure if opt.measure and not self.target.elsewhere else None,
+                measure=self.measure if opt.measure and not self.stopwatch.elsewhere else None,
+                latency=self.measure if opt.measure else None,
+                timed_on=self.stopwatch.place,
+                evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
             rows = self.pipeline.run(graph, ctx)
             self.warn(rows)
             made = self.describe(loaded, graph, rows, (source, statistics, held_out))
+            made["model"] |= came
+            if loaded.continued is not None:
+                made["continued_from"] = loaded.continued.facts()
+                made["history"] = loaded.continued.runs
             if stage is not None:
                 made["emitted"] = self.emit(graph, stage, baseline, list(held_out), loaded)
+                if "pt2" in opt.formats:
+                    with self.step("writing model.pt2"):
+                        made["emitted"]["program"] = program.deliver(graph, stage, made, list(held_out))
+                made["emitted"]["files"] = {
+                    f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()
+                }
         made["notices"] = self.notices
-        made["latency_table"] = self.stopwatch
+        made["latency_table"] = self.stopwatch.table
         made["peak_mb"] = measure.peak_memory_mb()
         made["memory"] = self.memory.look().to_dict()
         made["steps"] = self.steps
@@ -159,7 +187,6 @@ class Run:
             "file": emitted.path.name,
             "bytes": emitted.bytes,
             "sha256": delivery.sha256(emitted.path),
-            "files": {f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()},
             "provider": provider,
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
@@ -179,11 +206,15 @@ class Run:
         if self.opt.measure:
             files = {"model": emitted} | ({"float": baseline} if baseline is not None else {})
             with self.step("timing"):
-                made["latency"] = delivery.latencies(files, graph.example, seconds=BENCH_SECONDS)
-            if self.target.elsewhere:
-                notes = ("timed on this host, not on the target", made["latency"].get("note"))
+                made["latency"] = self.stopwatch.latencies(files, graph, seconds=BENCH_SECONDS)
+            if self.stopwatch.elsewhere or self.stopwatch.command:
+                notes = (f"timed on {self.stopwatch.place}", made["latency"].get("note"))
                 made["latency"]["note"] = "; ".join(filter(None, notes))
-            elif made["latency"].get("ratio", 1.0) < 0.97 and made["latency"]["spread"][1] < 1:
+            if (
+                not self.stopwatch.elsewhere
+                and made["latency"].get("spread", [1, 1])[1] < 1
+                and made["latency"]["ratio"] < 0.97
+            ):
                 self.notices.append(
                     f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
                     "leave out the pass that does not pay"
@@ -195,6 +226,11 @@ class Run:
         for row in rows:
             if row.status == "not proved":
                 self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
+            if "latency" in row.facts:
+                one = row.facts["latency"]
+                self.notices.append(
+                    f"{row.config}: {one['before_ms']:.3g} -> {one['after_ms']:.3g} ms, timed on {one['timed_on']}"
+                )
         low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
         if low is not None:
             self.notices.append(
@@ -215,7 +251,6 @@ class Run:
             "seed": self.opt.seed,
             "model": {
                 "path": str(loaded.path),
-                "sha256": loaded.sha256,
                 "stem": loaded.path.name.split(".")[0],
             },
             "target": {
@@ -257,18 +292,12 @@ class Run:
 
     def measure(self, *graphs: Graph) -> list[float]:
         """Median milliseconds of one run of each graph, timed in turns: batch 1, one thread."""
-        prints = [graph.fingerprint() for graph in graphs]
-        key = f"{self.target.name}:{'+'.join(prints)}"
-        if key not in self.stopwatch:
-            for graph, print_ in zip(graphs, prints, strict=True):
-                if print_ not in self.timed:
-                    folder = Path(tempfile.mkdtemp(dir=self.scratch))
-                    plain = dataclasses.replace(self.target, formats=("onnx",))
-                    self.timed[print_] = delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
-            files = {p: self.timed[p] for p in prints}
-            found = delivery.latencies(files, graphs[0].example, seconds=len(files) * TIMING_SECONDS)
-            self.stopwatch[key] = [found[p]["median_ms"] for p in prints]
-        return self.stopwatch[key]
+        return self.stopwatch.milliseconds(graphs, self.fixed(graphs[0]))
+
+    def evaluate(self, graph: Graph) -> float:
+        """The first of the user's metrics; higher is better."""
+        metrics = self.evaluator.of_graph(graph) if self.evaluator is not None else {}
+        return next(iter(metrics.values()))
 
     @contextmanager
     def step(self, words: str) -> Iterator[None]:

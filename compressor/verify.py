@@ -297,19 +297,19 @@ def compare(
     return comparison.checks(tolerance)
 
 
-def judge(contract: Contract, checks: Sequence[Check], where: str) -> str:
+def judge(contract: Contract, checks: Sequence[Check], where: str, floor: float = FAIL_DB) -> str:
     """`proved`, `not proved` or `warned`; ContractError where the promise is broken.
 
-    `where` opens the message, as in `pass fold`.
+    `where` opens the message, as in `pass fold`. floor: SQNR in dB under which `bounded` fails.
     """
     for check in checks:
         place = f"{where}: output {check.output}{check.slice}"
         if not check.finite:
             raise ContractError(f"{place} has NaN or inf where the reference has none")
         if contract is BOUNDED:
-            if check.sqnr_db < FAIL_DB and not check.discrete:
+            if check.sqnr_db < floor and not check.discrete:
                 raise ContractError(
-                    f"{place} is at {check.sqnr_db:.1f} dB SQNR of the original, under the floor of {FAIL_DB:g} dB"
+                    f"{place} is at {check.sqnr_db:.1f} dB SQNR of the original, under the floor of {floor:.3g} dB"
                 )
         elif not check.error <= check.tolerance:
             raise ContractError(

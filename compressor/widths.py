@@ -7,16 +7,21 @@ kept widths, evaluated anew for every candidate.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .channels import Algebra, Group, Key, Term
+from .elimination import Elimination
 
+MINIMUM = 4  # channels that a layer keeps where the user does not say
 ROUNDING = 1e-9  # of a share, after thousands of subtractions
 Step = tuple["Family", int, dict[Key, int]]  # whose, how many groups were left before it, slices that it took
 
@@ -27,6 +32,9 @@ class Family:
 
     importance: of each group; their sum is what the whole family weighs against others. slices: how many slices of
     each axis a group has. multiple: widths that are allowed; minimum: the smallest, in slices of the narrowest axis.
+    full: how many groups the family had before anything was pruned, where that was more than now. curve: what the
+    model loses with the first k of them [n + 1], where that is known. stays: why
+    none of them should go; empty where they may.
     """
 
     groups: list[Group]
@@ -34,10 +42,14 @@ class Family:
     slices: dict[Key, NDArray[np.int64]]
     multiple: int = 1
     minimum: int = 1
+    full: int = 0
+    curve: NDArray[np.float64] | None = None
+    stays: str = ""
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.left = len(self.groups)
+        self.full = max(self.full, self.left)
         self.unit = min((int(counts.min()) for counts in self.slices.values()), default=1)
         self._sums = np.concatenate([[0.0], np.cumsum(self.importance)])
 
@@ -45,25 +57,39 @@ class Family:
     def removed(self) -> list[Group]:
         return self.groups[: len(self.groups) - self.left]
 
+    @property
+    def axes(self) -> tuple[Key, ...]:
+        """Where it stands, which no removal of channels changes."""
+        return tuple(sorted(self.slices))
+
+    @property
+    def step(self) -> int:
+        """How many groups go at once: a family of two multiples or more keeps a multiple of slices."""
+        aligned = self.width(self.full) >= 2 * self.multiple
+        return self.multiple // math.gcd(self.unit, self.multiple) if aligned else 1
+
+    @property
+    def least(self) -> int:
+        """The smallest allowed number of groups; all of them where none can go."""
+        enough = max(1, -(-self.minimum // self.unit))
+        return min(-(-enough // self.step) * self.step, len(self.groups))
+
     def width(self, left: int) -> int:
         return left * self.unit
 
     def narrower(self, below: int) -> int | None:
-        """The largest allowed number of groups under `below`; None when the minimum is reached.
-
-        A family of two multiples or more keeps a multiple of slices; a smaller one goes group by group.
-        """
-        aligned = self.width(len(self.groups)) >= 2 * self.multiple
-        step = self.multiple // math.gcd(self.unit, self.multiple) if aligned else 1
-        left = (below - 1) // step * step
-        return left if left >= 1 and self.width(left) >= self.minimum else None
+        """The largest allowed number of groups under `below`; None when the minimum is reached."""
+        left = (below - 1) // self.step * self.step
+        return left if left >= self.least else None
 
     def cost(self, left: int) -> float:
-        """Importance lost on the way from what is left now to `left`, growing without bound as the family empties.
+        """Importance lost on the way from what is left now to `left`.
 
-        With R the importance that remains of S: S log(R now / R then). The first groups cost their own importance;
-        a family that is nearly gone is never the cheapest.
+        That is the difference on the curve. Without one, with R the importance that remains of S, S log(R now / R
+        then): the first groups cost their own importance, and a family that is nearly gone is never the cheapest.
         """
+        if self.curve is not None:
+            return float(self.curve[len(self.groups) - left] - self.curve[len(self.groups) - self.left])
         total = float(self._sums[-1])
         now, then = (total - float(self._sums[len(self.groups) - n]) for n in (self.left, left))
         if total <= 0:
@@ -91,9 +117,18 @@ class Costs:
         self.before = {name: sum(term.base for term in some) for name, some in terms.items()}
         self.now: dict[str, float] = dict(self.before)
 
+    def fresh(self) -> Costs:
+        """The same costs with nothing removed."""
+        twin = copy.copy(self)
+        twin._left, twin.now = dict(self._size), dict(self.before)
+        return twin
+
     @property
     def keys(self) -> set[Key]:
         return set(self._of)
+
+    def terms(self, name: str) -> list[Term]:
+        return [term for kind, term in self._terms if kind == name]
 
     def share(self, name: str) -> float:
         return self.now[name] / self.before[name] if self.before[name] else 1.0
@@ -120,11 +155,26 @@ class Costs:
 
 
 def families(
-    algebra: Algebra, costs: Costs, importance: NDArray[np.float64], multiple: int, minimum: int
+    algebra: Algebra,
+    costs: Costs,
+    importance: NDArray[np.float64],
+    multiple: int,
+    minimum: int,
+    full: Mapping[tuple[Key, ...], int] = MappingProxyType({}),
+    eliminations: Mapping[int, Elimination] = MappingProxyType({}),
 ) -> list[Family]:
-    """The families of an algebra, with their groups in order of importance (by class)."""
+    """The families of an algebra, with their groups in order of importance (by class), or as they were eliminated.
+
+    full: by `Family.axes`, how many groups each had in the model as it came, where part of them has gone since.
+    eliminations: by position in `algebra.families`.
+    """
     owner, place = np.full(len(importance), -1), np.zeros(len(importance), dtype=np.int64)
-    ordered = [sorted(groups, key=lambda g: (importance[g.index], g.index)) for groups in algebra.families]
+    ordered = [
+        [groups[k] for k in eliminations[i].order]
+        if i in eliminations
+        else sorted(groups, key=lambda g: (importance[g.index], g.index))
+        for i, groups in enumerate(algebra.families)
+    ]
     for i, groups in enumerate(ordered):
         indices = [g.index for g in groups]
         owner[indices], place[indices] = i, np.arange(len(indices))
@@ -138,9 +188,24 @@ def families(
             found = slices[i][key] = np.zeros(len(ordered[i]), dtype=np.int64)
             found[place[classes[mine]]] = counts[mine]
     return [
-        Family(groups, importance[[g.index for g in groups]], found, multiple, minimum)
-        for groups, found in zip(ordered, slices, strict=True)
-    ]
+        Family(
+            groups, importance[[g.index for g in groups]], found, multiple, minimum,
+            full.get(tuple(sorted(found)), 0), eliminations[i].costs if i in eliminations else None,
+        )
+        for i, (groups, found) in enumerate(zip(ordered, slices, strict=True))
+    ]  # fmt: skip
+
+
+def least_shares(found: Sequence[Family], costs: Costs) -> dict[str, float]:
+    """What is left of every cost when each of these families, still whole, is as narrow as it may be."""
+    gone: Counter[Key] = Counter()
+    for family in found:
+        gone.update(family.gone(family.least))
+    saved = costs.saved(gone)
+    return {
+        name: (costs.now[name] - saved[name]) / before if before else 1.0
+        for name, before in costs.before.items()
+    }
 
 
 def shrink_globally(found: Sequence[Family], costs: Costs, budget: Mapping[str, float]) -> None:

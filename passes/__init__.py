@@ -2,6 +2,7 @@
 
 from compressor.pipeline import Pass
 
+from .distill import Distill
 from .fold import Fold
 from .fp16 import Fp16
 from .int8 import Int8
@@ -9,4 +10,4 @@ from .merge import Merge
 from .prune import Prune
 from .squeeze import Squeeze
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Fold, Int8, Fp16)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Distill, Fold, Int8, Fp16)}

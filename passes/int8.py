@@ -44,7 +44,7 @@ class Int8(Pass):
 
     name: ClassVar[str] = "int8"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "fold")
+    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
     calibration: Literal["minmax", "percentile"] = "percentile"

@@ -1,54 +1,92 @@
 """Structured pruning: channels that matter least are removed from every tensor that they run through.
 
-Which channels go together is read from the graph (`compressor/channels.py`); how wide every layer becomes is chosen
-under a budget (`compressor/widths.py`); the result must equal the original with those channels masked at their
-readers (`compressor/oracle.py`).
+Which channels go together is read from the graph (`compressor/channels.py`), what each is worth from its weights or
+from data (`compressor/criteria.py`); how wide every layer becomes is chosen under a budget (`compressor/widths.py`,
+`budgets.py`); the result must equal the original with those channels masked at their readers (`compressor/oracle.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.fx import Node
 
-from compressor.channels import Algebra, Key, analyse
+from compressor.budgets import Amounts, Budget, costs_of, on_the_way, shares
+from compressor.channels import Algebra, Group, Key, analyse, carrier_of
+from compressor.criteria import CriteriaData, importance
+from compressor.elimination import Elimination
 from compressor.errors import UsageError
+from compressor.images import imported
 from compressor.ir import Graph
+from compressor.ledger import Ledger
 from compressor.measure import parameters
-from compressor.ops import arguments, contractions, is_constant, kind, macs
+from compressor.ops import macs
 from compressor.oracle import masked, power
-from compressor.pipeline import MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.rebuild import Rebuilt, rebuild, restate_norms
 from compressor.surgery import remove
+from compressor.survey import MEMORY, survey
 from compressor.verify import POWER, TOLERANCE
-from compressor.widths import ROUNDING, Costs, Family, families, shrink_globally, shrink_locally
+from compressor.widths import (
+    MINIMUM,
+    Costs,
+    Family,
+    families,
+    least_shares,
+    shrink_globally,
+    shrink_locally,
+)
 
-MACS = 0.7  # of bare `prune`
 POWER_SAMPLES = 8
 
-Floats = NDArray[np.float64]
+
+@dataclass(frozen=True)
+class Scored:
+    """A graph's channels and what each class of them is worth, as it is before a step.
+
+    eliminations: of families, by their position; of `reconstruct` alone.
+    """
+
+    algebra: Algebra
+    costs: Costs
+    importance: NDArray[np.float64]
+    eliminations: Mapping[int, Elimination] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prune(Pass):
     """Removes whole channels, so that the model needs fewer multiplications on any hardware.
 
-    macs, params: share of the model's multiply-accumulates and of its numbers to keep; bare `prune` is `macs=0.7`.
-    criterion: what makes a channel important: `l2` or `l1` norm of its weights (batch norm counted in), `bn`
-    (scale of its batch norm), `random`. scope: `global` lets layers compete, `local` narrows all alike.
-    minimum: no layer gets narrower. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`. norms: channels
-    may go from under layer, RMS and group norms too (residual streams of transformers): the reference is then the
-    original with those channels masked and with norms taken over the channels that are left.
+    macs, params: share of the model's multiply-accumulates and of its numbers to keep; bare `prune` is `macs=0.7`, or
+    as near to it as the model allows. size_mb: megabytes (1e6 bytes) of all tensors in the dtype that they have here;
+    what `int8` saves later is not counted. latency, latency_ms: share of the original's latency to keep, and
+    milliseconds, of one sample on one thread: measured on pruned copies, on the target by --latency-cmd, else on this
+    host. max_drop: prunes as far as the metric of --eval falls by at most so much (0.01: one point of top-1).
+    A budget that cannot be reached is an error that says what can; `reach=best` goes as far as it gets.
 
-    Widths of at least twice the target's channel multiple stay multiples of it. A channel that a softmax, a mean,
-    a layer norm or an output of the model depends on stays, and the report says why.
+    criterion: what makes a channel important: `reconstruct` (what the layers that read it lose once the channels that
+    are left have made up for it; it asks for calibration data, not for labels), `l2` or `l1` norm of its weights (batch
+    norm counted in), `bn` (scale of its batch norm), `fpgm` (distance to the layer's other filters), `apoz` (how often
+    its activation is not zero), `taylor` (what the loss does without it, to first order; of labels in the calibration
+    data or of loss=module:function), `sensitivity` (what the outputs do without the layer's weakest), `random`. `auto`
+    is `reconstruct` with calibration data, else `l2`. repair: with calibration data, the weights and biases that are
+    left are solved anew, layer by layer, to give what the model gave before: a step of its own, which states the loss.
+    scope: `global` lets layers compete, `local` narrows all alike. steps: so many rounds, each scored anew.
+
+    minimum: no layer gets narrower. align: widths of at least twice this stay multiples of it; the target's channel
+    multiple where 0, and 1 leaves them free. ignore: module paths to leave alone, as in `ignore=head*+layer4.*`.
+    attention: whole `heads` go, or the same channels of every head (`width`). norms:
+    channels may go from under layer, RMS and group norms too (residual streams of transformers): the reference is then
+    the original with those channels masked and with norms taken over the channels that are left.
+
+    A channel that a softmax, a mean, a layer norm or an output of the model depends on stays, and the report says why.
     """
 
     name: ClassVar[str] = "prune"
@@ -57,69 +95,228 @@ class Prune(Pass):
 
     macs: float | None = None
     params: float | None = None
-    criterion: Literal["l1", "l2", "bn", "random"] = "l2"
+    size_mb: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    max_drop: float | None = None
+    reach: Literal["exact", "best"] = "exact"
+    criterion: Literal[
+        "auto", "reconstruct", "l1", "l2", "bn", "fpgm", "apoz", "taylor", "sensitivity", "random"
+    ] = "auto"
+    loss: str | None = None
+    repair: bool = True
     scope: Literal["global", "local"] = "global"
-    minimum: int = 4
+    steps: int = 1
+    minimum: int = MINIMUM
+    align: int = 0
     ignore: tuple[str, ...] = ()
+    attention: Literal["heads", "width"] = "heads"
     norms: bool = False
 
     def __post_init__(self) -> None:
-        for name, share in self.budget.items():
-            if not 0 < share <= 1:
-                raise UsageError(f"prune({name}={share}): the share to keep is over 0 and at most 1")
-        if self.minimum < 1:
-            raise UsageError(f"prune(minimum={self.minimum}): a layer keeps at least one channel")
+        for name, low, why in (
+            ("minimum", 1, "a layer keeps at least one channel"),
+            ("steps", 1, "there is at least one step"),
+            ("align", 0, "widths are multiples of a positive number; 0 asks the target"),
+        ):
+            if getattr(self, name) < low:
+                raise UsageError(f"prune({name}={getattr(self, name)}): {why}")
+        if self.loss is not None and self.criterion != "taylor":
+            raise UsageError(f"prune(loss={self.loss}): only criterion=taylor asks for a loss")
+        _ = self.budget
 
     @property
-    def budget(self) -> dict[str, float]:
-        shares = {"macs": self.macs, "params": self.params}
-        return {name: share for name, share in shares.items() if share is not None} or {"macs": MACS}
+    def budget(self) -> Budget:
+        """UsageError where it is none."""
+        return Budget(
+            self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop,
+            best=self.reach == "best",
+        )  # fmt: skip
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
-        """One step, `surgery`: channels go, weights stay as they are."""
-        algebra = analyse(graph, norms=self.norms)
-        costs = Costs(algebra, {"macs": algebra.macs_terms, "params": algebra.parameter_terms})
-        importance = _importance(graph, algebra, self.criterion, ctx.seed)
-        found = families(algebra, costs, importance, ctx.target.channel_multiple, self.minimum)
-        shrink = shrink_globally if self.scope == "global" else shrink_locally
-        shrink([family for family in found if not self._ignored(family)], costs, self.budget)
+        """Two outcomes a step: `surgery`, where weights stay as they are, and `repair`, where nothing else changes."""
+        self._check(ctx)
+        first = self._scored(graph, ctx)
+        found = self._families(first, ctx)
+        before, least = first.costs.before, least_shares(_open(found), first.costs)
+        goal = self.budget.goal(before, least)
+        numbers_count = self.max_drop is not None or self.steps > 1  # a stopwatch asks for widths alone
+
+        def trial(amounts: Amounts) -> Graph:
+            copy = graph.copy()
+            for scored, narrowed in self._steps(copy, ctx, first, amounts):
+                cut = self._cut(copy, ctx, scored, narrowed, self.repair and numbers_count)
+                remove(copy, cut.removed)
+                set_tensors(copy, scored.algebra, cut)
+            return copy
+
+        self.budget.search(goal, graph, ctx, before, least["macs"], trial)
+        stays = {family.groups[0]: family.stays for family in found if family.stays}
+        ledger = Ledger(graph, first.algebra, first.costs, found, {g.index: why for g, why in stays.items()})
+        facts = {"criterion": self._criterion(ctx), "least": least, "frozen": _reasons(first.algebra)}
+        tally = Tally(graph, ledger, goal.facts | facts)
         declines = [
-            *(_out_of_reach(name, share, costs.share(name)) for name, share in self.budget.items()),
-            *(_ignored(family, self._ignored(family)) for family in found),
-            *(Decline(site, f"{count} channels stay: {why}") for site, why, count in algebra.frozen()),
+            *(Decline(site, why) for site, why in goal.short),
+            *(Decline(group.sites[0], why) for group, why in stays.items()),
+            *(Decline(site, f"{count} channels stay: {why}") for site, why, count in first.algebra.frozen()),
         ]
-        outcome = _surgery(graph, ctx, algebra, [family for family in found if family.removed][: ctx.limit])
-        outcome.declines += [decline for decline in declines if decline]
-        yield outcome
+        left = ctx.limit
+        for scored, narrowed in self._steps(graph, ctx, first, goal.amounts):
+            chosen = narrowed[:left]
+            left = None if left is None else left - len(chosen)
+            original = graph.copy()
+            cut = self._cut(graph, ctx, scored, chosen, repair=self.repair)
+            outcome = _surgery(graph, ctx, scored.algebra, chosen, cut.removed, tally)
+            outcome.declines, declines = declines, []
+            yield outcome
+            if cut.tensors and ctx.calibration is not None:
+                set_tensors(graph, scored.algebra, cut)
+                yield _repair(graph, original, restate_norms(graph, ctx.calibration), cut)
+
+    def _check(self, ctx: Context) -> None:
+        if self.criterion == "reconstruct" and ctx.calibration is None:
+            raise UsageError(
+                "prune(criterion=reconstruct): needs calibration data: pass --calib, or take criterion=l2"
+            )
+
+    def _criterion(self, ctx: Context) -> str:
+        """What `auto` stands for."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "l2" if ctx.calibration is None else "reconstruct"
+
+    def _cut(
+        self, graph: Graph, ctx: Context, scored: Scored, narrowed: Sequence[Family], repair: bool
+    ) -> Rebuilt:
+        """The groups that these families lose, and new weights where they are to be repaired."""
+        if not repair or ctx.calibration is None or not narrowed:
+            return Rebuilt(_removed(narrowed), {})
+        losses, free = [family.removed for family in narrowed], bool(scored.eliminations)
+        return rebuild(graph, scored.algebra, losses, free, ctx.calibration, ctx)
+
+    def _scored(self, graph: Graph, ctx: Context) -> Scored:
+        algebra = analyse(graph, carrier_of(graph, heads=self.attention == "heads"), norms=self.norms)
+        if self._criterion(ctx) == "reconstruct" and ctx.calibration is not None:
+            eliminations = survey(graph, algebra, ctx.calibration, ctx)
+            nothing = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=0))
+            return Scored(algebra, costs_of(graph, algebra), nothing, eliminations)
+        loss = imported(self.loss, "prune(loss=...)") if self.loss else None
+        data = CriteriaData(ctx.calibration, ctx.seed, loss, ctx.progress)
+        return Scored(
+            algebra, costs_of(graph, algebra), importance(graph, algebra, self._criterion(ctx), data)
+        )
+
+    def _families(
+        self, scored: Scored, ctx: Context, full: Mapping[tuple[Key, ...], int] = MappingProxyType({})
+    ) -> list[Family]:
+        multiple = self.align or ctx.target.channel_multiple
+        found = families(
+            scored.algebra, scored.costs, scored.importance, multiple, self.minimum, full, scored.eliminations
+        )
+        for family in found:
+            family.stays = self._ignored(family)
+            if not family.stays and scored.eliminations and family.curve is None:
+                family.stays = "no layer with weights of its own reads them, by which reconstruct judges"
+        return found
+
+    def _steps(
+        self, graph: Graph, ctx: Context, first: Scored, goal: Amounts
+    ) -> Iterator[tuple[Scored, list[Family]]]:
+        """What every step narrows, and by which analysis. It must be removed before the next step is asked for."""
+        shrink = shrink_globally if self.scope == "global" else shrink_locally
+        scored, full = first, {family.axes: family.full for family in self._families(first, ctx)}
+        for number, amounts in enumerate(on_the_way(first.costs.before, goal, self.steps)):
+            scored = self._scored(graph, ctx) if number else first
+            found = self._families(scored, ctx, full)
+            shrink(_open(found), scored.costs.fresh(), shares(amounts, scored.costs.before))
+            yield scored, [family for family in found if family.removed]
 
     def _ignored(self, family: Family) -> str:
-        """The pattern that keeps a family as it is; empty if none does."""
         sites = family.groups[0].sites
-        return next((p for p in self.ignore if any(fnmatchcase(site, p) for site in sites)), "")
+        pattern = next((p for p in self.ignore if any(fnmatchcase(site, p) for site in sites)), None)
+        return f"ignored by '{pattern}'" if pattern is not None else ""
 
 
-def _surgery(graph: Graph, ctx: Context, algebra: Algebra, narrowed: Sequence[Family]) -> Outcome:
+class Tally:
+    """What all steps did together, for the report. facts: what is known before the first."""
+
+    def __init__(self, graph: Graph, ledger: Ledger, facts: Mapping[str, Any]) -> None:
+        self._before = {"macs": macs(graph), "params": parameters(graph)}
+        self._ledger, self._facts = ledger, facts
+        self._pruned = self._proved = 0
+
+    def add(self, graph: Graph, algebra: Algebra, groups: Sequence[Group], proved: int) -> dict[str, Any]:
+        """The facts after a step that took `groups` and left `graph`."""
+        self._ledger.lose(algebra, groups)
+        self._pruned, self._proved = self._pruned + len(groups), self._proved + proved
+        entries = self._ledger.entries()
+        now = {"macs": macs(graph), "params": parameters(graph)}
+        left = {name: now[name] / amount if amount else 1.0 for name, amount in self._before.items()}
+        return {
+            **self._facts,
+            **left,
+            "groups": sum(entry.groups for entry in entries),
+            "pruned": self._pruned,
+            "proved_with_power": self._proved,
+            "ledger": [entry.to_dict() for entry in entries],
+        }
+
+
+def _surgery(
+    graph: Graph,
+    ctx: Context,
+    algebra: Algebra,
+    narrowed: Sequence[Family],
+    groups: Sequence[Group],
+    tally: Tally,
+) -> Outcome:
     """Removes what these families lost; the reference is the graph as it was, with the same channels masked."""
-    groups = [group for family in narrowed for group in family.removed]
     inputs = next(iter(ctx.held_out.limited(POWER_SAMPLES))).inputs
     reference, powers = masked(graph, groups), power(graph, groups, inputs)
     tolerance = TOLERANCE.get(graph.results[0].meta["val"].dtype, TOLERANCE[torch.float32])
-    before = {"macs": macs(graph), "params": parameters(graph)}
     remove(graph, groups)
     return Outcome(
         step="surgery",
         contract=MASKED,
         reference=reference,
         rewrites=[_rewrite(family) for family in narrowed],
-        facts={
-            "groups": len(algebra.groups),
-            "pruned": len(groups),
-            "proved_with_power": sum(p >= POWER * tolerance for p in powers),
-            "macs": macs(graph) / before["macs"] if before["macs"] else 1.0,
-            "params": parameters(graph) / before["params"] if before["params"] else 1.0,
-            "frozen": _reasons(algebra),
-        },
+        facts=tally.add(graph, algebra, groups, sum(p >= POWER * tolerance for p in powers)),
     )
+
+
+def _repair(graph: Graph, original: Graph, norms: int, cut: Rebuilt) -> Outcome:
+    """New weights are in place; the reference is the graph before anything was removed."""
+    return Outcome(
+        step="repair",
+        contract=BOUNDED,
+        reference=original,
+        rewrites=[Rewrite(site, "solved anew for the channels that are left") for site in cut.repaired],
+        declines=[
+            Decline(site, f"solved in {parts} parts: its Gram matrix is over {MEMORY >> 20} MB")
+            for site, parts in cut.parted.items()
+        ],
+        facts={"repaired": len(cut.repaired), "norms_restated": norms},
+    )
+
+
+def set_tensors(graph: Graph, algebra: Algebra, cut: Rebuilt) -> None:
+    """Puts new weights into a graph that the groups have been removed from."""
+    gone = algebra.removed(cut.removed)
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in cut.tensors:
+            value = cut.tensors[str(node.target)]
+            for axis, indices in gone.get(node.name, {}).items():
+                left = np.setdiff1d(np.arange(value.shape[axis]), indices)
+                value = value.index_select(axis, torch.from_numpy(left))
+            graph.set_tensor(node, value)
+
+
+def _open(found: Sequence[Family]) -> list[Family]:
+    return [family for family in found if not family.stays]
+
+
+def _removed(narrowed: Sequence[Family]) -> list[Group]:
+    return [group for family in narrowed for group in family.removed]
 
 
 def _rewrite(family: Family) -> Rewrite:
@@ -128,89 +325,9 @@ def _rewrite(family: Family) -> Rewrite:
     return Rewrite(where, f"{family.width(len(family.groups))} -> {family.width(family.left)} channels")
 
 
-def _out_of_reach(name: str, wanted: float, reached: float) -> Decline | None:
-    if reached <= wanted + ROUNDING:
-        return None
-    return Decline(
-        f"{name}={wanted:g}",
-        f"out of reach: {reached:.3f} is left when every layer is at its minimum width; the other channels must stay",
-    )
-
-
-def _ignored(family: Family, pattern: str) -> Decline | None:
-    return Decline(family.groups[0].sites[0], f"ignored by '{pattern}'") if pattern else None
-
-
 def _reasons(algebra: Algebra) -> dict[str, int]:
     """How many groups cannot be removed, by reason."""
     counts: Counter[str] = Counter()
     for _, reason, number in algebra.frozen():
         counts[reason.split(" (")[0]] += number
     return dict(counts.most_common())
-
-
-# -------------------------------------------------------------------- importance
-
-
-def _importance(graph: Graph, algebra: Algebra, criterion: str, seed: int) -> Floats:
-    """Importance of every class: the geometric mean of its shares of what writes it and of what reads it.
-
-    A share is relative to the whole weight, so layers compare; shares are summed over all weights, so a channel that
-    many layers read weighs as much as in all of them.
-    """
-    size = 1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1)
-    if criterion == "random":
-        return np.random.default_rng(seed).random(size)
-    norms = list(_weights(graph, 1 if criterion == "l1" else 2))
-    writes, written = _shares(algebra, size, [(key, values) for key, values in norms if key[1] == 0])
-    reads, read = _shares(algebra, size, [(key, values) for key, values in norms if key[1] == 1])
-    importance = np.where(written & read, np.sqrt(writes * reads), writes + reads)
-    if criterion != "bn":
-        return importance
-    scales, scaled = _shares(algebra, size, _scales(graph))
-    return np.where(scaled, scales, importance)  # channels without batch norm count by their weights
-
-
-def _shares(
-    algebra: Algebra, size: int, parts: Iterable[tuple[Key, Floats]]
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Shares of each class in these slices, summed, and which classes have any."""
-    total, seen = np.zeros(size), np.zeros(size, dtype=bool)
-    for key, values in parts:
-        if key in algebra.axes:
-            seen[algebra.axes[key]] = True
-            total += np.bincount(algebra.axes[key], values / (values.sum() or 1.0), minlength=size)
-    return total, seen
-
-
-def _weights(graph: Graph, exponent: int) -> Iterator[tuple[Key, Floats]]:
-    """Norms of every slice of every weight of a contraction, as inference sees it: with the batch norm behind it."""
-    for reader in contractions(graph):
-        weight = arguments(reader).get("weight")
-        if weight is None or not is_constant(weight):
-            continue
-        powers = graph.tensor(weight).double().abs() ** exponent
-        scale = _batch_norm_scale(graph, reader)
-        if scale is not None and kind(reader) == "conv":
-            powers = powers * (scale**exponent).reshape(-1, *[1] * (powers.dim() - 1))
-        for axis in (0, 1):
-            yield (weight.name, axis), powers.transpose(0, axis).flatten(1).sum(1).numpy()
-
-
-def _batch_norm_scale(graph: Graph, conv: Node) -> Tensor | None:
-    """|gain| / deviation of the batch norm that alone reads a convolution."""
-    user = next(iter(conv.users), None)
-    if user is None or len(conv.users) != 1 or kind(user) != "batch_norm":
-        return None
-    a = arguments(user)
-    if not (is_constant(a["weight"]) and is_constant(a["running_var"])):
-        return None
-    deviation = (graph.tensor(a["running_var"]).double() + a["eps"]).sqrt()
-    return graph.tensor(a["weight"]).double().abs() / deviation
-
-
-def _scales(graph: Graph) -> Iterator[tuple[Key, Floats]]:
-    """Absolute gains of every batch norm."""
-    for node in graph.nodes:
-        if kind(node) == "batch_norm" and is_constant(gain := arguments(node)["weight"]):
-            yield (gain.name, 0), graph.tensor(gain).double().abs().numpy()

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 from compressor.target import QLINEAR, Target
 
+# Convolutions of floats run in blocks of 16 channels on AVX-512 and of 8 on AVX2; a width between two blocks costs what
+# the next block costs. ONNX Runtime 1.31, 3x3 over 32 channels, AVX-512: 16 wide 0.59 of the time, 24 wide all of it.
 CPU = Target(
     name="cpu",
     summary="ONNX Runtime on x86-64 with VNNI, or ARM64",
     providers=("CPUExecutionProvider",),
+    channel_multiple=16,
     quant=QLINEAR,
 )
 
@@ -18,5 +21,6 @@ CPU_AVX2 = replace(
     CPU,
     name="cpu-avx2",
     summary="ONNX Runtime on x86-64 without VNNI (before 2019): int8 weights of 7 bits",
+    channel_multiple=8,
     quant=replace(QLINEAR, reduce_range=True),
 )

@@ -101,7 +101,8 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         "--adapter lora --adapter b:0.5 --combine cat --task causal-lm "
         "--input x:f32[?,3] --input y:i64[?] --preprocess imagenet --trust-pickle "
         "--allow-missing head.* --static --output out --seed 3 --tolerance 1e-3 --print-after merge "
-        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json"
+        "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json "
+        "--latency-cmd time_{onnx}"
     )
     code, _, err = run(model, *words.split())
     assert (code, err) == (0, "")
@@ -117,6 +118,7 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         **{"output": "out", "seed": 3, "tolerance": 1e-3, "print_after": ("merge",), "stop_after": "fold"},
         **{"limit": {"fold": 2, "merge": 0}, "time": True, "measure": False},
         "latency_table": "r.json",
+        "latency_cmd": "time_{onnx}",
     }
 
 
@@ -248,12 +250,34 @@ def test_inspect_shows_facts(run: Run, model: str, calls: list) -> None:
     assert "params" in out and "1.23 M" in out and "aten.conv2d" in out and "none" in out
 
 
+def test_inspect_shows_groups_where_a_pass_pruned(run: Run, model: str, calls: list, tmp_path: Path) -> None:
+    row = {"where": "stem and 2 more", "groups": 16, "width": 16, "left": 12, "least": 8, "tensors": 9}
+    row |= {"params": 1500, "macs": 2_000_000, "state": "pruned", "why": "", "remedy": ""}
+    frozen = row | {
+        "where": "head",
+        "left": 16,
+        "state": "frozen",
+        "why": "it is reduced",
+        "remedy": "norms=true [x]",
+    }
+    sample = sample_report()
+    sample["rows"][1]["facts"] = {"least": {"macs": 0.31, "params": 0.25}, "ledger": [row, frozen]}
+    report.write_report(tmp_path / "report.json", sample)
+    code, out, err = run("inspect", tmp_path / "report.json", "--groups")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert "stem and 2 more 16 -> 12 8 9 1.5 k 2 M pruned" in lines
+    assert "head 16 8 9 1.5 k 2 M frozen it is reduced; norms=true [x]" in lines
+    assert lines[-1] == "with every layer at its least width 31% of the MACs and 25% of the parameters stay"
+    assert run("inspect", model, "--json", "--groups")[0] == 0 and calls[-1][2] == {"groups": True}
+
+
 def test_passes_and_targets_are_listed_with_their_settings(run: Run) -> None:
     code, out, _ = run("passes")
     assert code == 0 and "merge" in out and "bounded" in out
     assert last(out) == "compress MODEL --passes merge,fold"
     code, out, _ = run("targets")
-    assert code == 0 and "cpu" in out and "channel_multiple=8" in out and "opset=20" in out
+    assert code == 0 and "cpu" in out and "channel_multiple=16" in out and "opset=20" in out
 
 
 def test_help_leads_with_the_default_command(run: Run) -> None:

@@ -79,7 +79,7 @@ def test_the_tables_of_the_readme_are_the_registry() -> None:
 
 def test_every_file_has_its_place_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([a-z]+)`", text))
+    named = set(re.findall(r"`([a-z_]+)`", text))
     files = {p.stem for p in (ROOT / "compressor").glob("[a-z]*.py")}
     assert files - named - {"errors"} == set()
     assert "nothing_of_the_kind" not in named
@@ -102,10 +102,11 @@ def test_python_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     assert (tmp_path / "small" / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("name", ["from_python.py", "own_data.py"])
-def test_examples_run(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["from_python.py", "own_data.py", "prune_finetune_int8.py 1"])
+def test_examples_run(words: str, tmp_path: Path) -> None:
+    name, *options = words.split()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
+        [sys.executable, str(ROOT / "examples" / name), *options],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
