@@ -355,7 +355,7 @@ def main() -> int:
     picked = chosen(options.models)
     print(
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; prune(macs={SHARE},criterion=l2), "
+        f"Python {platform.python_version()}, torch {torch.__version__}; prune(macs={SHARE},criterion=l2,reach=best), "
         f"target {CPU.name}\n"
     )
     print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
