@@ -112,7 +112,7 @@ _ROWS: dict[str, str] = {
     "create": """arange.default arange.start arange.start_step zeros.default ones.default full.default
         empty.memory_format eye.default eye.m linspace.default scalar_tensor.default tril_indices.default""",
     "create_like": """zeros_like.default ones_like.default full_like.default empty_like.default new_zeros.default
-        new_ones.default new_full.default tril.default triu.default""",
+        new_ones.default new_full.default zero.default tril.default triu.default""",
     "size": "sym_size.int sym_numel.default",
     "assertion": """_assert_tensor_metadata.default _assert_scalar.default _assert_async.msg
         sym_constrain_range_for_size.default sym_constrain_range.default""",

@@ -322,7 +322,8 @@ def _create(t: Atoms, node: Node) -> list[Axis]:
 def _create_like(t: Atoms, node: Node) -> list[Axis]:
     if ".new_" in operator_name(node):
         return _create(t, node)
-    return first_axes(t, node) if "_like" in operator_name(node) else opaque(t, node)
+    same = "_like" in operator_name(node) or operator_name(node) == "aten.zero.default"
+    return first_axes(t, node) if same else opaque(t, node)
 
 
 RULES: dict[str, Rule] = {

@@ -220,6 +220,8 @@ def _fixed(node: Node, ignore: Sequence[str]) -> str:
         return "it belongs to an integer section"
     if kind(node) == "opaque":
         return "no pass knows this operator"
+    if kind(node) == "grid_sample":
+        return "it reads between pixels, at places that half precision would move"
     if any(fnmatch(site(node), p) or fnmatch(site(node), f"{p}.*") for p in ignore):
         return "left in single precision as asked"
     return ""

@@ -165,6 +165,16 @@ def test_positions_need_their_digits():
     assert noise(expected, seen) > 45
 
 
+def test_sampling_between_pixels_stays_single():
+    def sample(m: nn.Module, x: Tensor) -> Tensor:
+        return m.b(F.grid_sample(m.a(x), m.c(x).tanh().permute(0, 2, 3, 1), align_corners=True))
+
+    net = Net(sample, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(3, 2, 1))
+    graph, after, outcome = halved(net, torch.randn(2, 3, 6, 6))
+    assert "grid_sampler" in kept(graph, after)
+    assert any("at places that half precision would move" in d.reason for d in outcome.declines)
+
+
 def test_decisions_that_floats_make_stay_single():
     torch.manual_seed(0)
     x = torch.rand(64, 8)

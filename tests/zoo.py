@@ -53,4 +53,7 @@ def _redrawn(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
         return 0.5 + torch.rand(like.shape, generator=generator)
     if like.shape[0] == 1:  # a table of positions
         return 0.5 * torch.randn(like.shape, generator=generator)
-    return torch.randn(like.shape, generator=generator) * (2 / (like.numel() / like.shape[0])) ** 0.5
+    inputs = like.numel() / like.shape[0]
+    if like.dim() == 3 and not name.endswith("weight"):  # the matrices of several experts
+        inputs = like.shape[-1]
+    return torch.randn(like.shape, generator=generator) * (2 / inputs) ** 0.5
