@@ -32,7 +32,7 @@ class Distill(Pass):
 
     epochs: passes over the data. minutes: the schedule is over by then, whatever is left of it; `minutes=none` for
     no limit, and for equal results on machines of different speed. lr: largest step, as a share of the size of each
-    tensor's numbers; 0.05 with batch norms and 0.002 without, if not given. batch: samples a step. features: weight
+    tensor's numbers; 0.02 with batch norms and 0.002 without, if not given. batch: samples a step. features: weight
     of values inside (residual streams) beside the outputs, 0 for outputs alone. patience: share of the schedule that
     may pass without a better held-out error. augment: images (float inputs of 1, 3 or 4 channels) are mirrored,
     shifted and mixed; other inputs never are. checkpoint: a file that a run which was stopped goes on from.
