@@ -220,6 +220,7 @@ class Pipeline:
 
     def _apply(self, one: Pass, graph: Graph, ctx: Context, judge: _Judge) -> Row:
         row = _row(one.name, str(one), one.contract.name, "unchanged", graph)
+        contracts: list[str] = []  # of its steps
         judge.begin(graph)
         result = one.run(graph, ctx)
         row.total_db = judge.total_db
@@ -233,7 +234,9 @@ class Pipeline:
             status, checks = judge.step(graph, contract, outcome, where)
             row.facts |= outcome.facts
             if status != "unchanged":
-                row.contract, row.status = contract.name, _worse(row.status, status)
+                contracts.append(contract.name)
+                row.contract = ", ".join(dict.fromkeys(contracts))
+                row.status = _worse(row.status, status)
                 row.checks = sorted([*row.checks, *checks], key=lambda c: (c.finite, -c.error))
                 row.total_db = judge.total_db
         row.params, row.macs, row.bytes = parameters(graph), macs(graph), bytes_of(graph)

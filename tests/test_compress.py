@@ -75,7 +75,7 @@ def test_the_whole_line(files, run):
     assert report["inserted"] == ["fold"]
     contracts = {r["pass"]: (r["contract"], r["status"]) for r in report["rows"][1:]}
     assert contracts["merge"] == ("exact", "proved") and contracts["fold"] == ("exact", "proved")
-    assert contracts["prune"] == ("masked", "proved")
+    assert contracts["prune"] == ("masked, bounded", "proved")
     assert report["rows"][2]["macs"] <= 0.8 * report["rows"][0]["macs"]
     assert report["emitted"]["float_bytes"] / report["emitted"]["bytes"] > 2
     assert report["emitted"]["operators"]["QLinearConv"] == 2
