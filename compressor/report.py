@@ -135,7 +135,7 @@ def metric(name: str, value: Any, before: Any = None) -> str:
 
 def error(contract: str, checks: Sequence[Mapping[str, Any]]) -> str:
     """The worst of the numbers that the contract is judged by: SQNR where loss is allowed, else error."""
-    if contract == "bounded":
+    if "bounded" in contract:
         ratios = [float(check["sqnr_db"]) for check in checks if check.get("sqnr_db") is not None]
         return f"{min(ratios):.1f} dB" if ratios else ""
     errors = [check for check in checks if check.get("error") is not None]
