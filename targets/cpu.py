@@ -7,7 +7,7 @@ from dataclasses import replace
 from compressor.target import QLINEAR, Target
 
 # Convolutions of floats run in blocks of 16 channels on AVX-512 and of 8 on AVX2; a width between two blocks costs what
-# the next block costs. ONNX Runtime 1.31, 3x3 over 32 channels, AVX-512: 16 wide 0.59 of the time, 24 wide all of it.
+# the next block costs (benchmarks/results/conv_widths.md).
 CPU = Target(
     name="cpu",
     summary="ONNX Runtime on x86-64 with VNNI, or ARM64",
