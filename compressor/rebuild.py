@@ -26,7 +26,7 @@ from torch.fx import Node
 from .channels import Algebra, Group
 from .data import Batch, Data
 from .elimination import eliminate, ridged
-from .ir import Graph, last_uses, site
+from .ir import Graph, as_declared, last_uses, site
 from .masked_norms import Removed, mask_norms
 from .ops import arguments, is_constant, kind
 from .pipeline import Context
@@ -65,7 +65,7 @@ def rebuild(
     decided = [group for i, groups in losses.items() if i not in open_ for group in groups]
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         store = _Store(folder)
-        batches = [Batch(tuple(map(store.put, batch.inputs))) for batch in data]
+        batches = [Batch(tuple(map(store.put, map(as_declared, b.inputs, graph.inputs)))) for b in data]
         twin = _Twin(graph, algebra.removed(decided), batches, store)
         work = _Repair(twin, readers, losses, open_, Sampler(graph, data.samples, ctx.seed))
         with ctx.progress("prune: solving layers for what is left", len(graph.nodes)) as advance:
@@ -128,7 +128,7 @@ class _Twin:
             if node in self._inputs:
                 whole[node] = cut[node] = batch.inputs[self._inputs[node]]
             elif node.op == "get_attr":
-                whole[node], cut[node] = self.graph.tensor(node), self.now(node)
+                whole[node], cut[node] = self._constant(node, False), self._constant(node, True)
             else:
                 whole[node] = self._store.put(self._execute(node, whole, False))
                 same = all(whole[n] is cut[n] for n in node.all_input_nodes) and node not in self._norms
@@ -173,16 +173,16 @@ class _Twin:
         while todo:
             node = todo[-1]
             missing = [n for n in node.all_input_nodes if n not in known]
+            todo += missing
             if not missing:
-                constant = node.op == "get_attr"
                 known[node] = (
-                    (self.now(node) if cut else self.graph.tensor(node))
-                    if constant
-                    else self._execute(node, known, cut)
+                    self._constant(node, cut) if node.op == "get_attr" else self._execute(node, known, cut)
                 )
                 todo.pop()
-            todo += missing
         return known[end]
+
+    def _constant(self, node: Node, cut: bool) -> Tensor:
+        return self.now(node) if cut else self.graph.tensor(node)
 
     def now(self, node: Node) -> Tensor:
         """The tensor that the twin has for a constant."""
