@@ -2,8 +2,8 @@
 
     python benchmarks/prune_cifar.py [--seeds 0 1 2 3 4] [--no-rival]      Markdown; needs the shared folder
 
-1,024 training images, drawn by the seed from the 3,660 that no choice of this code was made on, are the calibration
-data; the pass holds a fifth of them out. The test images are scored once. Torch-Pruning (`pip install torch-pruning`)
+1,024 training images, drawn by the seed from 3,660, are the calibration data; the pass holds a fifth of them out. The
+other 1,000 are for choices, and are left alone here. Torch-Pruning (`pip install torch-pruning`)
 prunes the same model one-shot by each of its criteria, for comparison. Exit code 1 where a bar is missed.
 """
 
