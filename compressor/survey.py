@@ -29,7 +29,7 @@ from .readers import Anchor, Layer, anchor, layer_of
 from .statistics import Gram
 
 MEMORY = 1 << 29  # bytes of Gram matrices held at once: more layers take more passes over the data
-ROWS = 32  # rows for each feature of a layer. Four times as many changed no choice on ResNet-56
+ROWS = 32  # rows for each feature of a layer. Four times as many move ResNet-56 by 0.1 dB
 LEAST_ROWS = 1 << 13
 
 
