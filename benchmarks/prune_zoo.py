@@ -14,24 +14,14 @@ result is wrong.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import fnmatch
-import gc
-import json
 import math
-import os
-import platform
-import resource
-import select
-import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +32,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from zoo import with_power  # noqa: E402  defines what torchvision needs, before it is imported
+from zoo import with_power  # noqa: E402, I001  defines what torchvision needs, before it is imported
+
+from model_zoo import harness  # noqa: E402
+from model_zoo.harness import FAILED, Row, first_line  # noqa: E402
 
 from compressor import data, delivery, verify  # noqa: E402
 from compressor.atoms import MERGE, NORMS  # noqa: E402
@@ -58,28 +51,16 @@ from passes.prune import Prune  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
 SHARE, TOLERANCE, INSIDE, SAMPLES = 0.6, 1e-5, 1e-4, 8
-SECONDS = 300  # of processor time for one model
 LARGE = (
     150e6  # parameters over which a model is not emitted: gigabytes, and nothing that a smaller variant lacks
 )
-SIGNALS = {
-    signal.SIGXCPU: f"over {SECONDS} s of processor time",
-    signal.SIGKILL: "killed: out of memory or time",
-}
 COLUMNS = {
     "model": "model", "size": "M params / M MACs", "nodes": "nodes", "analysis": "analysis s", "seconds": "pass s",
     "prunable": "prunable params", "left": "MACs left", "pruned": "groups pruned", "outputs": "error at outputs",
     "inside": "worst value inside", "power": "proved / not", "onnx": "ONNX vs pruned graph", "verdict": "verdict",
 }  # fmt: skip
 BY_OPTION = "pruned, equal by option"
-EQUAL, REFUSED, UNCAPTURED, WRONG, FAILED = "pruned, equal", "refused", "does not capture", "WRONG", "failed"
-Row = dict[str, Any]
-
-
-def models() -> dict[str, Any]:
-    from model_zoo import timm_models, torchvision_models, transformers_models
-
-    return torchvision_models.models() | timm_models.models() | transformers_models.models()
+EQUAL, REFUSED, UNCAPTURED, WRONG = "pruned, equal", "refused", "does not capture", "WRONG"
 
 
 # -------------------------------------------------------------------- one model
@@ -241,85 +222,7 @@ def file_error(graph: Graph, inputs: Sequence[Tensor]) -> float:
         return max(c.error for c in delivery.check_emitted(graph, file, [batch]))
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
-
-
-# -------------------------------------------------------------------- a process each
-
-
-def isolated(make: Any, emits: bool) -> Row:
-    """The row of one model, measured in a child; whatever becomes of the child, there is a row."""
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _child(writer, make, emits)
-    os.close(writer)
-    row = _received(reader, child)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and "verdict" not in row:
-        name = {
-            signal.SIGXCPU: f"over {SECONDS} s of processor time",
-            signal.SIGKILL: "killed: out of memory or time",
-        }
-        row |= {
-            "verdict": FAILED,
-            "why": name.get(signal.Signals(os.WTERMSIG(status)), f"signal {os.WTERMSIG(status)}"),
-        }
-    return row
-
-
-def _child(writer: int, make: Any, emits: bool) -> None:
-    """Never returns. Rows go out as lines of JSON; memory runs out here first, not in the parent."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("900")
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    try:
-        with os.fdopen(writer, "w", buffering=1) as out:
-            try:
-                for part in measure(make, emits):
-                    print(json.dumps(part), file=out)
-            except Exception as error:
-                traceback.print_exc()
-                print(
-                    json.dumps({"verdict": FAILED, "why": f"{type(error).__name__}: {first_line(error)}"}),
-                    file=out,
-                )
-    finally:
-        os._exit(0)
-
-
-def _received(reader: int, child: int) -> Row:
-    row, text, deadline = {}, b"", time.monotonic() + 4 * SECONDS
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-            break
-        piece = os.read(reader, 1 << 16)
-        if not piece:
-            break
-        text += piece
-    os.close(reader)
-    for line in text.decode().splitlines():
-        row |= json.loads(line)
-    return row
-
-
 # -------------------------------------------------------------------- the table
-
-
-def shown(name: str, row: Row) -> str:
-    row = {**row, "model": name}
-    if row.get("why"):
-        row["verdict"] = f"{row['verdict']}: {row['why']}"
-    if row.get("note"):
-        row["onnx"] = f"{row['onnx']} ({row['note']})"
-    return f"| {' | '.join(str(row.get(key, '')).replace('|', '/') for key in COLUMNS)} |"
 
 
 def summary(rows: Mapping[str, Row]) -> Iterator[str]:
@@ -343,16 +246,6 @@ def summary(rows: Mapping[str, Row]) -> Iterator[str]:
             yield f"- {name}: {EQUAL}, {row['left']} of the MACs are left: {row['why']}"
 
 
-def chosen(patterns: Sequence[str]) -> dict[str, Any]:
-    everything = models()
-    if not patterns:
-        return everything
-    picked = {n: m for n, m in everything.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
-    if not picked:
-        sys.exit(f"no model is called {', '.join(patterns)}; there are {', '.join(everything)}")
-    return picked
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -361,26 +254,9 @@ def main() -> int:
     parser.add_argument("--no-onnx", action="store_true", help="do not emit")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # a process with threads cannot be forked
-    picked = chosen(options.models)
-    print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; prune(macs={SHARE},criterion=l2,reach=best), "
-        f"target {CPU.name}\n"
-    )
-    print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    rows: dict[str, Row] = {}
-    for name, make in picked.items():
-        rows[name] = isolated(make, not options.no_onnx)
-        print(shown(name, rows[name]), flush=True)
-        gc.collect()
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(
-        "",
-        *summary(rows),
-        f"\n{(spent.ru_utime + spent.ru_stime) / 60:.0f} minutes of processor time.",
-        sep="\n",
-    )
+    print(f"{harness.conditions()}; prune(macs={SHARE},criterion=l2,reach=best), target {CPU.name}\n")
+    rows = harness.table(COLUMNS, options.models, partial(measure, emits=not options.no_onnx))
+    print("", *summary(rows), f"\n{harness.minutes()}", sep="\n")
     return int(any(row.get("verdict") == WRONG for row in rows.values()))
 
 

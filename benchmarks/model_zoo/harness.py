@@ -1,0 +1,144 @@
+"""What the benchmarks over a zoo of architectures share: the models, a process for each, and the choice of some."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fnmatch
+import gc
+import json
+import os
+import platform
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 300  # of processor time for one model
+SIGNALS = {
+    signal.SIGXCPU: f"over {SECONDS} s of processor time",
+    signal.SIGKILL: "killed: out of memory or time",
+}
+FAILED = "failed"
+Row = dict[str, Any]
+Measure = Callable[[Any], Iterator[Row]]
+
+
+def models() -> dict[str, Any]:
+    """Name -> a function that makes model and inputs: torchvision, a YOLO-shaped network, timm, transformers."""
+    from . import timm_models, torchvision_models, transformers_models
+
+    return torchvision_models.models() | timm_models.models() | transformers_models.models()
+
+
+def chosen(patterns: Sequence[str]) -> dict[str, Any]:
+    """The models that a name or pattern picks, all if there is none; ends the program where that is nothing."""
+    everything = models()
+    if not patterns:
+        return everything
+    picked = {n: m for n, m in everything.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+    if not picked:
+        sys.exit(f"no model is called {', '.join(patterns)}; there are {', '.join(everything)}")
+    return picked
+
+
+def conditions() -> str:
+    """Date, machine and versions, for the head of a table."""
+    return (
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+def minutes() -> str:
+    """What the children have cost so far."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return f"{(spent.ru_utime + spent.ru_stime) / 60:.0f} minutes of processor time."
+
+
+def table(columns: Mapping[str, str], patterns: Sequence[str], measure: Measure) -> dict[str, Row]:
+    """Measures the chosen models one by one, and prints a row for each as it is there."""
+    torch.set_num_threads(1)  # a process with threads cannot be forked
+    print(f"| {' | '.join(columns.values())} |\n|{'---|' * len(columns)}", flush=True)
+    rows: dict[str, Row] = {}
+    for name, make in chosen(patterns).items():
+        rows[name] = isolated(make, measure)
+        print(_line(columns, name, rows[name]), flush=True)
+        gc.collect()
+    return rows
+
+
+def _line(columns: Mapping[str, str], name: str, row: Row) -> str:
+    row = {**row, "model": name}
+    if row.get("why"):
+        row["verdict"] = f"{row['verdict']}: {row['why']}"
+    if row.get("note"):
+        row["onnx"] = f"{row['onnx']} ({row['note']})"
+    return f"| {' | '.join(str(row.get(key, '')).replace('|', '/') for key in columns)} |"
+
+
+def isolated(make: Any, measure: Measure) -> Row:
+    """The row of one model, measured in a child; whatever becomes of the child, there is a row."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _child(writer, make, measure)
+    os.close(writer)
+    row = _received(reader, child)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and "verdict" not in row:
+        number = os.WTERMSIG(status)
+        row |= {"verdict": FAILED, "why": SIGNALS.get(signal.Signals(number), f"signal {number}")}
+    return row
+
+
+def _child(writer: int, make: Any, measure: Measure) -> None:
+    """Never returns. Rows go out as lines of JSON; memory runs out here first, not in the parent."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("900")
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        with os.fdopen(writer, "w", buffering=1) as out:
+            try:
+                for part in measure(make):
+                    print(json.dumps(part), file=out)
+            except Exception as error:
+                traceback.print_exc()
+                print(
+                    json.dumps({"verdict": FAILED, "why": f"{type(error).__name__}: {first_line(error)}"}),
+                    file=out,
+                )
+    finally:
+        os._exit(0)
+
+
+def _received(reader: int, child: int) -> Row:
+    row, text, deadline = {}, b"", time.monotonic() + 4 * SECONDS
+    while True:
+        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+            break
+        piece = os.read(reader, 1 << 16)
+        if not piece:
+            break
+        text += piece
+    os.close(reader)
+    for line in text.decode().splitlines():
+        row |= json.loads(line)
+    return row
