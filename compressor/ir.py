@@ -229,6 +229,7 @@ class Graph:
         """Binds another tensor to the name that a `get_attr` node reads. Every reader of that name sees it."""
         self._bind(str(node.target), value)
         self.journal.changed.add(node.name)
+        self.journal.equal = {old: new for old, new in self.journal.equal.items() if new != node.name}
         self._infer(node)
 
     def _bind(self, name: str, value: Tensor) -> None:
@@ -424,6 +425,11 @@ def operator_name(node: Node) -> str:
     if target is operator.getitem:
         return "getitem"
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def short_name(node: Node) -> str:
+    """`conv2d` for `aten.conv2d.default`: what an operator is called in reports."""
+    return operator_name(node).removesuffix(".default").removeprefix("aten.").split(".")[0]
 
 
 def site(node: Node) -> str:

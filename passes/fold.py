@@ -1,39 +1,40 @@
-"""Batch normalisation, constants, identities and dead code disappear into their neighbours.
+"""Batch normalisation, scales and shifts, constants, identities and dead code disappear into their neighbours.
 
-A batch norm behind a convolution or linear scales its output channels, one in front of it its input channels:
-
-    s = gamma / sqrt(var + eps);  t = beta - mean * s
-    behind:    W' = W * s[out],  b' = b * s + t
-    in front:  W' = W * s[in],   b' = b + sum over in and taps of W * t[in]
+`scales.py` knows what a per-channel scale and shift is and which layer can take it, `identities.py` what changes
+nothing, `constants.py` what no input reaches, `sharing.py` what is computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.constants import fold_constants, is_random
-from compressor.ir import Graph, operator_name, site
-from compressor.ops import arguments, extents, is_constant, is_tensor, kind
+from compressor.absorb import Front, behind, folded, folded_in_front, front, tensors_of
+from compressor.constants import fold_constants
+from compressor.identities import identities, loosen_views, shorter
+from compressor.ir import Graph, short_name, site
+from compressor.ops import arguments, is_constant, kind, set_argument, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.scales import Map, composed, map_of, standing_chains
+from compressor.sharing import share_equal
 
-_CARRIERS = ("conv", "conv_transpose", "linear")
-_NORM = ("weight", "bias", "running_mean", "running_var")
-_TINY = 1e-10  # var + eps below this scales a channel by more than 1e5: the folded weights would be noise
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Fold(Pass):
-    """Batch normalisation, constants and identities disappear into their neighbours; nothing else changes.
+    """Batch norms, scales, constants and identities disappear into their neighbours; nothing else changes.
 
-    Batch norm folds into the convolution (1d, 2d, 3d, transposed, grouped, depthwise) or linear in front of it, or
-    into the unpadded convolution or linear behind it. max_bytes: how much larger than its sources a folded constant
-    may be.
+    A batch norm, or a product or sum with constants, folds into the convolution (1d, 2d, 3d, transposed, grouped,
+    depthwise), linear, norm or table above it, or into the layers that read it, through whatever only moves values.
+    What several operators say, one says; what is computed twice is computed once. max_bytes: how much larger than
+    its sources a folded constant may be.
     """
 
     name: ClassVar[str] = "fold"
@@ -66,14 +67,17 @@ class Fold(Pass):
         made += [Rewrite(*one) for one in folding.made]
         declines += [Decline.at(node, reason) for node, reason in folding.left]
         moved: set[Node] = set()
-        for step in (_identities(graph, moved), _batch_norms(graph)):
+        for step in (identities(graph, moved), shorter(graph, moved), _maps(graph), _attention_scales(graph)):
             while room() != 0 and (found := next(step, None)) is not None:
                 if isinstance(found, Rewrite):
                     made.append(found)
                 else:
                     declines.append(found)
         if moved:
-            _loosen_views(graph, moved)
+            loosen_views(graph, moved)
+        results = set(graph.results)
+        for node in share_equal(graph, lambda n: n not in results and kind(n) != "size", room()):
+            made.append(Rewrite(site(node), f"{short_name(node)} that is computed already"))
         graph.clean()
         return made
 
@@ -85,350 +89,216 @@ def _dead_code(graph: Graph) -> list[Rewrite]:
     return [Rewrite("graph", f"{gone} operator{'s' * (gone > 1)} that no output needs")] if gone else []
 
 
-# -------------------------------------------------------------------- identities
-
-_RESHAPES = frozenset({"view", "flatten", "unflatten", "squeeze", "unsqueeze"})
-_PERMUTES = frozenset({"permute", "transpose"})
-_SAME_SIZE = frozenset({"slice", "narrow", "expand", "repeat"})  # are identities where they keep every size
-_STRIDED = frozenset({"aten.as_strided.default", "aten.view.dtype", "aten.view_as_complex.default"})
-_RIGID = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+# -------------------------------------------------------------------- scales and shifts
 
 
-def _identities(graph: Graph, moved: set[Node]) -> Iterator[Rewrite | Decline]:
-    """Takes out one operator after the other that hands a value through.
-
-    moved: collects the values that readers now see with other strides.
-    """
-    strided = _above(graph, _STRIDED)
+def _maps(graph: Graph) -> Iterator[Rewrite | Decline]:
+    writer = _Writer(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or not is_tensor(node) or not node.users:
-            continue
-        if "train" in arguments(node) and is_random(node):
-            yield Decline.at(node, "is in training mode: it is random, and stays")
-            continue
-        source = _handed_through(graph, node)
-        if source is None or not _alike(source, node):
-            continue
-        restrided = str(source.meta["val"].stride()) != str(node.meta["val"].stride())
-        if restrided and node in strided:
-            yield Decline.at(node, "an operator behind it reads memory by strides")
-            continue
-        if node in graph.results and (source.op != "call_function" or source in graph.results):
-            yield Decline.at(node, "it keeps an output apart from an input, a tensor or another output")
-            continue
-        graph.replace_uses(node, source)
-        moved |= {source} if restrided else set()
-        yield Rewrite(site(node), f"{_short(node)} that changes nothing")
+        one = map_of(graph, node) if node.users else None
+        if isinstance(one, str):
+            yield Decline.at(node, one)
+        elif one is not None:
+            made = writer.above(one)
+            made = made if isinstance(made, Rewrite) else writer.below(one, made)
+            if isinstance(made, Rewrite) or kind(node) == "batch_norm":
+                yield made
+    for chain in standing_chains(graph):
+        what = _shortened(graph, chain)
+        if what:
+            yield Rewrite(site(chain[-1].node), what)
 
 
-def _handed_through(graph: Graph, node: Node) -> Node | None:
-    """The value that a node hands through unchanged; its dtype and sizes are still to be compared."""
-    which, bound = kind(node), arguments(node)
-    first: Any = next(iter(bound.values()), None)
-    if which in ("add", "sub", "mul", "div"):
-        return _neutral(graph, node)
-    if which == "cat":
-        return first[0] if len(first) == 1 else None
-    if not is_tensor(first):
-        return None
-    if which in ("identity", "cast"):
-        return None if is_random(node) else first
-    if which in ("slice_scatter", "copy"):
-        return bound["src"]
-    if which in _RESHAPES:
-        return _before(node, _RESHAPES, lambda source: _alike(source, node))
-    if which in _PERMUTES:
-        return _before(
-            node,
-            _PERMUTES,
-            lambda source: _permutation(node, source) == list(range(source.meta["val"].dim())),
-        )
-    if which == "pad":
-        return first if not any(bound["pad"]) else None
-    return first if which in _SAME_SIZE else None
+def _shortened(graph: Graph, chain: list[Map]) -> str:
+    """A run of maps as at most two operators: the shift first where what reads them can take the scale."""
+    scale, shift = composed(chain)
+    last, shifts = chain[-1], bool((shift != 0).any())
+    alone = Map(last.node, chain[0].source, scale.expand_as(scale + shift), torch.zeros_like(scale + shift))
+    shift_first = last.shifts and bool((scale != 0).all()) and isinstance(front(graph, alone), Front)
+    if not shift_first and len(chain) <= int(alone.scales) + int(shifts):
+        return ""
+    value = chain[0].source
+    steps = [(aten.mul.Tensor, scale)] if alone.scales else []
+    if shifts and shift_first:
+        steps.insert(0, (aten.add.Tensor, shift / scale))
+    elif shifts:
+        steps.append((aten.add.Tensor, shift))
+    for target, number in steps:
+        value = graph.insert(target, (value, _constant(graph, last.node, number)), before=last.node)
+    graph.replace_uses(last.node, value)
+    names = ", ".join(short_name(one.node) for one in chain)
+    return f"{names} into {' and '.join(target.overloadpacket.__name__ for target, _ in steps) or 'nothing'}"
 
 
-def _before(node: Node, kinds: frozenset[str], matches: Callable[[Node], bool]) -> Node | None:
-    """The earliest value above a chain of such operators for which `matches` holds."""
-    found, source = None, node
-    while kind(source) in kinds:
-        source = next(iter(arguments(source).values()))
-        found = source if matches(source) else found
-    return found
+def _constant(graph: Graph, like: Node, number: Tensor) -> Node | float:
+    if number.numel() == 1:
+        return float(number)
+    return graph.add_tensor(f"{site(like)}.{like.name}", number.to(_dtype(like)))
 
 
-def _permutation(node: Node, source: Node) -> list[int]:
-    """Axes of `source` in the order in which a chain of permutes hands them to `node`."""
-    if node is source:
-        return list(range(source.meta["val"].dim()))
+def _attention_scales(graph: Graph) -> Iterator[Rewrite]:
+    """The scale of attention goes into the projection of its queries, or else of its keys."""
+    writer = _Writer(graph)
+    for node in graph.nodes:
+        if kind(node) == "attention":
+            made = _scale_of_attention(graph, node, writer)
+        else:
+            made = _scale_of_product(graph, node, writer)
+        if isinstance(made, Rewrite):
+            yield made
+
+
+def _scale_of_attention(graph: Graph, node: Node, writer: _Writer) -> Rewrite | Decline | None:
     bound = arguments(node)
-    order = _permutation(next(iter(bound.values())), source)
-    if kind(node) == "permute":
-        return [order[d] for d in bound["dims"]]
-    name, dims = operator_name(node).split(".")[1], list(bound.values())[1:3]
-    if name == "numpy_T" or len(order) < 2:
-        return order[::-1]
-    a, b = dims if len(dims) == 2 else (-2, -1)
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def _neutral(graph: Graph, node: Node) -> Node | None:
-    """x of x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1."""
-    a, b = list(arguments(node).values())[:2]
-    which, name = kind(node), operator_name(node)
-    neutral = 0 if which in ("add", "sub") else 1
-    if name.startswith("aten.rsub"):
+    scale = bound.get("scale") or shape(bound["query"])[-1] ** -0.5
+    if scale == 1 or not isinstance(scale, float):
         return None
-    if is_tensor(a) and _is_all(graph, b, neutral):
-        return a
-    swaps = which in ("add", "mul") and arguments(node).get("alpha", 1) == 1
-    return b if swaps and is_tensor(b) and _is_all(graph, a, neutral) else None
+
+    def finish(name: str, value: Node) -> None:
+        set_argument(graph, node, name, value)
+        graph.set_args(node, node.args, {**node.kwargs, "scale": 1.0})
+
+    return _into_operand(graph, node, {n: bound[n] for n in ("query", "key", "value")}, scale, writer, finish)
 
 
-def _is_all(graph: Graph, value: Any, number: int) -> bool:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value == number
-    if not is_constant(value) or not value.meta["val"].numel():
-        return False
-    return bool((graph.tensor(value) == number).all())
+def _scale_of_product(graph: Graph, node: Node, writer: _Writer) -> Rewrite | Decline | None:
+    """The same for attention that is written out: a product of two activations times a number."""
+    one = map_of(graph, node) if node.users else None
+    if not isinstance(one, Map) or one.shifts or one.scale.numel() != 1 or kind(one.source) != "matmul":
+        return None
+    product = one.source
+    operands = dict(list(arguments(product).items())[:2])
+    if len(product.users) != 1 or product in graph.results or any(map(is_constant, operands.values())):
+        return None
 
-
-def _alike(a: Node, b: Node) -> bool:
-    """Same dtype, device and sizes: what neither promotion nor broadcasting has touched."""
-    x, y = a.meta["val"], b.meta["val"]
-    return x.dtype == y.dtype and x.device == y.device and extents(x) == extents(y)
-
-
-def _above(graph: Graph, names: frozenset[str]) -> set[Node]:
-    """Every node that an operator of these names depends on."""
-    found: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node in found or operator_name(node) in names:
-            found.update(node.all_input_nodes)
-    return found
-
-
-def _loosen_views(graph: Graph, moved: set[Node]) -> None:
-    """A view below a value whose strides are not what they were becomes a reshape, which asks for no strides."""
-    below = set(moved)
-    for node in graph.nodes:
-        if below.isdisjoint(node.all_input_nodes):
-            continue
-        below.add(node)
-        if node.target in _RIGID:
-            loose = graph.insert(torch.ops.aten.reshape.default, node.args, node.kwargs, before=node)
-            graph.replace_uses(node, loose)
-            graph.erase(node)
-            below.add(loose)
-    graph.reinfer()
-
-
-def _short(node: Node) -> str:
-    return operator_name(node).removesuffix(".default").removeprefix("aten.").split(".")[0]
-
-
-# -------------------------------------------------------------------- batch norm
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A batch norm and the convolution or linear that it folds into; `behind` it, or else in front of it."""
-
-    norm: Node
-    carrier: Node
-    behind: bool
-
-
-def _batch_norms(graph: Graph) -> Iterator[Rewrite | Decline]:
-    made: dict[tuple[Any, ...], tuple[Node, Node]] = {}
-    for node in graph.nodes:
-        if kind(node) != "batch_norm" or not node.users:
-            continue
-        found = _match(graph, node)
-        yield found if isinstance(found, Decline) else _fold(graph, found, made)
-
-
-def _match(graph: Graph, norm: Node) -> _Match | Decline:
-    bound = arguments(norm)
-    if bound["training"]:
-        return Decline.at(norm, "it is in training mode: its statistics are those of the batch")
-    if bound["running_mean"] is None or bound["running_var"] is None:
-        return Decline.at(norm, "it has no running statistics")
-    if any(bound[n] is not None and not is_constant(bound[n]) for n in _NORM):
-        return Decline.at(norm, "its parameters are computed")
-    bad = _bad_channel(graph.tensor(bound["running_var"]), bound["eps"])
-    if bad:
-        return Decline.at(norm, bad)
-    carrier = bound["input"]
-    if kind(carrier) in _CARRIERS:
-        reason = _why_not_behind(norm, carrier)
-        found = _Match(norm, carrier, behind=True)
-    else:
-        reader = next(iter(norm.users))
-        reason = _why_not_in_front(graph, norm, reader)
-        found = _Match(norm, reader, behind=False)
-    return Decline.at(norm, reason) if reason else found
-
-
-def _bad_channel(var: Tensor, eps: float) -> str:
-    """Names the first channel whose running variance cannot be divided by."""
-    wide = var.double()
-    for index in (
-        torch.nonzero(~(torch.isfinite(wide) & (wide >= 0) & (wide + eps >= _TINY))).flatten().tolist()
-    ):
-        return f"the running variance of channel {index} is {float(wide[index]):g} (eps {eps:g})"
-    return ""
-
-
-def _why_not_behind(norm: Node, carrier: Node) -> str:
-    if any(user.op == "output" for user in carrier.users):
-        return f"the output of {site(carrier)} is an output of the graph"
-    if len(carrier.users) != 1:
-        return f"the output of {site(carrier)} is read twice"
-    dims = norm.meta["val"].dim()
-    if kind(carrier) == "linear":
-        return "" if dims == 2 else "it normalises axis 1, which is not the feature axis of the linear"
-    return _why_not(carrier, dims)
-
-
-def _why_not_in_front(graph: Graph, norm: Node, reader: Node) -> str:
-    source = (
-        _short(arguments(norm)["input"]) if arguments(norm)["input"].op == "call_function" else "an input"
-    )
-    if len(norm.users) != 1 or kind(reader) not in ("conv", "linear"):
-        return f"it reads {source}, and what reads it is not one convolution or linear"
-    if arguments(reader)["input"] is not norm:
-        return f"{site(reader)} does not read it as its input"
-    dims = norm.meta["val"].dim()
-    if kind(reader) == "linear":
-        return (
-            _why_not(reader, dims)
-            if dims == 2
-            else "it normalises axis 1, which is not the feature axis of the linear"
-        )
-    padding = arguments(reader)["padding"]
-    pads = padding == "same" or (padding != "valid" and any(padding))
-    if pads and bool(_scale_shift(graph, norm)[1].any()):
-        return f"{site(reader)} pads with zeros, which the batch norm in front of it would have shifted"
-    return _why_not(reader, dims)
-
-
-def _why_not(carrier: Node, dims: int) -> str:
-    bound = arguments(carrier)
-    if any(bound[n] is not None and not is_constant(bound[n]) for n in ("weight", "bias")):
-        return f"the weight of {site(carrier)} is computed"
-    if kind(carrier) != "linear" and dims != bound["weight"].meta["val"].dim():
-        return f"{site(carrier)} has an unbatched input"
-    return ""
-
-
-def _scale_shift(graph: Graph, norm: Node) -> tuple[Tensor, Tensor]:
-    """s and t of the module's formula, in float64; batch norm computes x * s + t."""
-    bound = arguments(norm)
-    mean, var = (graph.tensor(bound[n]).double() for n in ("running_mean", "running_var"))
-    gamma, beta = (
-        graph.tensor(bound[n]).double() if bound[n] is not None else None for n in ("weight", "bias")
-    )
-    scale = torch.rsqrt(var + bound["eps"]) * (1 if gamma is None else gamma)
-    return scale, (0 if beta is None else beta) - mean * scale
-
-
-def fold_behind(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, groups: int | None
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one operator equal to this one followed by x * scale + shift.
-
-    W' = W * s[out];  b' = b * s + t. Shapes: scale, shift and bias [out]; weight [out, ...], or [in, out / groups,
-    ...] of a transposed convolution, whose `groups` is given (None for all others). Float64 in and out.
-    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3.2.
-    """
-    if groups is None:
-        wide = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    else:
-        ins = weight.shape[0] // groups
-        per_row = scale.view(groups, 1, -1).expand(-1, ins, -1).reshape(weight.shape[:2])
-        wide = weight * per_row.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
-    return wide, (bias * scale if bias is not None else 0) + shift
-
-
-def fold_in_front(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, groups: int
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one operator equal to x * scale + shift followed by this one.
-
-    W' = W * s[in];  b' = b + sum over in and taps of W * t[in]. Shapes: scale and shift [in], weight [out,
-    in / groups, ...], bias [out]; no padding. Float64 in and out.
-    """
-    rows = weight.view(groups, -1, *weight.shape[1:])
-    by_group = [v.view(groups, 1, -1, *[1] * (weight.dim() - 2)) for v in (scale, shift)]
-    added = (rows * by_group[1]).flatten(2).sum(2).flatten()
-    return (rows * by_group[0]).view_as(weight), added + (bias if bias is not None else 0)
-
-
-def _fold(graph: Graph, found: _Match, made: dict[tuple[Any, ...], tuple[Node, Node]]) -> Rewrite | Decline:
-    """made: what was folded from the same tensors before, so that sites that share them go on sharing."""
-    norm, carrier = found.norm, found.carrier
-    bound, which = arguments(carrier), kind(carrier)
-    old = bound["weight"]
-    others = [u for u in old.users if u is not carrier]
-    key = (
-        found.behind,
-        which,
-        bound.get("groups"),
-        old,
-        bound["bias"],
-        arguments(norm)["eps"],
-        *(arguments(norm)[n] for n in _NORM),
-    )
-    if key not in made:
-        scale, shift = _scale_shift(graph, norm)
-        wide = (
-            graph.tensor(old).double(),
-            graph.tensor(bound["bias"]).double() if bound["bias"] is not None else None,
-        )
-        if found.behind:
-            folded = fold_behind(*wide, scale, shift, bound["groups"] if which == "conv_transpose" else None)
-        else:
-            folded = fold_in_front(*wide, scale, shift, bound.get("groups", 1))
-        weight, bias = (t.to(old.meta["val"].dtype) for t in folded)
-        if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            return Decline.at(norm, f"the folded weight would not be finite in {weight.dtype}")
-        made[key] = _bind(graph, carrier, weight, bias)
-    weight_node, bias_node = made[key]
-    _swap(graph, found, weight_node, bias_node)
-    what = f"batch_norm into {_short(carrier)} {'in front of' if found.behind else 'behind'} it ({site(carrier)})"
-    if others and weight_node is not old:
-        what += f"; {old.target} is shared with {site(others[0])}, this site now has its own copy"
-    return Rewrite(site(norm), what)
-
-
-def _bind(graph: Graph, carrier: Node, weight: Tensor, bias: Tensor) -> tuple[Node, Node]:
-    """The nodes of the folded tensors: those that the carrier has, if nothing else reads them."""
-    bound = arguments(carrier)
-    old, old_bias = bound["weight"], bound["bias"]
-    stem, _, leaf = str(old.target).rpartition(".")
-    name = f"{stem}.bias" if leaf == "weight" else f"{old.target}_bias"
-    nodes = []
-    for node, path, value in ((old, str(old.target), weight), (old_bias, name, bias)):
-        if node is not None and list(node.users) == [carrier]:
-            graph.set_tensor(node, value)
-        else:
-            node = graph.add_tensor(path, value)
-            if str(old.target) in graph.parameters:
-                graph.parameters |= {str(node.target)}
-        nodes.append(node)
-    return nodes[0], nodes[1]
-
-
-def _swap(graph: Graph, found: _Match, weight: Node, bias: Node) -> None:
-    """A new operator in the place of the two, so that no name carries another value than it did."""
-    norm, carrier = found.norm, found.carrier
-    args = list(carrier.args) + [None] * (3 - len(carrier.args))
-    args[0] = arguments(carrier if found.behind else norm)["input"]
-    args[1:3] = weight, bias
-    kwargs = {k: v for k, v in carrier.kwargs.items() if k not in ("input", "weight", "bias")}
-    new = graph.insert(carrier.target, tuple(args), kwargs, before=carrier)  # type: ignore[arg-type]
-    graph.replace_uses(norm if found.behind else carrier, new)
-    for node in (norm, carrier) if found.behind else (carrier, norm):
+    def finish(name: str, value: Node) -> None:
+        args = tuple(value if n == name else operand for n, operand in operands.items())
+        graph.replace_uses(node, graph.insert(product.target, args, before=product))  # type: ignore[arg-type]
         graph.erase(node)
+
+    return _into_operand(graph, product, operands, float(one.scale), writer, finish)
+
+
+def _into_operand(
+    graph: Graph,
+    node: Node,
+    operands: dict[str, Node],
+    scale: float,
+    writer: _Writer,
+    finish: Callable[[str, Node], None],
+) -> Rewrite | Decline | None:
+    made: Rewrite | Decline | None = None
+    for name, value in list(operands.items())[:2]:
+        if list(operands.values()).count(value) > 1:
+            continue
+        one = Map(
+            node, value, *(torch.full((1,) * value.meta["val"].dim(), n).double() for n in (scale, 0.0))
+        )
+        made = writer.above(one, partial(finish, name))
+        if isinstance(made, Rewrite):
+            return Rewrite(made.site, f"scale of {made.what}")
+    return made
+
+
+@dataclass
+class _Writer:
+    """Folds maps into layers; sites that share tensors, and are scaled alike, go on sharing.
+
+    made: what was folded from the same tensors by the same numbers before.
+    """
+
+    graph: Graph
+    made: dict[tuple[Any, ...], tuple[Node | None, Node | None]] = field(default_factory=dict)
+
+    def above(self, one: Map, finish: Callable[[Node], None] | None = None) -> Rewrite | Decline:
+        """Folds a map into the layer whose output it scales. finish: what becomes of its value, see `Behind.apply`."""
+        found = behind(self.graph, one)
+        if isinstance(found, str):
+            return Decline.at(one.node, found)
+        carrier = found.carrier
+        before, others = tensors_of(carrier), self._others(carrier)
+        if others and kind(one.node) != "batch_norm":
+            return Decline.at(one.node, f"the weight of {site(carrier)} is shared with {site(others[0])}")
+        tensors = self._tensors(carrier, found.scale, found.shift, *folded(self.graph, found))
+        if tensors is None:
+            return Decline.at(one.node, f"the folded weight would not be finite in {_dtype(carrier)}")
+        what = f"{short_name(one.node)} into {short_name(carrier)} in front of it ({site(carrier)})"
+        if others and tensors[0] is not before[0]:
+            what += f"; {before[0].target} is shared with {site(others[0])}, this site now has its own copy"  # type: ignore[union-attr]
+        where = site(one.node)
+        found.apply(self.graph, *tensors, finish or partial(self.graph.replace_uses, one.node))
+        return Rewrite(where, what)
+
+    def below(self, one: Map, above: Decline) -> Rewrite | Decline:
+        """Folds a map into the layers that read it. above: why it did not go into the one above."""
+        found = front(self.graph, one)
+        if isinstance(found, str):
+            if above.reason:
+                return above
+            source = short_name(one.source) if one.source.op == "call_function" else "an input"
+            return Decline.at(one.node, found if "pads" in found else f"it reads {source}, and {found}")
+        for read, _, _ in found.readers:
+            others = self._others(read.user)
+            if others:
+                return Decline.at(
+                    one.node, f"the weight of {site(read.user)} is shared with {site(others[0])}"
+                )
+        tensors = []
+        for read, scale, shift in found.readers:
+            made = folded_in_front(self.graph, read.user, scale, shift)
+            if not _finite(made, read.user):
+                return Decline.at(one.node, f"the folded weight would not be finite in {_dtype(read.user)}")
+            tensors.append(self._stored(read.user, *made))
+        readers = ", ".join(dict.fromkeys(site(read.user) for read, _, _ in found.readers))
+        reader = short_name(found.readers[0][0].user)
+        rewrite = Rewrite(site(one.node), f"{short_name(one.node)} into {reader} behind it ({readers})")
+        found.apply(self.graph, tensors)
+        return rewrite
+
+    def _others(self, layer: Node) -> list[Node]:
+        """Who else reads a layer's weight."""
+        weight = tensors_of(layer)[0]
+        return [] if weight is None else [user for user in weight.users if user is not layer]
+
+    def _tensors(
+        self, carrier: Node, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Node | None, Node | None] | None:
+        numbers = (scale.numpy().tobytes(), shift.numpy().tobytes())
+        key = (kind(carrier), arguments(carrier).get("groups"), *tensors_of(carrier), *numbers)
+        if key not in self.made:
+            if not _finite((weight, bias), carrier):
+                return None
+            self.made[key] = self._stored(carrier, weight, bias)
+        return self.made[key]
+
+    def _stored(
+        self, layer: Node, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Node | None, Node | None]:
+        """The nodes of the folded tensors: those that the layer has, if nothing else reads them."""
+        old, old_bias = tensors_of(layer)
+        path = f"{site(layer)}.weight" if old is None else str(old.target)
+        stem, _, leaf = path.rpartition(".")
+        beside = f"{stem}.bias" if leaf == "weight" else f"{path}_bias"
+        trained = any(n is not None and str(n.target) in self.graph.parameters for n in (old, old_bias))
+        nodes: list[Node | None] = []
+        for node, name, value in ((old, path, weight), (old_bias, beside, bias)):
+            if value is None:
+                nodes.append(None)
+                continue
+            value = value.to(_dtype(layer) if node is None else node.meta["val"].dtype)
+            if node is not None and list(node.users) == [layer]:
+                self.graph.set_tensor(node, value)
+            else:
+                node = self.graph.add_tensor(name, value)
+                if trained:
+                    self.graph.parameters |= {str(node.target)}
+            nodes.append(node)
+        return nodes[0], nodes[1]
+
+
+def _dtype(layer: Node) -> torch.dtype:
+    return layer.meta["val"].dtype  # type: ignore[no-any-return]
+
+
+def _finite(tensors: tuple[Tensor | None, Tensor | None], layer: Node) -> bool:
+    return all(t is None or bool(t.to(_dtype(layer)).isfinite().all()) for t in tensors)

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from compressor.errors import UsageError
-from compressor.ir import Graph, operator_name, site
+from compressor.ir import Graph, operator_name, short_name, site
 from compressor.ops import CONTRACTIONS, arguments, is_static, is_tensor, kind, macs, shape
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.place import Placement, listed, place
@@ -98,20 +98,16 @@ def _outcome(graph: Graph, plan: Placement) -> Outcome:
     for node in graph.nodes:
         if node in plan.operators:
             how = "integers in, floats out" if node in plan.floating else "integers in and out"
-            outcome.rewrites.append(Rewrite(site(node), f"{_short(node)}: {how}"))
+            outcome.rewrites.append(Rewrite(site(node), f"{short_name(node)}: {how}"))
         elif kind(node) in CONTRACTIONS and not listed(node, plan.spec.weighted):
             outcome.declines.append(Decline.at(node, "the target has no integer kernel for it"))
     reasons = Counter(decline.reason for decline in outcome.declines)
     outcome.facts = {
-        "integer": dict(Counter(_short(node) for node in plan.operators)),
+        "integer": dict(Counter(short_name(node) for node in plan.operators)),
         "float": dict(reasons.most_common(10)),
         "quantisers": len(plan.owner),
     }
     return outcome
-
-
-def _short(node: Node) -> str:
-    return operator_name(node).removeprefix("aten.").split(".")[0]
 
 
 # -------------------------------------------------------------------- exact rewrites
@@ -143,7 +139,7 @@ def pools(graph: Graph, spec: QuantSpec) -> Iterator[Match | Decline]:
         else:
             window = [s // o for s, o in zip(inner, sizes, strict=True)]
             yield Match(
-                node, f"{_short(node)} as an average pool", partial(_pool, graph, node, source, window)
+                node, f"{short_name(node)} as an average pool", partial(_pool, graph, node, source, window)
             )
 
 
