@@ -16,6 +16,7 @@ from . import verify as contracts
 from .adapters import found_in
 from .budgets import costs_of
 from .channels import analyse, carrier_of
+from .costs import layers as layers_of
 from .delivery import CPU
 from .emit import companion_of
 from .errors import CompressorError, UsageError
@@ -126,10 +127,13 @@ def verify(
     }
 
 
-def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, groups: bool = False, layers: bool = False, **options: Any
+) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
 
     groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
+    layers: also what each operator costs (`costs.layers`).
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
@@ -140,18 +144,21 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
             raise UsageError(
                 f"{path}: --groups is for a PyTorch model, or the report.json of a run that pruned it"
             )
+        if layers:
+            raise UsageError(f"{path}: --layers is for a PyTorch model")
         return _inspect_onnx(path)
     opt = Options.of(options)
     if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
-        if groups:
-            raise UsageError(f"{path}: --groups needs the architecture too: --model file.py:FACTORY")
+        if groups or layers:
+            flag = "--groups" if groups else "--layers"
+            raise UsageError(f"{path}: {flag} needs the architecture too: --model file.py:FACTORY")
         return _inspect_weights(path, adapters_of(path, opt.adapter))
     facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
     try:
         loaded = load_model(path, opt)
         graph = capture_model(loaded, None, opt)
     except CompressorError as error:
-        if groups or not facts["adapters"]:
+        if groups or layers or not facts["adapters"]:
             raise
         return facts | {"problem": str(error)}
     counts: dict[str, int] = {}
@@ -174,6 +181,7 @@ def inspect(path: str | Path, *, groups: bool = False, **options: Any) -> dict[s
         "notices": [*loaded.notes, *graph.notices],
         **earlier,
         **(_groups(graph, registry.target("cpu")) if groups else {}),
+        **({"layers": layers_of(graph)} if layers else {}),
     }
 
 

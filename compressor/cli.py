@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import CompressorError, ContractError, FileError
+from .errors import CompressorError, ContractError, FileError, UsageError
 from .options import comparing, compiling, debugging, existing, given, loading, printing, timing
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
@@ -186,9 +186,14 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
     is_flag=True,
     help="Show which channels pruning can take or took, and why the others must stay.",
 )
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Show what each operator of a model costs: parameters, multiplications, bytes moved.",
+)
 @loading
 @printing
-def inspect(path: str, groups: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def inspect(path: str, groups: bool, layers: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Show a report, an ONNX file, or what a model holds, its adapters first."""
     found = Path(existing(path))
     if (found / "report.json").is_file():
@@ -198,9 +203,13 @@ def inspect(path: str, groups: bool, quiet: bool, as_json: bool, **options: Any)
 
     if found.suffix == ".json" and found.is_file():
         report = read_report(found)
+        if layers:
+            raise UsageError(
+                f"{found}: --layers is for a PyTorch model; inspect the model of this run instead"
+            )
         if as_json:
             _json(report)
-        elif groups:
+        elif groups and not quiet:
             console.show_ledger(console.ledger_of(report, found), console.output())
         elif not quiet:
             render(report, console.output(), details=True)
@@ -214,9 +223,12 @@ def inspect(path: str, groups: bool, quiet: bool, as_json: bool, **options: Any)
         facts = api.inspect(path, **given())
     if as_json:
         _json(facts)
-    elif groups:
-        console.show_ledger(facts, console.output())
-        _next(path, "--passes", "merge,prune")
+    elif (groups or layers) and not quiet:
+        if layers:
+            console.show_layers(facts, console.output())
+        if groups:
+            console.show_ledger(facts, console.output())
+        _next(*((path, "--passes", "merge,prune") if groups else ("inspect", path, "--groups")))
     elif not quiet:
         console.show_facts(facts, console.output())
         if found.suffix == ".onnx":

@@ -149,6 +149,51 @@ def show_ledger(facts: Mapping[str, Any], console: Console) -> None:
         )  # fmt: skip
 
 
+_MINOR = 0.01  # of all bytes moved: operators without MACs that move less are one row
+
+
+def show_layers(facts: Mapping[str, Any], console: Console) -> None:
+    """One row an operator, the costliest first; those that multiply nothing and move little in one row; the total."""
+    rows = facts["layers"]
+    moved = sum(row["bytes"] for row in rows)
+    minor = [row for row in rows if not row["macs"] and row["bytes"] < _MINOR * moved]
+    numbers = ["params", "MACs", "share", "bytes", "FLOPs/byte"]
+    made = table("layer", "operator", "output", "weight", *numbers, right=numbers)
+    for row in rows:
+        if row["macs"] or row["bytes"] >= _MINOR * moved:
+            words = (row["site"], _operator(row["operator"]), _shape(row["shape"]), _shape(row["weight"]))
+            made.add_row(*map(escape, words), *_costs(row, row["share"]))
+    if minor:
+        params, bytes_ = (sum(row[key] for row in minor) for key in ("params", "bytes"))
+        others = f"{len(minor)} other{'s' if len(minor) > 1 else ''}"
+        made.add_row(others, "", "", "", *_costs({"params": params, "macs": 0, "bytes": bytes_}, 0.0))
+    total = {"params": facts["params"], "macs": facts["macs"], "bytes": moved}
+    made.add_row("[bold]total[/]", "", "", "", *_costs(total, 1.0 if facts["macs"] else 0.0))
+    console.print(made)
+    console.print(" for one sample; the bytes of what each operator reads and writes", highlight=False)
+
+
+def _costs(row: Mapping[str, Any], share: float) -> tuple[str, ...]:
+    """Cells of numbers; empty where there is nothing to count."""
+    intensity = 2 * row["macs"] / row["bytes"] if row["bytes"] else 0.0
+    return (
+        count(row["params"] or None),
+        count(row["macs"] or None),
+        f"{share:.1%}" if row["macs"] else "",
+        size(row["bytes"]),
+        f"{intensity:.1f}" if row["macs"] else "",
+    )
+
+
+def _operator(name: str) -> str:
+    """`conv2d` of `aten.conv2d.default`; attention without `scaled_dot_product`."""
+    return name.split(".")[1].removeprefix("scaled_dot_product_") if name.count(".") > 1 else name
+
+
+def _shape(sizes: Sequence[int] | None) -> str:
+    return "" if sizes is None else "x".join(map(str, sizes)) or "scalar"
+
+
 _STATES = {"pruned": "green", "frozen": "yellow"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -197,9 +198,12 @@ def is_constant(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr"
 
 
-def sizes(node: Node) -> tuple[int, ...]:
-    """Sizes for one sample: the batch counts 1, every other dynamic axis what it was in the example."""
-    return tuple(_size(s, node) for s in shape(node))
+def sizes(node: Node, tensor: Tensor | None = None) -> tuple[int, ...]:
+    """Sizes for one sample: the batch counts 1, every other dynamic axis what it was in the example.
+
+    tensor: the recorded value that is meant, where the node makes several.
+    """
+    return tuple(_size(s, node) for s in (shape(node) if tensor is None else tensor.shape))
 
 
 def macs(graph: Graph) -> int:
@@ -256,22 +260,37 @@ def _einsum_macs(node: Node) -> int:
 def example_sizes(graph: fx.Graph) -> dict[Any, int]:
     """Symbol (sympy) of every dynamic axis of the inputs -> its size in the example."""
     found: dict[Any, int] = {}
+    for symbol, size in _example_axes(graph):
+        found.setdefault(symbol, size)
+    return found
+
+
+def _example_axes(graph: fx.Graph) -> Iterator[tuple[Any, int]]:
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, Tensor) else ():
             if not isinstance(size, int) and size.node.expr.is_symbol:
-                found.setdefault(size.node.expr, int(size.node.hint))
-    return found
+                yield size.node.expr, int(size.node.hint)
 
 
 def _size(size: Any, node: Node) -> int:
     if isinstance(size, int):
         return size
-    symbols = example_sizes(node.graph)
-    firsts = [n.meta["val"] for n in node.graph.find_nodes(op="placeholder") if is_tensor(n)]
-    batch = next((v.shape[0].node.expr for v in firsts if v.dim() and not isinstance(v.shape[0], int)), None)
-    values = {s: 1 if s == batch else symbols.get(s, 1) for s in size.node.expr.free_symbols}
-    return max(1, int(size.node.expr.subs(values)))
+    graph, expr = node.graph, size.node.expr
+    inputs = (n.meta["val"] for n in graph.find_nodes(op="placeholder") if is_tensor(n))
+    batch = next((v.shape[0].node.expr for v in inputs if v.dim() and not isinstance(v.shape[0], int)), None)
+    if expr == batch and expr.is_symbol:
+        return 1
+    sample = (
+        (s, 1 if s == batch else next((n for axis, n in _example_axes(graph) if axis == s), 1))
+        for s in expr.free_symbols
+    )
+    return _evaluated(expr, tuple(sample))
+
+
+@lru_cache  # graphs have few sizes and many nodes, and a substitution takes a tenth of a millisecond
+def _evaluated(expr: Any, sample: tuple[tuple[Any, int], ...]) -> int:
+    return max(1, int(expr.subs(sample)))
 
 
 def _is_size_arithmetic(node: Node) -> bool:

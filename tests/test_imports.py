@@ -22,7 +22,7 @@ TIERS = [
     ["errors"],
     ["ir", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
     ["ops", "spec", "receipt", "sources", "pickles", "architecture", "device"],
-    ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices"],
+    ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation"],
     ["steps", "moves", "sharing", "uniform", "scales"],
