@@ -35,11 +35,10 @@ from zoo import with_power  # noqa: E402, I001  defines what torchvision needs, 
 
 from model_zoo import harness  # noqa: E402
 from model_zoo.harness import FAILED, Row, first_line  # noqa: E402
-
 from compressor import data, delivery, measure, runtime  # noqa: E402
 from compressor.capture import capture  # noqa: E402
 from compressor.errors import CompressorError  # noqa: E402
-from compressor.export import quiet  # noqa: E402
+from compressor.export import quiet, reexport  # noqa: E402
 from compressor.ir import Graph  # noqa: E402
 from compressor.measure import parameters  # noqa: E402
 from compressor.ops import kind  # noqa: E402
@@ -85,7 +84,7 @@ def measured(make: Any, emits: bool) -> Iterator[Row]:
         "verdict": GOOD if good else WRONG,
     }
     if good and emits and parameters(graph) <= LARGE:
-        yield against_onnxslim(model, after, inputs)
+        yield against_onnxslim(model, graph, after, inputs)
 
 
 def in_double(model: nn.Module, inputs: Sequence[Tensor]) -> float | None:
@@ -131,7 +130,7 @@ def changed(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> float:
     return worst
 
 
-def against_onnxslim(model: nn.Module, after: Graph, inputs: Sequence[Tensor]) -> Row:
+def against_onnxslim(model: nn.Module, before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Row:
     """Nodes and speed of three files: the exporter's, that one after onnxslim, and ours."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -141,7 +140,7 @@ def against_onnxslim(model: nn.Module, after: Graph, inputs: Sequence[Tensor]) -
             return {"ours": "does not emit", "note": first_line(error)}
         row: Row = {"ours": nodes(ours.path)}
         try:
-            theirs = exported(model, [t[:2] for t in inputs], after, here / "theirs.onnx")
+            theirs = exported(model, [t[:2] for t in inputs], before, here / "theirs.onnx")
             row["theirs"] = nodes(theirs)
             slim = slimmed(theirs, here / "slim.onnx")
             row["slim"] = nodes(slim)
@@ -168,15 +167,20 @@ def nodes(path: Path) -> int:
 
 
 def exported(model: nn.Module, inputs: Sequence[Tensor], graph: Graph, path: Path) -> Path:
-    """The module as torch.onnx.export writes it by itself, with the dynamic axes that we found."""
+    """The module as torch.onnx.export writes it by itself, with the dynamic axes that we found.
+
+    Where it fails to call a module of keyword inputs, from the program that we captured.
+    """
     axes = tuple(
         {i: torch.export.Dim.DYNAMIC for i, s in enumerate(spec.shape) if isinstance(s, str)}
         for spec in graph.inputs
     )
+    options: dict[str, Any] = {"dynamo": True, "opset_version": CPU.opset, "verbose": False}
     with torch.no_grad(), quiet():
-        program = torch.onnx.export(
-            model, tuple(inputs), dynamo=True, opset_version=CPU.opset, dynamic_shapes=axes, verbose=False
-        )
+        try:
+            program = torch.onnx.export(model, tuple(inputs), dynamic_shapes=axes, **options)
+        except Exception:
+            program = torch.onnx.export(reexport(graph), **options)
         program.save(path)
     return path
 

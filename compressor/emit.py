@@ -28,6 +28,7 @@ EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf of this size is built in memor
 _INLINE_BYTES = 256  # smaller tensors stay in the model: shapes and scalars, from which shapes are inferred
 _PIECE_BYTES = 1 << 24
 _PAGE = 1 << 12
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ def _prepare(graph: Graph, fixed: Mapping[str, int]) -> Graph:
     if fixed:
         _fix_axes(ready, fixed)
     for node in ready.nodes:
-        if kind(node) == "attention" and is_tensor(node) and node.meta["val"].dim() != 4:
-            _four_dimensional(ready, node)
+        if kind(node) == "attention" and is_tensor(node):
+            if _is_plain(node):
+                _write_out(ready, node)
+            elif node.meta["val"].dim() != 4:
+                _four_dimensional(ready, node)
+        if kind(node) == "unbind":
+            _select(ready, node)
     _separate_outputs(ready)
     return ready
 
@@ -124,6 +130,42 @@ def _separate_outputs(graph: Graph) -> None:
         seen.add(node)
         results.append(node)
     graph.set_args(graph.output, (tuple(results),))
+
+
+def _is_plain(node: Node) -> bool:
+    """True for softmax(q k' s + mask) v, without dropout, causality, shared heads or a boolean mask."""
+    bound = arguments(node)
+    mask = bound["attn_mask"]
+    masked = mask is None or (is_tensor(mask) and mask.meta["val"].is_floating_point())
+    return masked and not (bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"))
+
+
+def _write_out(graph: Graph, node: Node) -> None:
+    """Attention as five operators; the translator would make twenty, most of them about shapes."""
+    bound = arguments(node)
+    query, key, value = bound["query"], bound["key"], bound["value"]
+    scale = bound.get("scale")
+    scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    if scale != 1:
+        query = graph.insert(aten.mul.Tensor, (query, scale), before=node)
+    turned = graph.insert(aten.transpose.int, (key, -2, -1), before=node)
+    scores = graph.insert(aten.matmul.default, (query, turned), before=node)
+    if bound["attn_mask"] is not None:
+        scores = graph.insert(aten.add.Tensor, (scores, bound["attn_mask"]), before=node)
+    shares = graph.insert(aten.softmax.int, (scores, -1), before=node)
+    made = graph.insert(aten.matmul.default, (shares, value), before=node)
+    graph.replace_uses(node, made)
+    graph.erase(node)
+
+
+def _select(graph: Graph, unbind: Node) -> None:
+    """Parts of an unbind, one by one: an operator each, where the translator would make two of each."""
+    bound = arguments(unbind)
+    for part in list(unbind.users):
+        one = graph.insert(aten.select.int, (bound["self"], bound["dim"], part.args[1]), before=part)
+        graph.replace_uses(part, one)
+        graph.erase(part)
+    graph.erase(unbind)
 
 
 def _four_dimensional(graph: Graph, node: Node) -> None:

@@ -189,11 +189,35 @@ def shorter(graph: Graph, moved: set[Node]) -> Iterator[Rewrite]:
     for node in graph.nodes:
         if node.op != "call_function" or not is_tensor(node) or not node.users:
             continue
-        for rule in (_one_dynamic_size, _one_reshape, _one_permute, _one_mean, _mean_without_axes, _no_bias):
+        for rule in (
+            _detached,
+            _one_dynamic_size,
+            _one_reshape,
+            _one_permute,
+            _one_mean,
+            _mean_without_axes,
+            _no_bias,
+        ):
             what = rule(graph, node, moved)
             if what:
                 yield Rewrite(site(node), what)
                 break
+
+
+_FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zero": 0}
+
+
+def _detached(graph: Graph, node: Node, moved: set[Node]) -> str:
+    """A tensor like another, of a known size, is a constant: it needs no other."""
+    if kind(node) != "create_like" or not all(map(is_static, shape(node))):
+        return ""
+    fill = _FILLS.get(short_name(node), arguments(node).get("fill_value"))
+    if not isinstance(fill, (int, float)):
+        return ""
+    value = node.meta["val"]
+    full = graph.insert(aten.full.default, (list(shape(node)), fill), {"dtype": value.dtype}, before=node)
+    graph.replace_uses(node, full)
+    return f"{short_name(node)} as a constant"
 
 
 def _one_dynamic_size(graph: Graph, node: Node, moved: set[Node]) -> str:
@@ -252,6 +276,21 @@ def _one_permute(graph: Graph, node: Node, moved: set[Node]) -> str:
     moved.add(made)
     graph.replace_uses(node, made)
     return f"{short_name(source)} and {short_name(node)} into one permute"
+
+
+def _permute_of_ones(graph: Graph, node: Node, moved: set[Node]) -> str:
+    """A permute that moves nothing but axes of one entry is a reshape."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if kind(node) not in _PERMUTES or source is None or not is_tensor(source):
+        return ""
+    order = [axis for axis in _permutation(node, source) if shape(source)[axis] != 1]
+    sizes = [size if is_static(size) else -1 for size in shape(node)]
+    if order != sorted(order) or sizes.count(-1) > 1 or 0 in sizes:
+        return ""
+    made = graph.insert(aten.reshape.default, (source, sizes), before=node)
+    moved.add(made)
+    graph.replace_uses(node, made)
+    return f"{short_name(node)} that moves axes of one entry as a reshape"
 
 
 def _one_mean(graph: Graph, node: Node, moved: set[Node]) -> str:

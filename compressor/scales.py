@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .constants import is_random
+from .constants import is_random, shape_only
 from .ir import Graph, operator_name
 from .ops import arguments, extents, is_constant, is_tensor, kind
 
@@ -166,12 +166,14 @@ class Read:
 class Flow:
     """Everything that a value becomes by being moved alone.
 
-    moved: the operators, in order. seen: what every value of it makes of the numbers that were sent down.
+    moved: the operators, in order. seen: what every value of it makes of the numbers that were sent down. asks: who
+    looks at the shape of such a value alone.
     """
 
     moved: list[Node]
     seen: Mapping[Node, Any]
     reads: list[Read]
+    asks: list[Node]
 
     def rebuild(self, graph: Graph, old: Node, new: Node) -> dict[Node, Node]:
         """The same operators over `new`: values that were those of `old`, moved, have another meaning now."""
@@ -180,7 +182,14 @@ class Flow:
             args, kwargs = (
                 torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (node.args, node.kwargs)
             )
-            twins[node] = graph.insert(node.target, args, kwargs, before=node)  # type: ignore[arg-type]
+            rigid = node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+            target = torch.ops.aten.reshape.default if rigid else node.target  # other strides than they were
+            twins[node] = graph.insert(target, args, kwargs, before=node)  # type: ignore[arg-type]
+        for user in self.asks:
+            args, kwargs = (
+                torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (user.args, user.kwargs)
+            )
+            graph.set_args(user, args, kwargs)
         return twins
 
 
@@ -192,9 +201,13 @@ def flow(graph: Graph, start: Node, *numbers: Tensor) -> Flow | None:
     seen: dict[Node, Any] = {start: tuple(n.expand(sizes) for n in numbers)}
     moved: list[Node] = []
     reads: list[Read] = []
+    asks: list[Node] = []
     for node in _below(start):
         inside = [n for n in node.all_input_nodes if n in seen]
         if not inside:
+            continue
+        if kind(node) == "size" or all(shape_only(node, n) for n in inside):
+            asks.append(node)
             continue
         found = _moved(graph, node, inside[0], seen) if len(inside) == 1 else None
         if found is None:
@@ -202,7 +215,7 @@ def flow(graph: Graph, start: Node, *numbers: Tensor) -> Flow | None:
         else:
             seen[node] = found
             moved.append(node)
-    return Flow(moved, seen, reads)
+    return Flow(moved, seen, reads, asks)
 
 
 def _below(start: Node) -> Iterator[Node]:
