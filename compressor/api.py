@@ -23,7 +23,7 @@ from .errors import CompressorError, UsageError
 from .ir import Graph
 from .ledger import Ledger
 from .load import adapters_of, peek, sniff
-from .opening import Options, capture_model, load_model, streams
+from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import kind, macs
 from .receipt import Continued
 from .registry import passes, targets
@@ -82,6 +82,7 @@ def trainable(
     opt = Options.of(options)
     loaded = load_model(model, opt)
     graph = capture_model(loaded, example_inputs, opt)
+    take_pixels(graph, opt)
     return as_module(graph, receipt=loaded.continued.receipt if loaded.continued is not None else None)
 
 
@@ -102,6 +103,7 @@ def verify(
     opt = Options.of(options)
     loaded = load_model(model, opt)
     graph = capture_model(loaded, example_inputs, opt)
+    opt = take_pixels(graph, opt)
     with delivery.opened(Path(onnx)) as session:
         inputs = delivery.session_inputs(session, graph.inputs)
         pairs = [
@@ -157,6 +159,7 @@ def inspect(
     try:
         loaded = load_model(path, opt)
         graph = capture_model(loaded, None, opt)
+        take_pixels(graph, opt)
     except CompressorError as error:
         if groups or layers or not facts["adapters"]:
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import images
+from .camera import Camera, Preprocessing
 from .errors import DataError
 from .ir import DTYPE_NAMES, Input
 from .sources import LABELS, Column, Key, Source, as_tensor
@@ -31,15 +33,18 @@ class Reader:
     are handed over whole. fixed: size of a static batch axis, else None.
     """
 
-    def __init__(self, inputs: Sequence[Input], preprocess: str | Callable[..., Any] | None = None) -> None:
+    def __init__(self, inputs: Sequence[Input], preprocess: Preprocessing | None = None) -> None:
         self.inputs = tuple(inputs)
         self.facts: dict[str, Any] = {}
         axes = [spec.shape[0] for spec in self.inputs if spec.shape]
         axis = next((a for a in axes if isinstance(a, str)), axes[0] if axes else None)
         self.fixed = axis if isinstance(axis, int) else None
         self.batched = tuple(bool(spec.shape) and spec.shape[0] == axis for spec in self.inputs)
-        self.transform: images.Preprocess | images.Custom | None = None
-        if preprocess is not None:
+        self.transform: images.Preprocess | images.Custom | Camera | None = None
+        if isinstance(preprocess, Camera):
+            self._pixels = [spec.name for spec in self.inputs].index(preprocess.name)
+            self.transform = preprocess
+        elif preprocess is not None:
             floats = (i for i, spec in enumerate(self.inputs) if spec.dtype.is_floating_point)
             self._pixels = next(floats, 0)
             height, width = (*self.inputs[self._pixels].shape[2:], "", "")[:2]
@@ -173,13 +178,16 @@ class Reader:
         return value
 
 
-def _preprocessed(transform: images.Preprocess | images.Custom, value: Tensor, where: str) -> Tensor:
+def _preprocessed(transform: images.Preprocess | images.Custom | Camera, value: Tensor, where: str) -> Tensor:
     if isinstance(transform, images.Preprocess) and value.dtype != torch.uint8:
         raise DataError(
             f"{where}: preprocessing ({transform.source}) takes pixels 0..255 as uint8, these are "
             f"{_name(value.dtype)}; if they are preprocessed already, leave --preprocess away"
         )
-    return transform.pixels(value)
+    try:
+        return transform.pixels(value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _shaped(value: Tensor, spec: Input, batched: bool, seen: str) -> Tensor:
@@ -251,6 +259,7 @@ class Spool:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="compressor-")  # noqa: SIM115 (lives as long as this object)
+        weakref.finalize(self, self._file.close)
         self._index: list[list[tuple[int, torch.dtype, torch.Size] | None]] = []
 
     def add(self, batch: Batch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import images, sources, texts
+from . import sources, texts
 from .batches import Batch, Reader, Spool, first, rebatch, rows_of
+from .camera import Preprocessing
 from .errors import DataError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
 from .ops import arguments, kind
@@ -112,7 +112,7 @@ def open_data(
     source: Any,
     inputs: Sequence[Input],
     *,
-    preprocess: str | Callable[..., Any] | None = None,
+    preprocess: Preprocessing | None = None,
     text: texts.Reading | None = None,
     limit: int = 1024,
     batch_size: int = 32,
@@ -122,7 +122,8 @@ def open_data(
     That one pass checks every batch, so that whatever does not fit is said now: DataError names the input,
     what was expected and what was seen. What may not read the same twice (an iterator, a shuffling loader, an
     augmenting dataset) is kept in a temporary file, at most `limit` samples of it. preprocess: see
-    `images.preprocessing`; needed for folders of images, and for uint8 pixels where the model takes floats.
+    `images.preprocessing`; needed for folders of images, and for uint8 pixels where the model takes floats. A `Camera`
+    makes pixels for a model that takes pixels.
     text: how files of texts become token ids.
     """
     if limit < 1 or batch_size < 1:
@@ -310,10 +311,10 @@ def _decoded_bytes(source: Source, batches: Iterator[Batch]) -> int:
 
 
 def _preprocessing(reader: Reader, source: Source) -> dict[str, Any]:
-    transform = reader.transform
-    if isinstance(transform, images.Preprocess) and not source.pictures:
-        transform = replace(transform, resize=None, crop=None)  # arrays have their size
-    return {} if transform is None else {"preprocess": transform.facts()}
+    if reader.transform is None:
+        return {}
+    sized = () if source.pictures else ("resize", "crop")  # arrays have their size
+    return {"preprocess": {k: v for k, v in reader.transform.facts().items() if k not in sized}}
 
 
 def _imitate(

@@ -270,6 +270,11 @@ def session_inputs(session: Any, specs: Sequence[Input]) -> tuple[Input, ...]:
         if len(taken[spec.name].shape) != len(spec.shape):
             shown = f"{spec.name} as {taken[spec.name].shape}"
             raise TargetError(f"the ONNX model takes {shown}; the model takes {spec}")
+        if taken[spec.name].type == "tensor(uint8)" and spec.dtype.is_floating_point:
+            raise TargetError(
+                f"the ONNX model takes {spec.name} as uint8; the model takes {spec}: pass the --image-input and "
+                "--preprocess that it was compiled with"
+            )
     halves = {"tensor(float16)": torch.float16}
     return tuple(
         Input(s.name, halves.get(taken[s.name].type, s.dtype), tuple(taken[s.name].shape)) for s in specs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import images
+from .camera import Preprocessing
 from .data import Batch, Data, open_data
 from .errors import DataError, UsageError
 from .ir import Graph
@@ -49,7 +50,7 @@ def evaluator(
     spec: Any,
     graph: Graph,
     *,
-    preprocess: str | Callable[..., Any] | None = None,
+    preprocess: Preprocessing | None = None,
     text: Reading | None = None,
 ) -> Evaluator:
     """`--eval`: data with labels (whole numbers: top1; vectors: cosine), or `module:function`.

@@ -65,7 +65,7 @@ def save_program(program: ExportedProgram, path: Path, extra: Mapping[str, str])
             kept = {
                 key: node.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in node.meta
             }
-            if "stack_trace" in node.meta:
+            if node.meta.get("stack_trace"):
                 kept["stack_trace"] = re.sub(r'File "[^"]*[/\\\\]', 'File "', node.meta["stack_trace"])
             node.meta = kept
     try:

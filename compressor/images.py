@@ -47,6 +47,10 @@ class Preprocess:
 
     def image(self, image: Image) -> Tensor:
         """One picture of PIL, of any mode and size, to [channels, height, width]."""
+        return self.pixels(self.sized(image)[None])[0]
+
+    def sized(self, image: Image) -> Tensor:
+        """One picture of PIL, resized and cropped: uint8 [channels, height, width], red first."""
         image = image.convert("L" if len(self.mean) == 1 else "RGB")
         if self.resize is not None:
             width, height = image.size
@@ -60,8 +64,7 @@ class Preprocess:
             left, top = ((have - want) // 2 for have, want in zip(image.size, self.crop[::-1], strict=True))
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        return self.pixels(pixels[None])[0]
+        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
     def pixels(self, batch: Tensor) -> Tensor:
         """Pixels 0..255 [n, channels, height, width] that already have their size: scaled and normalised."""

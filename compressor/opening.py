@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import data
+from . import camera, data
 from .blend import combination
 from .capture import capture
 from .data import Data
@@ -37,8 +37,10 @@ class Options:
     kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
     model_spec, adapter, combine, task, trust_pickle, allow_missing: how a file becomes a model, see `load`.
     evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
-    preprocess: how images become inputs. text_field, label_field: what to read of files of texts, the latter for
-    `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
+    preprocess: how images become inputs. image_input: `uint8,nhwc,bgr`, the pixels that the compiled model takes;
+    layout, channel order and the normalisation of `preprocess` become part of it, and integers in data are such pixels.
+    Example inputs stay those of the model itself. text_field, label_field: what to read of files of texts, the latter
+    for `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
     `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
@@ -54,6 +56,7 @@ class Options:
     allow_missing: Sequence[str] = ()
     evaluate: Any = None
     preprocess: Any = None
+    image_input: str | None = None
     text_field: str | None = None
     label_field: str = "label"
     calib_limit: int = 1024
@@ -84,6 +87,8 @@ class Options:
         for name in made.formats:
             if name not in FORMATS:
                 raise UsageError(f"--emit {name}: no such format; there are {', '.join(FORMATS)}")
+        if made.image_input is not None:
+            camera.parse(made.image_input)
         return made
 
     @property
@@ -130,6 +135,13 @@ def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
     if loaded.continued is not None and isinstance(loaded.model, ExportedProgram) and not specs:
         rename(graph, loaded.continued.receipt)
     return graph
+
+
+def take_pixels(graph: Graph, opt: Options) -> Options:
+    """Makes the graph take pixels where the options ask for it; returns the options that data are then opened with."""
+    if opt.image_input is None:
+        return opt
+    return dataclasses.replace(opt, preprocess=camera.attach(graph, opt.image_input, opt.preprocess))
 
 
 def require_finite(graph: Graph) -> None:

@@ -161,6 +161,12 @@ loading = _all(
         help="For images: imagenet, a timm or Hugging Face preprocessing file, or module:function.",
     ),
     click.option(
+        "--image-input",
+        metavar="WORDS",
+        help="Let the compiled model take pixels 0..255 as a camera gives them: uint8 or float32, nhwc or nchw, rgb "
+        "(default) or bgr, as in uint8,nhwc,bgr. The normalisation of --preprocess becomes part of the model.",
+    ),
+    click.option(
         "--text-field",
         metavar="NAME",
         help="Which field of a file of texts holds them; NAME,NAME for pairs.",

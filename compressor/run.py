@@ -16,13 +16,14 @@ import torch
 
 from . import TESTED_TORCH, __version__, delivery, emit, measure, program, receipt, registry, report
 from . import verify as contracts
+from .camera import Camera
 from .data import Batch, Data
 from .emit import Emitted, companion_of
 from .errors import TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator, evaluator
 from .ir import DTYPE_NAMES, Graph, Input
 from .load import Loaded
-from .opening import Options, capture_model, reading, require_finite, streams
+from .opening import Options, capture_model, reading, require_finite, streams, take_pixels
 from .pipeline import Context, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
@@ -103,6 +104,7 @@ class Run:
                 "sha256": loaded.sha256 or graph.fingerprint(),
                 "hashed": "file" if loaded.sha256 else "graph",
             }
+            opt = self.opt = take_pixels(graph, opt)
         require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
@@ -180,7 +182,7 @@ class Run:
         with self.step("verifying"):
             checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
         (stage / "signature.json").write_text(
-            json.dumps(_signature(graph, emitted, loaded, self.facts), indent=1) + "\n"
+            json.dumps(_signature(graph, emitted, loaded, self.facts, self.opt.preprocess), indent=1) + "\n"
         )
         samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
         made: dict[str, Any] = {
@@ -367,9 +369,18 @@ def _stream(stream: Data | None) -> dict[str, Any] | None:
     return None if stream is None else {"description": stream.description, "samples": stream.samples}
 
 
-def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _signature(
+    graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any], how: Any
+) -> dict[str, Any]:
     """What a program that calls the model must know."""
-    images = [spec for spec in emitted.inputs if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)]
+    camera = how if isinstance(how, Camera) else None
+    images = {
+        spec.name: {"layout": "NCHW"}
+        for spec in emitted.inputs
+        if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)
+    }
+    if camera is not None:
+        images[camera.name] = camera.signature()
     fixed = {
         size: spec.shape[a]
         for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
@@ -378,9 +389,7 @@ def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[st
     axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
     return {
         "model": emitted.path.name,
-        "inputs": [
-            shape_of(spec) | ({"layout": "NCHW"} if spec in images else {}) for spec in emitted.inputs
-        ],
+        "inputs": [shape_of(spec) | images.get(spec.name, {}) for spec in emitted.inputs],
         "outputs": [
             {
                 "name": name,
@@ -391,6 +400,6 @@ def _signature(graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[st
             }
             for name, node in zip(graph.outputs, graph.results, strict=True)
         ],
-        "preprocess": facts.get("preprocess"),
+        "preprocess": facts.get("preprocess") if camera is None else camera.facts(),
         "labels": list(loaded.labels),
     }

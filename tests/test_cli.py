@@ -99,7 +99,7 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
     words = (
         "--passes merge,prune(macs=0.5) --target mobile --calib c.npz --calib-limit 64 --eval e.npz --model m:f "
         "--adapter lora --adapter b:0.5 --combine cat --task causal-lm "
-        "--input x:f32[?,3] --input y:i64[?] --preprocess imagenet --trust-pickle "
+        "--input x:f32[?,3] --input y:i64[?] --preprocess imagenet --image-input uint8,nhwc --trust-pickle "
         "--allow-missing head.* --static --output out --seed 3 --tolerance 1e-3 --print-after merge "
         "--stop-after fold --limit fold=2 --limit merge=0 --time --no-measure --latency-table r.json "
         "--latency-cmd time_{onnx}"
@@ -114,7 +114,8 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
         **{"passes": "merge,prune(macs=0.5)", "target": "mobile", "calibration": "c.npz", "calib_limit": 64},
         **{"evaluate": "e.npz", "model_spec": "m:f", "inputs": ("x:f32[?,3]", "y:i64[?]")},
         **{"adapter": ("lora", "b:0.5"), "combine": "cat", "task": "causal-lm"},
-        **{"preprocess": "imagenet", "trust_pickle": True, "allow_missing": ("head.*",), "dynamic": False},
+        **{"preprocess": "imagenet", "image_input": "uint8,nhwc", "trust_pickle": True},
+        **{"allow_missing": ("head.*",), "dynamic": False},
         **{"output": "out", "seed": 3, "tolerance": 1e-3, "print_after": ("merge",), "stop_after": "fold"},
         **{"limit": {"fold": 2, "merge": 0}, "time": True, "measure": False},
         "latency_table": "r.json",

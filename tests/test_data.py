@@ -213,6 +213,9 @@ def test_a_full_temporary_folder_is_a_clear_error(monkeypatch):
         def write(self, _):
             raise OSError(28, "No space left on device")
 
+        def close(self):
+            pass
+
     monkeypatch.setattr(batching.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(DataError, match="No space left on device.*TMPDIR.*--calib-limit"):
         open_data(iter([rows(4)]), [X])

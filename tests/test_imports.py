@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors"],
     ["ir", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
-    ["ops", "spec", "receipt", "sources", "pickles", "architecture", "device"],
+    ["ops", "spec", "receipt", "sources", "camera", "pickles", "architecture", "device"],
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation"],
