@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from . import tidy
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
 from .ir import Graph, Input, as_declared, module_path, unsupported
@@ -62,6 +63,8 @@ def emit(
     """
     ready = _prepare(graph, fixed or {})
     model = _translate(ready, opset, optimize)
+    tidy.merge_slices(model)
+    tidy.share_weights(model)
     _rename(model, ready)
     model.ir_version = ir_version
     model.metadata_props.clear()

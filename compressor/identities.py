@@ -189,15 +189,7 @@ def shorter(graph: Graph, moved: set[Node]) -> Iterator[Rewrite]:
     for node in graph.nodes:
         if node.op != "call_function" or not is_tensor(node) or not node.users:
             continue
-        for rule in (
-            _detached,
-            _one_dynamic_size,
-            _one_reshape,
-            _one_permute,
-            _one_mean,
-            _mean_without_axes,
-            _no_bias,
-        ):
+        for rule in _RULES:
             what = rule(graph, node, moved)
             if what:
                 yield Rewrite(site(node), what)
@@ -343,3 +335,15 @@ def _no_bias(graph: Graph, node: Node, moved: set[Node]) -> str:
         return ""
     set_argument(graph, node, "bias", None)
     return f"{short_name(node)} without its bias of zeros"
+
+
+_RULES = (
+    _detached,
+    _one_dynamic_size,
+    _one_reshape,
+    _one_permute,
+    _permute_of_ones,
+    _one_mean,
+    _mean_without_axes,
+    _no_bias,
+)

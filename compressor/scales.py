@@ -182,9 +182,7 @@ class Flow:
             args, kwargs = (
                 torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (node.args, node.kwargs)
             )
-            rigid = node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-            target = torch.ops.aten.reshape.default if rigid else node.target  # other strides than they were
-            twins[node] = graph.insert(target, args, kwargs, before=node)  # type: ignore[arg-type]
+            twins[node] = graph.insert(_loose(node), args, kwargs, before=node)
         for user in self.asks:
             args, kwargs = (
                 torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (user.args, user.kwargs)
@@ -241,7 +239,18 @@ def _moved(graph: Graph, node: Node, source: Node, seen: Mapping[Node, Any]) -> 
         env[other] = graph.tensor(other) if is_constant(other) else _hint(other.meta["val"])
         if env[other] is None:
             return None
-    return tuple(graph.execute(node, {**env, source: one}) for one in seen[source])
+    made = []
+    for one in seen[source]:
+        env[source] = one
+        args, kwargs = (torch.fx.node.map_arg(a, env.__getitem__) for a in (node.args, node.kwargs))
+        made.append(_loose(node)(*args, **kwargs))
+    return tuple(made)
+
+
+def _loose(node: Node) -> Any:
+    """What an operator calls; a view, which wants the strides that it had, as a reshape."""
+    rigid = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    return torch.ops.aten.reshape.default if node.target in rigid else node.target
 
 
 def _sizes(node: Node) -> list[int] | None:

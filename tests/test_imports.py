@@ -20,7 +20,7 @@ import compressor
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors"],
-    ["ir", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
+    ["ir", "tidy", "records", "spill", "images", "archive", "unpickle", "expressions", "pytrees", "standins"],
     ["ops", "spec", "receipt", "sources", "camera", "pickles", "architecture", "device"],
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],
     ["target", "data", "weights", "tasks", "blend", "sentence"],

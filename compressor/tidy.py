@@ -1,0 +1,72 @@
+"""What ONNX says shorter than PyTorch: one slice along several axes, one copy of equal weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir
+
+_SAMPLE = 64  # entries that tell most different weights apart
+
+
+def merge_slices(model: onnx_ir.Model) -> None:
+    """A slice of a slice along other axes, both with constant bounds, becomes one."""
+    outputs = set(model.graph.outputs)
+    for node in list(model.graph.all_nodes()):
+        inner = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
+        if inner is None or inner.op_type != "Slice" or node.inputs[0] in outputs:
+            continue
+        first, second = _bounds(inner), _bounds(node)
+        if first is None or second is None or len(inner.outputs[0].uses()) != 1:
+            continue
+        if set(first[2].tolist()) & set(second[2].tolist()) or inner.graph is not node.graph:
+            continue
+        node.replace_input_with(0, inner.inputs[0])
+        for position, pair in enumerate(zip(first, second, strict=True), 1):
+            node.replace_input_with(position, _constant(model, node, position, np.concatenate(pair)))
+        inner.graph.remove(inner, safe=True)  # type: ignore[union-attr]
+
+
+def _bounds(node: onnx_ir.Node) -> tuple[np.ndarray, ...] | None:
+    """Starts, ends, axes and steps, where all are constant and axes count from the front."""
+    values = [
+        None if value is None else onnx_ir.convenience.get_const_tensor(value) for value in node.inputs[1:]
+    ]
+    if len(values) < 3 or any(value is None for value in values):
+        return None
+    found = [value.numpy().reshape(-1).astype(np.int64) for value in values if value is not None]
+    found += [np.ones_like(found[0])] if len(found) == 3 else []
+    return None if (found[2] < 0).any() else tuple(found)
+
+
+def _constant(model: onnx_ir.Model, node: onnx_ir.Node, position: int, value: np.ndarray) -> onnx_ir.Value:
+    graph = node.graph if isinstance(node.graph, onnx_ir.Graph) else model.graph
+    name = f"{node.outputs[0].name}.{('starts', 'ends', 'axes', 'steps')[position - 1]}"
+    made = onnx_ir.val(name, const_value=onnx_ir.tensor(value, name=name))
+    graph.initializers[name] = made
+    return made
+
+
+def share_weights(model: onnx_ir.Model) -> None:
+    """Equal tensors are stored once, under the name of the first."""
+    alike: dict[tuple, list[onnx_ir.Value]] = defaultdict(list)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if (
+            tensor is not None
+            and not value.is_graph_input()
+            and not value.is_graph_output()
+            and tensor.dtype.bitwidth >= 8
+        ):
+            few = tensor.numpy().reshape(-1)[:_SAMPLE]
+        alike[tensor.dtype, tuple(tensor.shape.numpy()), few.tobytes()].append(value)
+    for values in alike.values():
+        seen: dict[bytes, onnx_ir.Value] = {}
+        for value in values if len(values) > 1 else ():
+            digest = hashlib.sha256(value.const_value.tobytes()).digest()  # type: ignore[union-attr]
+            first = seen.setdefault(digest, value)
+            if first is not value:
+                value.replace_all_uses_with(first)
+                model.graph.initializers.pop(value.name)  # type: ignore[arg-type]
