@@ -80,10 +80,10 @@ def behind(graph: Graph, one: Map) -> Behind | str:
     mine = next((read for read in found.reads if (read.user, read.value) == (one.node, one.source)), None)
     if mine is None or any(isinstance(seen, list) for read in found.reads for seen in read.seen):
         return "what lies between them does more than move values"
-    spread = [_spread(v, mine.seen[0], width) for v in (one.scale, one.shift)]
-    if any(v is None for v in spread):
+    scale, shift = (_spread(v, mine.seen[0], width) for v in (one.scale, one.shift))
+    if scale is None or shift is None:
         return f"it differs along more than the feature axis of the {short_name(carrier)}"
-    scale, shift = (torch.where(v.isnan(), torch.full_like(v, i == 0), v) for i, v in enumerate(spread))  # type: ignore[union-attr]
+    scale, shift = scale.nan_to_num(nan=1.0), shift.nan_to_num(nan=0.0)
     changed = torch.nonzero((scale != 1) | (shift != 0)).flatten().float()
     for read in found.reads:
         if read is not mine and bool(torch.isin(_narrowed(read.seen[0], ()), changed).any()):
@@ -321,6 +321,33 @@ def fold_in_front(
     by_group = [v.view(groups, 1, -1, *[1] * (weight.dim() - 2)) for v in (scale, shift)]
     added = (rows * by_group[1]).flatten(2).sum(2).flatten()
     return (rows * by_group[0]).view_as(weight), added + (bias if bias is not None else 0)
+
+
+def in_order(graph: Graph, value: Node, axis: int) -> Front | None:
+    """The layers that read a value, where all of them read its channels in the order that they have there."""
+    rank, width = value.meta["val"].dim(), value.meta["val"].shape[axis]
+    if not isinstance(width, int):
+        return None
+    order = torch.arange(width, dtype=torch.float64)
+    found = flow(graph, value, order.view([-1 if i == axis else 1 for i in range(rank)]))
+    readers = []
+    for read in found.reads if found is not None else ():
+        if _why_not_read(graph, read) or arguments(read.user).get("groups", 1) != 1:
+            return None
+        seen = _along(read.seen[0], _inputs(read.user))
+        if seen is None or not torch.equal(seen, order):
+            return None
+        readers.append((read, torch.ones_like(order), torch.zeros_like(order)))
+    plain = Map(value, value, torch.ones((1,) * rank), torch.zeros((1,) * rank))
+    return Front(plain, readers, found) if found is not None and readers else None
+
+
+def reversed_inputs(graph: Graph, reader: Node) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer that reads its input channels in reverse."""
+    weight, bias = tensors_of(reader)
+    assert weight is not None
+    axis = 0 if kind(reader) in _PRODUCTS | {"conv_transpose"} else 1
+    return graph.tensor(weight).flip(axis), None if bias is None else graph.tensor(bias)
 
 
 # -------------------------------------------------------------------- the rewrite

@@ -8,7 +8,7 @@ sending numbers through those very operators, so that no layout needs a rule of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ def map_of(graph: Graph, node: Node) -> Map | str | None:
     if which not in ("add", "sub", "mul", "div", "neg") or not is_tensor(node):
         return None
     bound = list(arguments(node).values())
-    a, b = (bound[0], -1) if which == "neg" else bound[:2]
+    a: Any = bound[0]
+    b: Any = -1 if which == "neg" else bound[1]
     alpha = float(arguments(node).get("alpha", 1))
     source, other = (a, b) if _is_number(b) or not _is_number(a) else (b, a)
     number = _number(graph, other)
@@ -179,15 +180,10 @@ class Flow:
         """The same operators over `new`: values that were those of `old`, moved, have another meaning now."""
         twins = {old: new}
         for node in self.moved:
-            args, kwargs = (
-                torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (node.args, node.kwargs)
-            )
+            args, kwargs = _mapped(node, lambda n: twins.get(n, n))
             twins[node] = graph.insert(_loose(node), args, kwargs, before=node)
         for user in self.asks:
-            args, kwargs = (
-                torch.fx.node.map_arg(a, lambda n: twins.get(n, n)) for a in (user.args, user.kwargs)
-            )
-            graph.set_args(user, args, kwargs)
+            graph.set_args(user, *_mapped(user, lambda n: twins.get(n, n)))
         return twins
 
 
@@ -242,9 +238,14 @@ def _moved(graph: Graph, node: Node, source: Node, seen: Mapping[Node, Any]) -> 
     made = []
     for one in seen[source]:
         env[source] = one
-        args, kwargs = (torch.fx.node.map_arg(a, env.__getitem__) for a in (node.args, node.kwargs))
+        args, kwargs = _mapped(node, env.__getitem__)
         made.append(_loose(node)(*args, **kwargs))
     return tuple(made)
+
+
+def _mapped(node: Node, function: Callable[[Node], Any]) -> tuple[Any, Any]:
+    """Arguments and keyword arguments of a node with something else for every node among them."""
+    return torch.fx.node.map_arg(node.args, function), torch.fx.node.map_arg(node.kwargs, function)
 
 
 def _loose(node: Node) -> Any:

@@ -7,7 +7,7 @@ nothing, `constants.py` what no input reaches, `sharing.py` what is computed twi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from compressor.absorb import Front, behind, folded, folded_in_front, front, tensors_of
+from compressor.absorb import (
+    Front,
+    behind,
+    folded,
+    folded_in_front,
+    front,
+    in_order,
+    reversed_inputs,
+    tensors_of,
+)
 from compressor.constants import fold_constants
 from compressor.identities import identities, loosen_views, shorter
 from compressor.ir import Graph, short_name, site
@@ -67,7 +76,13 @@ class Fold(Pass):
         made += [Rewrite(*one) for one in folding.made]
         declines += [Decline.at(node, reason) for node, reason in folding.left]
         moved: set[Node] = set()
-        for step in (identities(graph, moved), shorter(graph, moved), _maps(graph), _attention_scales(graph)):
+        for step in (
+            identities(graph, moved),
+            shorter(graph, moved),
+            _maps(graph),
+            _flips(graph),
+            _attention_scales(graph),
+        ):
             while room() != 0 and (found := next(step, None)) is not None:
                 if isinstance(found, Rewrite):
                     made.append(found)
@@ -134,6 +149,35 @@ def _constant(graph: Graph, like: Node, number: Tensor) -> Node | float:
     if number.numel() == 1:
         return float(number)
     return graph.add_tensor(f"{site(like)}.{like.name}", number.to(_dtype(like)))
+
+
+def _flips(graph: Graph) -> Iterator[Rewrite]:
+    """Channels in reverse, maybe scaled and shifted: the layers that read them take them as they come (BGR for RGB)."""
+    writer = _Writer(graph)
+    for node in graph.nodes:
+        if kind(node) != "flip" or not node.users or len(arguments(node)["dims"]) != 1:
+            continue
+        maps, end = [], node
+        while len(end.users) == 1 and isinstance(one := map_of(graph, next(iter(end.users))), Map):
+            maps.append(one)
+            end = one.node
+        axis = arguments(node)["dims"][0] % node.meta["val"].dim()
+        readers = in_order(graph, end, axis)
+        if not readers or any(writer.others(read.user) for read, *_ in readers.readers):
+            continue
+        value = arguments(node)["self"]
+        for one in maps:
+            for target, number in ((aten.mul.Tensor, one.scale), (aten.add.Tensor, one.shift)):
+                if bool((number != (target is aten.mul.Tensor)).any()):
+                    constant = _constant(graph, one.node, number.flip(axis))
+                    value = graph.insert(target, (value, constant), before=one.node)
+        names = ", ".join(site(read.user) for read, *_ in readers.readers)
+        rewrite = Rewrite(site(node), f"channels in reverse into the weight of {names}")
+        tensors = [
+            writer.stored(read.user, *reversed_inputs(graph, read.user)) for read, *_ in readers.readers
+        ]
+        replace(readers, one=replace(readers.one, source=value)).apply(graph, tensors)
+        yield rewrite
 
 
 def _attention_scales(graph: Graph) -> Iterator[Rewrite]:
@@ -216,7 +260,7 @@ class _Writer:
         if isinstance(found, str):
             return Decline.at(one.node, found)
         carrier = found.carrier
-        before, others = tensors_of(carrier), self._others(carrier)
+        before, others = tensors_of(carrier), self.others(carrier)
         if others and kind(one.node) != "batch_norm":
             return Decline.at(one.node, f"the weight of {site(carrier)} is shared with {site(others[0])}")
         tensors = self._tensors(carrier, found.scale, found.shift, *folded(self.graph, found))
@@ -238,7 +282,7 @@ class _Writer:
             source = short_name(one.source) if one.source.op == "call_function" else "an input"
             return Decline.at(one.node, found if "pads" in found else f"it reads {source}, and {found}")
         for read, _, _ in found.readers:
-            others = self._others(read.user)
+            others = self.others(read.user)
             if others:
                 return Decline.at(
                     one.node, f"the weight of {site(read.user)} is shared with {site(others[0])}"
@@ -248,14 +292,14 @@ class _Writer:
             made = folded_in_front(self.graph, read.user, scale, shift)
             if not _finite(made, read.user):
                 return Decline.at(one.node, f"the folded weight would not be finite in {_dtype(read.user)}")
-            tensors.append(self._stored(read.user, *made))
+            tensors.append(self.stored(read.user, *made))
         readers = ", ".join(dict.fromkeys(site(read.user) for read, _, _ in found.readers))
         reader = short_name(found.readers[0][0].user)
         rewrite = Rewrite(site(one.node), f"{short_name(one.node)} into {reader} behind it ({readers})")
         found.apply(self.graph, tensors)
         return rewrite
 
-    def _others(self, layer: Node) -> list[Node]:
+    def others(self, layer: Node) -> list[Node]:
         """Who else reads a layer's weight."""
         weight = tensors_of(layer)[0]
         return [] if weight is None else [user for user in weight.users if user is not layer]
@@ -268,10 +312,10 @@ class _Writer:
         if key not in self.made:
             if not _finite((weight, bias), carrier):
                 return None
-            self.made[key] = self._stored(carrier, weight, bias)
+            self.made[key] = self.stored(carrier, weight, bias)
         return self.made[key]
 
-    def _stored(
+    def stored(
         self, layer: Node, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Node | None, Node | None]:
         """The nodes of the folded tensors: those that the layer has, if nothing else reads them."""

@@ -159,6 +159,32 @@ def test_into_the_layers_below(
     assert operators(after) == left
 
 
+FLIPPED: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], dict[str, int]]] = {
+    "straight": (lambda m, x: m.a(x.flip(1)), {"a": nn.Conv2d(8, 4, 3, padding=1)}, {"conv": 1}),
+    "shifted": (
+        lambda m, x: m.a(x.flip(1) - m.v.view(8, 1, 1)), {"a": nn.Conv2d(8, 4, 3, padding=1)}, {"add": 1, "conv": 1},
+    ),
+    "normalised": (
+        lambda m, x: m.a((x.flip(1) - m.v.view(8, 1, 1)) / m.v.view(8, 1, 1)), {"a": nn.Conv2d(8, 4, 3)}, {"conv": 1},
+    ),
+    "to a linear": (
+        lambda m, x: m.a(x.flip(1).permute(0, 2, 3, 1)), {"a": linear()}, {"permute": 1, "linear": 1},
+    ),
+    "to groups": (
+        lambda m, x: m.a(x.flip(1)), {"a": nn.Conv2d(8, 4, 3, groups=2)}, {"flip": 1, "conv": 1},
+    ),
+    "along pixels": (lambda m, x: m.a(x.flip(2)), {"a": nn.Conv2d(8, 4, 3)}, {"flip": 1, "conv": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body, layers, left", FLIPPED.values(), ids=FLIPPED)
+def test_reversed_channels_go_into_weights(
+    body: Callable[..., Any], layers: dict[str, nn.Module], left: dict[str, int]
+) -> None:
+    after, _ = fold(graph_of(Model(body, **copy.deepcopy(layers)), torch.randn(IMAGE)))
+    assert operators(after) == left
+
+
 # name -> forward, layers, shape of the input, the operator that must stay
 STAYS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[int, ...], str]] = {
     "a constant that tells positions apart": (
