@@ -17,9 +17,11 @@ from .ir import Graph
 from .measure import live
 from .ops import shape
 from .pipeline import Context
+from .verify import compare, observe
 from .widths import ROUNDING, Costs
 
 MACS = 0.7  # share to keep where the user names no budget
+HEARD = 128  # samples on which `sqnr` is measured
 TRIES = 6  # copies that are measured between the ends: the share of MACs is known to a 64th of its range
 Amounts = Mapping[str, float]  # macs, params, bytes -> how much
 Trial = Callable[[Amounts], Graph]  # a copy, pruned to these amounts
@@ -40,7 +42,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budgets of one pass, as the user gave them; see `prune`. best: what cannot be reached is no error."""
+    """The budgets of one pass, as the user gave them; see `prune`. best: what cannot be reached is no error.
+
+    owner: the pass. hint: what the least is made of, for an error.
+    """
 
     macs: float | None = None
     params: float | None = None
@@ -48,25 +53,33 @@ class Budget:
     latency: float | None = None
     latency_ms: float | None = None
     max_drop: float | None = None
+    sqnr: float | None = None
     best: bool = False
+    owner: str = "prune"
+    hint: str = (
+        "every prunable layer at its minimum width; 'compress inspect MODEL --groups' says why the rest stays"
+    )
 
     def __post_init__(self) -> None:
         for name, value in self.named.items():
             if name in ("macs", "params", "latency") and not 0 < value <= 1:
-                raise UsageError(f"prune({name}={value}): the share to keep is over 0 and at most 1")
+                raise UsageError(f"{self.owner}({name}={value}): the share to keep is over 0 and at most 1")
             if name in ("size_mb", "latency_ms") and value <= 0:
-                raise UsageError(f"prune({name}={value}): must be over 0")
+                raise UsageError(f"{self.owner}({name}={value}): must be over 0")
         if self.max_drop is not None and self.max_drop < 0:
-            raise UsageError(f"prune(max_drop={self.max_drop}): how far the metric may fall is not under 0")
-        if self.max_drop is not None and len(self.named) > 1:
             raise UsageError(
-                "prune(max_drop=...) goes as far as the metric allows: give it without another budget"
+                f"{self.owner}(max_drop={self.max_drop}): how far the metric may fall is not under 0"
             )
+        for name in ("max_drop", "sqnr"):
+            if getattr(self, name) is not None and len(self.named) > 1:
+                raise UsageError(
+                    f"{self.owner}({name}=...) goes as far as that allows: give it without another budget"
+                )
 
     @property
     def named(self) -> dict[str, float]:
         """What the user asked for, by name."""
-        names = ("macs", "params", "size_mb", "latency", "latency_ms", "max_drop")
+        names = ("macs", "params", "size_mb", "latency", "latency_ms", "max_drop", "sqnr")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def goal(self, before: Amounts, least: Amounts) -> Goal:
@@ -100,11 +113,13 @@ class Budget:
                 else graph
             )
 
-        with ctx.progress("measuring pruned copies", None):
+        with ctx.progress("measuring copies", None):
             if self.latency is not None or self.latency_ms is not None:
                 share = self._time(goal, graph, ctx, (least, first), pruned)
             elif self.max_drop is not None:
                 share = self._evaluate(goal, graph, ctx, least, pruned)
+            elif self.sqnr is not None:
+                share = self._hear(goal, graph, ctx, least, pruned)
         if share < first:
             goal.amounts["macs"] = share * before["macs"]
 
@@ -120,7 +135,7 @@ class Budget:
         timed, asked = ctx.latency, {n: v for n, v in self.named.items() if n.startswith("latency")}
         named = ", ".join(f"{name}={value:g}" for name, value in asked.items())
         if timed is None:
-            raise UsageError(f"prune({named}): needs a stopwatch: leave out --no-measure")
+            raise UsageError(f"{self.owner}({named}): needs a stopwatch: leave out --no-measure")
         seen: dict[float, tuple[float, float]] = {}
 
         def fits(share: float) -> bool:
@@ -148,7 +163,7 @@ class Budget:
         """The smallest share of MACs whose metric fits, were it to fall as MACs go."""
         if ctx.evaluate is None:
             raise UsageError(
-                f"prune(max_drop={self.max_drop:g}): needs a metric: --eval DATA (with labels y) or "
+                f"{self.owner}(max_drop={self.max_drop:g}): needs a metric: --eval DATA (with labels y) or "
                 "--eval module:function"
             )
         evaluate, limit = ctx.evaluate, self.max_drop or 0.0
@@ -163,13 +178,30 @@ class Budget:
         goal.facts["metric"] = {"before": seen[1.0], "after": seen[share]}
         return share
 
+    def _hear(
+        self, goal: Goal, graph: Graph, ctx: Context, least: float, pruned: Callable[[float], Graph]
+    ) -> float:
+        """The smallest share of MACs whose outputs are `sqnr` dB above their noise, on calibration data."""
+        if ctx.calibration is None:
+            raise UsageError(f"{self.owner}(sqnr={self.sqnr:g}): needs calibration data: pass --calib")
+        batches = list(ctx.calibration.limited(HEARD))
+        expected = observe(graph, batches)
+        seen = {1.0: math.inf}
+
+        def fits(share: float) -> bool:
+            if share not in seen:
+                now = compare(graph, expected, observe(pruned(share), batches))
+                seen[share] = min((c.sqnr_db for c in now if not c.discrete and c.finite), default=-math.inf)
+            return seen[share] >= (self.sqnr or 0.0)
+
+        share = least if fits(least) else closest(fits, 1.0, least, TRIES)
+        goal.facts["sqnr"] = {"asked_db": self.sqnr, "calibration_db": seen[share]}
+        return share
+
     def _missed(self, goal: Goal, named: str, least: str) -> None:
-        why = (
-            f"out of reach, {least} (every prunable layer at its minimum width; 'compress inspect MODEL --groups' "
-            "says why the rest stays)"
-        )
+        why = f"out of reach, {least} ({self.hint})"
         if self.named and not self.best:
-            raise UsageError(f"prune({named}): {why}")
+            raise UsageError(f"{self.owner}({named}): {why}")
         goal.short.append((named, why))
 
 

@@ -7,6 +7,7 @@ the versions and the metadata alone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,10 +99,11 @@ def _prepare(graph: Graph, fixed: Mapping[str, int]) -> Graph:
     ready = graph.copy()
     if fixed:
         _fix_axes(ready, fixed)
+    added: dict[Node, Node] = {}
     for node in ready.nodes:
         if kind(node) == "attention" and is_tensor(node):
             if _is_plain(node):
-                _write_out(ready, node)
+                _write_out(ready, node, added)
             elif node.meta["val"].dim() != 4:
                 _four_dimensional(ready, node)
         if kind(node) == "unbind":
@@ -136,15 +138,18 @@ def _separate_outputs(graph: Graph) -> None:
 
 
 def _is_plain(node: Node) -> bool:
-    """True for softmax(q k' s + mask) v, without dropout, causality, shared heads or a boolean mask."""
+    """True for softmax(q k' s + mask) v, without dropout, causality or shared heads."""
     bound = arguments(node)
     mask = bound["attn_mask"]
-    masked = mask is None or (is_tensor(mask) and mask.meta["val"].is_floating_point())
-    return masked and not (bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"))
+    plain = mask is None or (is_tensor(mask) and mask.meta["val"].dtype != torch.bool) or _rank(node) == 4
+    return plain and not (bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"))
 
 
-def _write_out(graph: Graph, node: Node) -> None:
-    """Attention as five operators; the translator would make twenty, most of them about shapes."""
+def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
+    """Attention as five operators; the translator would make twenty, most of them about shapes.
+
+    added: boolean masks as what they add, which all layers share.
+    """
     bound = arguments(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
     scale = bound.get("scale")
@@ -153,9 +158,18 @@ def _write_out(graph: Graph, node: Node) -> None:
         query = graph.insert(aten.mul.Tensor, (query, scale), before=node)
     turned = graph.insert(aten.transpose.int, (key, -2, -1), before=node)
     scores = graph.insert(aten.matmul.default, (query, turned), before=node)
-    if bound["attn_mask"] is not None:
-        scores = graph.insert(aten.add.Tensor, (scores, bound["attn_mask"]), before=node)
+    mask = bound["attn_mask"]
+    nothing = mask is not None and mask.meta["val"].dtype == torch.bool  # may be left to attend to
+    if nothing and mask not in added:
+        added[mask] = graph.insert(aten.where.Scalar, (mask, 0.0, -math.inf), before=node)
+        if query.meta["val"].dtype != torch.float32:
+            added[mask] = graph.insert(aten.to.dtype, (added[mask], query.meta["val"].dtype), before=node)
+    if mask is not None:
+        scores = graph.insert(aten.add.Tensor, (scores, added.get(mask, mask)), before=node)
     shares = graph.insert(aten.softmax.int, (scores, -1), before=node)
+    if nothing:
+        empty = graph.insert(aten.isnan.default, (shares,), before=node)
+        shares = graph.insert(aten.masked_fill.Scalar, (shares, empty, 0.0), before=node)
     made = graph.insert(aten.matmul.default, (shares, value), before=node)
     graph.replace_uses(node, made)
     graph.erase(node)

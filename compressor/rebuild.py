@@ -16,7 +16,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +76,32 @@ def rebuild(
                 advance(1)
         removed = [group for i in sorted(work.chosen) for group in work.chosen[i]]
         return Rebuilt(removed, twin.tensors, work.repaired, work.parted)
+
+
+class Fit(Protocol):
+    """A layer that keeps another form than a matrix with columns left out."""
+
+    @property
+    def whole(self) -> Tensor:
+        """Its weight as it is."""
+
+    def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
+        """The matrix [O, F] of that form nearest to `wanted` [O, F], on rows of this Gram matrix [F, F]."""
+
+
+def refit(graph: Graph, fits: Mapping[Node, Fit], data: Data, ctx: Context) -> Rebuilt:
+    """The weights that layers of other forms, and all layers behind them, need to give what the model gave before."""
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        store = _Store(folder)
+        batches = [Batch(tuple(map(store.put, map(as_declared, b.inputs, graph.inputs)))) for b in data]
+        twin = _Twin(graph, {}, batches, store)
+        work = _Repair(twin, None, {}, set(), Sampler(graph, data.samples, ctx.seed), fits)
+        with ctx.progress("solving layers for their new form", len(graph.nodes)) as advance:
+            for node in graph.nodes:
+                work.visit(node)
+                twin.step(node)
+                advance(1)
+        return Rebuilt([], twin.tensors, work.repaired, work.parted)
 
 
 class _Store:
@@ -201,12 +228,13 @@ class _Repair:
     def __init__(
         self,
         twin: _Twin,
-        readers: Readers,
+        readers: Readers | None,
         losses: Mapping[int, Sequence[Group]],
         open_: set[int],
         sampler: Sampler,
+        fits: Mapping[Node, Fit] = MappingProxyType({}),
     ) -> None:
-        self.twin, self.readers, self.sampler = twin, readers, sampler
+        self.twin, self.readers, self.sampler, self.fits = twin, readers, sampler, fits
         self.chosen, self.open = dict(losses), set(open_)
         self.repaired: list[str] = []
         self.parted: dict[str, int] = {}
@@ -217,9 +245,9 @@ class _Repair:
         if reading is None or reading.layer.is_tied:
             return
         layer, steps = reading.layer, reading.anchor.steps
-        mine = [i for i in self.readers.families(node) if i in self.chosen]
+        mine = [i for i in self.readers.families(node) if i in self.chosen] if self.readers else []
         beside = [n for step in steps for n in step.all_input_nodes]
-        if not mine and not self.twin.differs([layer.source, *beside]):
+        if not mine and node not in self.fits and not self.twin.differs([layer.source, *beside]):
             return
         moments = self._look(reading)
         matrices = reading.matrices(self.twin.now(layer.weight))
@@ -230,11 +258,15 @@ class _Repair:
             wanted.append(
                 matrices[i] + torch.linalg.solve(ridged(gram), aim).T if aim.shape[1] else matrices[i]
             )
-        for i in sorted(self.open.intersection(mine)):
-            self.chosen[i] = self._choose(reading, i, grams, torch.stack(wanted))
-            self.open.remove(i)
-        gone = [group for i in mine for group in self.chosen[i]]
-        self._solve(reading, moments, matrices, (grams, wanted), gone)
+        if node in self.fits:
+            solved = self._formed(reading, self.fits[node], grams, wanted)
+        else:
+            for i in sorted(self.open.intersection(mine)):
+                self.chosen[i] = self._choose(reading, i, grams, torch.stack(wanted))
+                self.open.remove(i)
+            gone = [group for i in mine for group in self.chosen[i]]
+            solved = self._narrowed(reading, matrices, (grams, wanted), gone)
+        self._set(reading, moments, matrices, solved)
         self.repaired.append(site(node))
         if reading.parts > 1:
             self.parted[site(node)] = reading.parts
@@ -252,27 +284,43 @@ class _Repair:
         return moments
 
     def _choose(self, reading: Reading, i: int, grams: Sequence[Tensor], wanted: Tensor) -> list[Group]:
+        assert self.readers is not None
         family, cost = self.readers.algebra.families[i], reading.anchor.scale.square()
         problems = list(self.readers.problems(reading, family, grams, wanted, cost))
         count = len(self.chosen[i])
         return [family[k] for k in eliminate(problems, len(family), stop=count).order]
 
-    def _solve(
+    def _narrowed(
         self,
         reading: Reading,
-        moments: Moments,
         matrices: Tensor,
         normal: tuple[Sequence[Tensor], Sequence[Tensor]],
         gone: Sequence[Group],
-    ) -> None:
-        """New weights, with zeros where channels went, and the shift that goes with them."""
+    ) -> Tensor:
+        """New matrices, with zeros where channels went."""
         layer, solved = reading.layer, torch.zeros_like(matrices)
-        lost = self.readers.channels(layer.node, gone) if gone else np.zeros(layer.ins, dtype=bool)
-        shift = torch.zeros(reading.blocks, layer.outs // layer.groups, dtype=torch.float64)
+        lost = np.zeros(layer.ins, dtype=bool)
+        if gone and self.readers is not None:
+            lost = self.readers.channels(layer.node, gone)
         for i, keep in enumerate(reading.places(~lost)):
             gram = ridged(normal[0][i])
             aim = gram[keep] @ normal[1][i].T
             solved[i][:, keep] = torch.linalg.solve(gram[keep][:, keep], aim).T
+        return solved
+
+    def _formed(
+        self, reading: Reading, fit: Fit, grams: Sequence[Tensor], wanted: Sequence[Tensor]
+    ) -> Tensor:
+        """New matrices of another form; where a layer is solved in parts, those of the survey."""
+        if reading.blocks > 1:
+            return reading.matrices(fit.whole)
+        return fit.matrix(ridged(grams[0]), wanted[0])[None]
+
+    def _set(self, reading: Reading, moments: Moments, matrices: Tensor, solved: Tensor) -> None:
+        """Puts new matrices in, and the shift that goes with them."""
+        layer = reading.layer
+        shift = torch.zeros(reading.blocks, layer.outs // layer.groups, dtype=torch.float64)
+        for i in range(reading.blocks):
             mean, error = moments.mean(i)
             shift[i] = (matrices[i] - solved[i]) @ mean + (error if len(error) else 0.0)
         self.twin.set_tensor(layer.weight, reading.weight(solved))

@@ -46,6 +46,10 @@ class LowRank:
         """Share of the energy that rank r loses: the squared relative error of the outputs."""
         return float(self.energy[rank:].sum() / self.energy.sum())
 
+    def lost(self, rank: int) -> float:
+        """The energy itself that rank r loses."""
+        return float(self.energy[rank:].sum())
+
     def factors(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """L [m, r] and R [r, n] in float64, with W_r = L R."""
         basis = self.left[:, :rank].double()

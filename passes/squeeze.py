@@ -1,11 +1,9 @@
-"""Low-rank rewrites: one convolution or linear becomes two thinner ones, with r channels between them.
+"""Low-rank rewrites: one convolution or linear becomes two or three thinner ones (`compressor/factors.py`).
 
-    outputs   k x k to r channels, then 1 x 1    W [O, I k k] = L [O, r] R [r, I k k]    also for linear
-    inputs    1 x 1 to r channels, then k x k    W [O k k, I] = L [O k k, r] R [r, I]
-
-`outputs` is the best split for the data, exactly: the covariance of the layer's outputs is all that it takes.
-`inputs` weighs every tap of the kernel by one covariance of the channels. The bias goes to the second
-operator, together with the mean of what is cut off.
+Ranks follow from what the layer's outputs lose on data, counted where the model feels it (the residual stream behind
+the layer), and are spread over all layers under one budget. What the stopwatch does not confirm is left. With
+calibration data, the weights of every split and of all layers behind it are then solved anew, on what the squeezed
+model gives them (`compressor/rebuild.py`).
 """
 
 from __future__ import annotations
@@ -13,45 +11,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from compressor.budgets import Amounts, Budget, Goal
 from compressor.errors import UsageError
-from compressor.ir import Graph, operator_name, site
-from compressor.measure import parameters
+from compressor.factors import PAYS, Fit, Form, Layer, Option, options
+from compressor.ir import Graph, site
+from compressor.measure import bytes_of, parameters
 from compressor.ops import arguments, is_constant, kind, macs, sizes
 from compressor.padding import Padding
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
-from compressor.reconstruct import LowRank, Moments, allocate, low_rank, numerical_rank
+from compressor.readers import Anchor, anchor, layer_of
+from compressor.rebuild import Rebuilt, refit
+from compressor.reconstruct import Moments, allocate
 from compressor.statistics import Covariance
+from compressor.survey import Spread
+from compressor.watch import Watch
 
-Form = Literal["outputs", "inputs"]
 Value = tuple[Node, int]  # a value of the graph, and the axis of its channels
+Plan = list[Option]
 
 # Of bare `squeeze`: ResNet-20 and ResNet-56, split wherever it paid, kept over 20 dB at their outputs.
 ENERGY = 0.99
-# Two operators pay up to this share of one's MACs. ONNX Runtime on AVX-512, 3 x 3 over 64 to 512 channels:
-# pairs with 0.83 of the MACs took 0.82 to 0.92 of the time, pairs with 0.97 took 0.96 to 1.11.
-PAYS = 0.9
 _STATISTICS = 1 << 28  # bytes of covariances held at once; more layers take more passes over the data
 _TRIALS = 3  # plans that are timed before the rewrite is given up
-_SLOWER = "the target runs the model no faster with it; squeeze(measure=false) takes it all the same"
+_ROUNDS = 4  # times that ranks are chosen anew because the stopwatch refused some
+_SLOWER = "the target runs it no faster in parts"
 
 
 @dataclass(frozen=True)
 class Squeeze(Pass):
-    """Convolutions and linears whose weights are nearly low-rank become two thinner operators each.
+    """Convolutions and linears whose weights are nearly low-rank become two or three thinner operators each.
 
-    energy: share of its output's variance that each layer keeps (of its squared singular values where there
-    is no calibration data); `energy=1` splits only what is exactly low-rank. macs, params: budget for the
-    whole model, as a share of what it has now; ranks are then spread so that the product of the shares kept
-    is greatest. Bare `squeeze` is `energy=0.99`, and takes nothing from what is exactly low-rank. measure: keep
-    only what the target runs faster. Ranks are multiples of the target's channel multiple, or exact. Layers
-    that two operators would not make a tenth cheaper stay as they are, and so do shared, computed and grouped
-    weights.
+    energy: share of its output's variance that each layer keeps (of its squared singular values where there is no
+    calibration data); `energy=1` splits only what is exactly low-rank. Budgets for the whole model, with ranks spread
+    where they cost least: macs, params (shares to keep), size_mb, latency (share) and latency_ms (measured on squeezed
+    copies), sqnr (as few MACs as leave the outputs so many dB above their noise, on calibration data) and max_drop (of
+    the metric of --eval). A budget out of reach is an error that says what can be had; `reach=best` goes as far as it
+    gets. Bare `squeeze` is `energy=0.99`, and takes nothing from what is exactly low-rank.
+
+    repair: with calibration data, the weights of the parts and of all layers behind them are solved anew, to give what
+    the model gave before. measure: keep only what the target runs faster, layer by layer and as a whole. Ranks are
+    multiples of align, of the target's channel multiple where it is 0, or exact. ignore: module paths to leave alone.
+    Layers that parts would not make a tenth cheaper stay, and so do shared, computed and grouped weights.
     """
 
     name: ClassVar[str] = "squeeze"
@@ -61,223 +68,213 @@ class Squeeze(Pass):
     energy: float | None = None
     macs: float | None = None
     params: float | None = None
+    size_mb: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    sqnr: float | None = None
+    max_drop: float | None = None
+    reach: Literal["exact", "best"] = "exact"
+    repair: bool = True
     measure: bool = True
+    align: int = 0
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"squeeze(energy={self.energy}): the share to keep is above 0 and at most 1")
-        for name, share in self._budgets.items():
-            if not 0 < share < 1:
-                raise UsageError(f"squeeze({name}={share}): a share of the model's {name}, between 0 and 1")
+        if self.align < 0:
+            raise UsageError(f"squeeze(align={self.align}): a positive number; 0 asks the target")
+        _ = self.budget
 
     @property
-    def _budgets(self) -> dict[str, float]:
-        return {n: s for n, s in (("macs", self.macs), ("params", self.params)) if s is not None}
+    def budget(self) -> Budget:
+        """UsageError where it is none."""
+        return Budget(
+            self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop, self.sqnr,
+            best=self.reach == "best", owner="squeeze", hint="every layer that pays at its smallest rank",
+        )  # fmt: skip
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
-        layers, declines = _layers(graph)
-        before = {"macs": macs(graph), "params": parameters(graph)}
-        shelves: list[list[Option]] = []
+        layers, declines = _layers(graph, self.ignore)
+        before = {"macs": macs(graph), "params": parameters(graph), "bytes": bytes_of(graph)}
+        shelves: list[Plan] = []
+        energies: dict[Node, float] = {}
         for group in _groups(layers):
-            seen = _observe(graph, group, ctx)
+            seen = _observe(graph, group, energies, ctx)
             with ctx.progress("squeeze: factorising", len(group)) as advance:
                 for layer in group:
-                    found = self._options(graph, layer, seen, ctx.target.channel_multiple)
+                    found = self._options(graph, layer, seen, energies, ctx)
                     if isinstance(found, Decline):
                         declines.append(found)
                     else:
                         shelves.append(found)
                     advance(1)
-        plan = self._choose(shelves, before)
-        spared = {shelf[0].layer for shelf in shelves} - {o.layer for o in plan}
-        declines += [
-            Decline.at(n.node, "the budget is met at less loss elsewhere") for n in layers if n in spared
-        ]
+        goal = self._goal(graph, shelves, before, ctx)
+        watch = Watch(ctx) if self.measure and ctx.measure is not None else None
+        plan, slow = self._timed(shelves, goal.amounts, before, watch)
+        declines += [Decline.at(layer.node, _SLOWER) for layer in slow]
+        taken = {o.layer for o in plan}
+        spared = [shelf[0].layer for shelf in shelves if shelf[0].layer not in taken | slow]
+        declines += [Decline.at(layer.node, "the budget is met at less loss elsewhere") for layer in spared]
         wanted = plan = plan[: ctx.limit]
-        facts: dict[str, Any] = {"weighted": ctx.calibration is not None}
-        if plan and self.measure and ctx.measure is not None:
-            plan, facts["ms"] = _faster(graph, wanted, ctx.measure)
-            declines += [Decline.at(o.layer.node, _SLOWER) for o in wanted if o not in plan]
-        for option in plan:
-            _apply(graph, option)
-        graph.clean()
-        after = {"macs": macs(graph), "params": parameters(graph)}
-        facts |= self._facts(plan, {name: after[name] / max(before[name], 1) for name in after})
+        facts: dict[str, Any] = {"weighted": ctx.calibration is not None} | goal.facts
+        if plan and watch is not None:
+            plan, facts["ms"] = _faster(graph, wanted, watch.measure)
+            declines += [
+                Decline.at(
+                    o.layer.node,
+                    f"{_SLOWER}, in the whole model; squeeze(measure=false) takes it all the same",
+                )
+                for o in wanted
+                if o not in plan
+            ]
+        rebuilt = self._apply(graph, plan, ctx)
+        after = {"macs": macs(graph), "params": parameters(graph), "bytes": bytes_of(graph)}
+        facts |= self._facts(plan, before, after, goal) | {"repaired": len(rebuilt.repaired)}
+        if watch is not None and watch.times:
+            facts["timed"] = watch.facts()
         return Outcome([Rewrite(site(o.layer.node), str(o)) for o in plan], declines, facts)
 
+    # ---------------------------------------------------------------- what to split
+
     def _options(
-        self, graph: Graph, layer: Layer, seen: Mapping[Value, Covariance], multiple: int
-    ) -> list[Option] | Decline:
+        self,
+        graph: Graph,
+        layer: Layer,
+        seen: Mapping[Value, Covariance],
+        energies: Mapping[Node, float],
+        ctx: Context,
+    ) -> Plan | Decline:
         """Every split of a layer that pays and keeps enough energy; the reason why not when there is none."""
         weight = graph.tensor(layer.weight)
         if not bool(torch.isfinite(weight).all()) or not bool(weight.any()):
             return Decline.at(layer.node, "its weight is zero, or not finite")
-        scale = _gain(graph, layer.node) if seen else None
-        options: list[Option] = []
-        for form in layer.forms:
-            moments = _moments(graph, layer, form, seen)
-            if moments is not None and not bool(torch.isfinite(moments.covariance).all()):
+        moments: dict[str, Moments | None] = {f: _moments(graph, layer, f, seen) for f in layer.forms}
+        for one in moments.values():
+            if one is not None and not bool(torch.isfinite(one.covariance).all()):
                 return Decline.at(layer.node, "the calibration data gives values here that are not finite")
-            options += _splits(layer, form, weight, moments, scale, multiple)
-        bare = self.energy is None and not self._budgets
+        energy = energies.get(_anchor(graph, layer).node) if seen else None
+        multiple = self.align or ctx.target.channel_multiple
+        found = list(options(layer, weight, moments, energy, multiple))
+        bare = self.energy is None and not self.budget.named
         keep = ENERGY if bare else (self.energy or 0.0)
-        enough = [o for o in options if o.error <= 1 - keep]  # never empty: the full rank loses nothing
+        enough = [o for o in found if o.error <= 1 - keep]  # never empty: the full rank loses nothing
         paying = [o for o in enough if o.share <= PAYS]
         if paying:
             lossless = [o for o in paying if o.error == 0]
             return lossless if bare and lossless else paying
         least = min(enough, key=lambda o: o.share)
         why = f"keeping {keep:g} of the energy takes rank" if keep else "its least rank is"
-        cost = f"{least.share:.2f} of its MACs; two operators pay up to {PAYS:g}"
-        return Decline.at(layer.node, f"{why} {least.rank} of {layer.full(least.form)}, which costs {cost}")
+        cost = f"{least.share:.2f} of its MACs; its parts pay up to {PAYS:g}"
+        return Decline.at(
+            layer.node, f"{why} {least.ranks[0]} of {layer.full(least.form)[0]}, which costs {cost}"
+        )
 
-    def _choose(self, shelves: Sequence[list[Option]], before: Mapping[str, int]) -> list[Option]:
+    def _goal(self, graph: Graph, shelves: Sequence[Plan], before: Amounts, ctx: Context) -> Goal:
+        """Amounts to reach; none where the user named no budget, and every layer by itself decides."""
+        if not self.budget.named:
+            return Goal({})
+        most = {name: sum(max(_saved(o)[name] for o in shelf) for shelf in shelves) for name in before}
+        least = {name: 1 - most[name] / before[name] if before[name] else 1.0 for name in before}
+        goal = self.budget.goal(before, least)
+
+        def trial(amounts: Amounts) -> Graph:
+            copy = graph.copy()
+            counts = self.budget.sqnr is not None or self.budget.max_drop is not None
+            self._apply(copy, self._choose(shelves, amounts, before), ctx, repair=counts)
+            return copy
+
+        self.budget.search(goal, graph, ctx, before, least["macs"], trial)
+        return goal
+
+    def _choose(self, shelves: Sequence[Plan], amounts: Amounts, before: Amounts) -> Plan:
         """At most one option a layer, in the graph's order."""
-        if not self._budgets:
-            return [min(options, key=lambda o: (o.share, o.error)) for options in shelves]
+        if not self.budget.named:
+            return [min(shelf, key=lambda o: (o.share, o.error)) for shelf in shelves]
         points = [
-            [(tuple(o.saved[n] / max(before[n], 1) for n in self._budgets), o.loss) for o in options]
-            for options in shelves
+            [(tuple(_saved(o)[n] / max(before[n], 1) for n in amounts), o.loss) for o in shelf]
+            for shelf in shelves
         ]
-        chosen = allocate(points, [1 - share for share in self._budgets.values()])
-        return [options[k] for options, k in zip(shelves, chosen, strict=True) if k is not None]
+        chosen = allocate(points, [1 - amount / max(before[n], 1) for n, amount in amounts.items()])
+        return [shelf[k] for shelf, k in zip(shelves, chosen, strict=True) if k is not None]
 
-    def _facts(self, plan: Sequence[Option], shares: Mapping[str, float]) -> dict[str, Any]:
-        facts: dict[str, Any] = {name: round(share, 4) for name, share in shares.items()}
+    def _timed(
+        self, shelves: list[Plan], amounts: Amounts, before: Amounts, watch: Watch | None
+    ) -> tuple[Plan, set[Layer]]:
+        """The plan whose every split runs faster by itself, and the layers that have none left that could."""
+        slow: set[Layer] = set()
+        for _ in range(_ROUNDS if watch is not None else 0):
+            plan = self._choose(shelves, amounts, before)
+            refused = {o.key: o for o in plan if watch is not None and not watch.faster(o)}
+            if not refused:
+                return plan, slow
+            bad = [o for key, o in refused.items()]
+            left = [[o for o in shelf if not any(_as_slow(o, b) for b in bad)] for shelf in shelves]
+            slow |= {old[0].layer for old, new in zip(shelves, left, strict=True) if not new}
+            shelves[:] = [shelf for shelf in left if shelf]
+        plan = self._choose(shelves, amounts, before)
+        if watch is not None:
+            slow |= {o.layer for o in plan if not watch.faster(o)}
+        return [o for o in plan if o.layer not in slow], slow
+
+    def _facts(self, plan: Plan, before: Amounts, after: Amounts, goal: Goal) -> dict[str, Any]:
+        facts: dict[str, Any] = {n: round(after[n] / max(before[n], 1), 4) for n in ("macs", "params")}
         missed = [
-            f"{shares[n]:.3f} of the {n}, asked for {s:g}" for n, s in self._budgets.items() if shares[n] > s
-        ]
-        if self._budgets:
+            f"{after[n] / max(before[n], 1):.3f} of the {n}, asked for {amount / max(before[n], 1):.3f}"
+            for n, amount in goal.amounts.items()
+            if after[n] > amount * (1 + 1e-9)
+        ] + [f"{name}: {why}" for name, why in goal.short]
+        if self.budget.named:
             facts["budget"] = f"not reached: {'; '.join(missed)}" if missed else "reached"
         return facts | {"layers": [o.facts() for o in plan]}
 
-
-# -------------------------------------------------------------------- layers and their splits
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution (`kernel` holds its sizes) or a linear (`kernel` is empty) that can be split.
-
-    reads, writes: positions of its input and of its output, for one sample.
-    """
-
-    node: Node
-    source: Node
-    weight: Node
-    outs: int
-    ins: int
-    kernel: tuple[int, ...]
-    reads: int
-    writes: int
-
-    @property
-    def area(self) -> int:
-        return math.prod(self.kernel)
-
-    @property
-    def axis(self) -> int:
-        """Where the channels are, in its input and in its output."""
-        return -1 - len(self.kernel)
-
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        return ("outputs",) if self.area == 1 else ("outputs", "inputs")
-
-    @property
-    def whole(self) -> dict[str, int]:
-        """MACs and parameters as it is."""
-        params = self.outs * self.ins * self.area
-        return {"macs": params * self.writes, "params": params}
-
-    def cost(self, form: Form, rank: int) -> dict[str, int]:
-        """MACs and parameters of the two operators that it becomes."""
-        if form == "outputs":
-            params = rank * (self.ins * self.area + self.outs)
-            return {"macs": params * self.writes, "params": params}
-        first, second = rank * self.ins, rank * self.outs * self.area
-        return {"macs": first * self.reads + second * self.writes, "params": first + second}
-
-    def full(self, form: Form) -> int:
-        """The largest rank that a weight of this shape can have."""
-        return (
-            min(self.outs, self.ins * self.area)
-            if form == "outputs"
-            else min(self.outs * self.area, self.ins)
-        )
-
-    def matrix(self, form: Form, weight: Tensor) -> Tensor:
-        """The weight [O, I, *kernel] unfolded as L R: [O, I k k] or [O k k, I]."""
-        return weight.flatten(1) if form == "outputs" else weight.movedim(1, -1).reshape(-1, self.ins)
-
-    def folded(self, form: Form, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of the first and the second operator, from L and R."""
-        rank, ones = len(right), (1,) * len(self.kernel)
-        if form == "outputs":
-            return right.reshape(rank, self.ins, *self.kernel), left.reshape(self.outs, rank, *ones)
-        taps = left.reshape(self.outs, *self.kernel, rank)
-        return right.reshape(rank, self.ins, *ones), taps.movedim(-1, 1)
+    def _apply(self, graph: Graph, plan: Plan, ctx: Context, repair: bool = True) -> Rebuilt:
+        """Puts the parts in the place of the layers, with the weights that are best for what they now read."""
+        nodes = {node.name: node for node in graph.nodes}
+        fits = {nodes[o.layer.node.name]: Fit(o, graph.tensor(nodes[o.layer.weight.name])) for o in plan}
+        rebuilt = Rebuilt([], {})
+        solved = bool(plan) and repair and self.repair and ctx.calibration is not None
+        if solved and ctx.calibration is not None:
+            rebuilt = refit(graph, fits, ctx.calibration, ctx)
+            kept = {str(arguments(node)["weight"].target) for node in fits}
+            for node in graph.nodes:
+                if node.op == "get_attr" and str(node.target) in rebuilt.tensors.keys() - kept:
+                    graph.set_tensor(node, rebuilt.tensors[str(node.target)])
+        for node, fit in fits.items():
+            _replace(graph, node, fit, None if solved else fit.option.shift)
+        graph.clean()
+        return rebuilt
 
 
-@dataclass(frozen=True, eq=False)
-class Option:
-    """One way to split one layer. error: the share of the energy that it loses."""
-
-    layer: Layer
-    form: Form
-    rank: int
-    error: float
-    basis: LowRank
-
-    @property
-    def share(self) -> float:
-        """MACs of the two operators, of the one's."""
-        return self.layer.cost(self.form, self.rank)["macs"] / max(self.layer.whole["macs"], 1)
-
-    @property
-    def saved(self) -> dict[str, int]:
-        new = self.layer.cost(self.form, self.rank)
-        if self.basis.mean is not None and arguments(self.layer.node)["bias"] is None:
-            new["params"] += self.layer.outs  # the bias that the mean makes
-        return {name: self.layer.whole[name] - new[name] for name in new}
-
-    @property
-    def loss(self) -> float:
-        """-log of the share kept: summed over layers, it is the product of the shares that counts."""
-        return -math.log(max(1 - self.error, 1e-12))
-
-    def __str__(self) -> str:
-        layer, operator = self.layer, operator_name(self.layer.node).split(".")[1]
-        wide, thin = ("x".join(map(str, k)) for k in (layer.kernel, [1] * len(layer.kernel)))
-        sizes = (wide, thin) if self.form == "outputs" else (thin, wide)
-        one, two = (f"{k} to {n}".strip() for k, n in zip(sizes, (self.rank, layer.outs), strict=True))
-        return f"{operator} {layer.ins} to {layer.outs}: {one}, {two}"
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "site": site(self.layer.node),
-            "form": self.form,
-            "rank": self.rank,
-            "full": self.layer.full(self.form),
-            "energy": round(1 - self.error, 6),
-            "error": round(math.sqrt(self.error), 6),
-            "macs": round(self.share, 4),
-        }
+def _saved(option: Option) -> dict[str, float]:
+    saved = option.saved
+    return {**saved, "bytes": saved["params"] * option.layer.weight.meta["val"].dtype.itemsize}
 
 
-def _layers(graph: Graph) -> tuple[list[Layer], list[Decline]]:
+def _as_slow(option: Option, refused: Option) -> bool:
+    """True for a split of the same kind of layer that cannot be faster than one that was refused."""
+    alike = option.key[:-1] == refused.key[:-1]
+    return alike and all(a >= b for a, b in zip(option.ranks, refused.ranks, strict=True))
+
+
+def _layers(graph: Graph, ignore: Sequence[str]) -> tuple[list[Layer], list[Decline]]:
     layers, declines = [], []
     for node in graph.nodes:
         if kind(node) not in ("conv", "conv_transpose", "linear"):
             continue
-        obstacle = _obstacle(graph, node)
+        pattern = next((p for p in ignore if fnmatchcase(site(node), p)), None)
+        obstacle = f"ignored by '{pattern}'" if pattern is not None else _obstacle(graph, node)
         if obstacle:
             declines.append(Decline.at(node, obstacle))
             continue
         bound = arguments(node)
         outs, ins, *kernel = sizes(bound["weight"])
         reads, writes = math.prod(sizes(bound["input"])) // ins, math.prod(sizes(node)) // outs
-        layers.append(Layer(node, bound["input"], bound["weight"], outs, ins, tuple(kernel), reads, writes))
+        known = layer_of(node)
+        scale = torch.ones(outs) if known is None else anchor(graph, known).scale.abs()
+        scale = scale.clamp(min=1e-3 * float(scale.max())) if float(scale.max()) > 0 else torch.ones(outs)
+        source, weight = bound["input"], bound["weight"]
+        layers.append(Layer(node, source, weight, outs, ins, tuple(kernel), reads, writes, scale.double()))
     return layers, declines
 
 
@@ -295,24 +292,13 @@ def _obstacle(graph: Graph, node: Node) -> str:
     return "" if graph.tensor(weight).is_floating_point() else "its weight is not floating point"
 
 
-def _splits(
-    layer: Layer, form: Form, weight: Tensor, moments: Moments | None, scale: Tensor | None, multiple: int
-) -> list[Option]:
-    """One option a rank up to the rank that the weight has: there nothing is lost, on any data."""
-    matrix = layer.matrix(form, weight)
-    exact = numerical_rank(matrix)
-    widest = int(PAYS * layer.whole["macs"] / max(layer.cost(form, 1)["macs"], 1))  # no wider rank pays
-    held = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = None if scale is None else scale.repeat_interleave(len(matrix) // layer.outs)
-    basis = low_rank(matrix, moments, rows).truncated(widest, held)
-    plain = basis if exact > widest else low_rank(matrix).truncated(exact, held)
-    options = [
-        Option(layer, form, rank, basis.error(rank), basis) for rank in range(multiple, exact, multiple)
-    ]
-    return [*options, Option(layer, form, exact, 0.0, plain)]
-
-
 # -------------------------------------------------------------------- what the data says
+
+
+def _anchor(graph: Graph, layer: Layer) -> Anchor:
+    known = layer_of(layer.node)
+    assert known is not None
+    return anchor(graph, known)
 
 
 def _watched(layer: Layer, form: Form) -> tuple[Value, bool]:
@@ -320,8 +306,7 @@ def _watched(layer: Layer, form: Form) -> tuple[Value, bool]:
 
     Where the output is one matrix times the input, position by position, either will do: the narrower one.
     """
-    pointwise = layer.area == 1 and layer.reads == layer.writes
-    outputs = form == "outputs" and not (pointwise and layer.ins < layer.outs)
+    outputs = form == "outputs" and not (layer.pointwise and layer.ins < layer.outs)
     return (layer.node if outputs else layer.source, layer.axis), outputs
 
 
@@ -341,12 +326,21 @@ def _groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield group
 
 
-def _observe(graph: Graph, layers: Sequence[Layer], ctx: Context) -> dict[Value, Covariance]:
-    """Means and covariances over the calibration data without padding, in one pass; nothing without data."""
+def _observe(
+    graph: Graph, layers: Sequence[Layer], energies: dict[Node, float], ctx: Context
+) -> dict[Value, Covariance]:
+    """Means and covariances over the calibration data without padding, in one pass; nothing without data.
+
+    energies: the variance of every anchor that is not known yet is added.
+    """
     if ctx.calibration is None:
         return {}
     seen: dict[Value, Covariance] = {}
+    anchors: dict[Node, Spread] = {}
     for layer in layers:
+        place = _anchor(graph, layer)
+        if place.node not in energies:
+            anchors[place.node] = Spread(place.axis)
         for form in layer.forms:
             value, outputs = _watched(layer, form)
             seen.setdefault(value, Covariance(layer.outs if outputs else layer.ins))
@@ -360,7 +354,10 @@ def _observe(graph: Graph, layers: Sequence[Layer], ctx: Context) -> dict[Value,
             for node, tensor in graph.values(*batch.inputs):
                 for axis in axes.get(node, ()):
                     seen[node, axis].update(real.rows(node, tensor, axis))
+                if node in anchors:
+                    anchors[node].update(real.rows(node, tensor, anchors[node].axis))
             advance(len(batch.inputs[0]))
+    energies |= {node: float(spread.variance.sum()) for node, spread in anchors.items()}
     return seen
 
 
@@ -375,32 +372,18 @@ def _moments(graph: Graph, layer: Layer, form: Form, seen: Mapping[Value, Covari
     return Moments(mean, found.covariance, found.count, outputs)
 
 
-def _gain(graph: Graph, node: Node) -> Tensor | None:
-    """What the batch norm behind a layer multiplies each output by: how much an error there weighs."""
-    norm = next(iter(node.users), None)
-    if norm is None or len(node.users) > 1 or kind(norm) != "batch_norm":
-        return None
-    bound = arguments(norm)
-    gamma, variance = bound["weight"], bound["running_var"]
-    if bound["training"] or not is_constant(variance) or not (gamma is None or is_constant(gamma)):
-        return None
-    gain = (graph.tensor(variance).double() + bound["eps"]).rsqrt()
-    gain = gain if gamma is None else gain * graph.tensor(gamma).double().abs()
-    return gain.clamp(min=1e-3 * float(gain.max())) if float(gain.max()) > 0 else None
-
-
 # -------------------------------------------------------------------- the rewrite
 
 
-def _faster(
-    graph: Graph, plan: list[Option], measure: Callable[..., list[float]]
-) -> tuple[list[Option], dict[str, float]]:
+def _faster(graph: Graph, plan: Plan, measure: Callable[..., list[float]]) -> tuple[Plan, dict[str, float]]:
     """The plan if the model runs faster with it, else the half that saves the greatest shares, and so on."""
     times: dict[str, float] = {}
     for _ in range(_TRIALS):
         trial = graph.copy()
+        nodes = {node.name: node for node in trial.nodes}
         for option in plan:
-            _apply(trial, option)
+            fit = Fit(option, trial.tensor(nodes[option.layer.weight.name]))
+            _replace(trial, nodes[option.layer.node.name], fit, option.shift)
         trial.clean()
         times["before"], times["after"] = (round(ms, 4) for ms in measure(graph, trial))
         if times["after"] < times["before"]:
@@ -412,30 +395,25 @@ def _faster(
     return [], times
 
 
-def _apply(graph: Graph, option: Option) -> None:
-    """Puts the two operators in the place of the one."""
-    layer, node = option.layer, graph.node(option.layer.node.name)
+def _replace(graph: Graph, node: Node, fit: Fit, shift: Tensor | None) -> None:
+    """Puts the parts in the place of the one. shift [outs]: to add to the bias."""
     bound = arguments(node)
-    old, bias = bound["weight"], bound["bias"]
-    stored = graph.tensor(old)
-    factors = option.basis.factors(layer.matrix(option.form, stored), option.rank)
-    first, second = layer.folded(option.form, *factors)
-    shift = option.basis.shift(option.rank)
+    old, bias, value = bound["weight"], bound["bias"], bound["input"]
     if shift is not None:
-        total = shift.reshape(layer.outs, -1).sum(1)
-        total = total if bias is None else total + graph.tensor(bias).double()
+        total = shift if bias is None else shift + graph.tensor(bias).double()
         bias = _store(graph, old, "expand.bias", total)
-    place = tuple(bound[name] for name in ("stride", "padding", "dilation") if name in bound)
-    plain = (
-        torch.ops.aten.linear if not layer.kernel else getattr(torch.ops.aten, f"conv{len(layer.kernel)}d")
+    steps = list(fit.steps())
+    names = (
+        ("squeeze.weight", "core.weight", "expand.weight")
+        if len(steps) == 3
+        else ("squeeze.weight", "expand.weight")
     )
-    calls: list[tuple[Any, tuple]] = [(node.target, place), (plain.default, ())]
-    (one, at_one), (two, at_two) = calls if option.form == "outputs" else reversed(calls)
-    squeeze = _store(graph, old, "squeeze.weight", first)
-    expand = _store(graph, old, "expand.weight", second)
-    middle = graph.insert(one, (bound["input"], squeeze, None, *at_one), before=node)
-    result = graph.insert(two, (middle, expand, bias, *at_two), before=node)
-    graph.replace_uses(node, result)
+    for position, ((target, weight, place), name) in enumerate(zip(steps, names, strict=True), 1):
+        stored = _store(graph, old, name, weight)
+        value = graph.insert(
+            target, (value, stored, bias if position == len(steps) else None, *place), before=node
+        )
+    graph.replace_uses(node, value)
     graph.erase(node)
 
 
