@@ -34,7 +34,7 @@ Shape = tuple[Any, tuple[int, ...], tuple[Any, ...]]  # the same with the size o
 # Two operators pay up to this share of one's MACs. ONNX Runtime on AVX-512, 3 x 3 over 64 to 512 channels:
 # pairs with 0.83 of the MACs took 0.82 to 0.92 of the time, pairs with 0.97 took 0.96 to 1.11.
 PAYS = 0.9
-_RANKS, _TUCKER_RANKS = 64, 12  # at most so many are looked at, evenly spread
+_RANKS, _TUCKER_RANKS = 64, 16  # at most so many are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,13 +193,17 @@ def options(
 ) -> Iterator[Option]:
     """Every split worth a look: ranks in multiples, up to the rank that the weight has: there nothing is lost.
 
-    energy: variance of the layer's anchor: losses are shares of it. Without data a loss is -log of the share kept.
+    energy: variance of the layer's anchor. A loss is -log of the share that the layer keeps of its own output; with
+    data it is the geometric mean of that and of what is lost of the anchor. (ResNet-56, half of the MACs, held-back
+    images: 14.3 dB; by the first alone 11.9, by the second alone 12.4.)
     """
 
     def made(
         form: Form, ranks: tuple[int, ...], error: float, lost: float, bases: dict[str, LowRank]
     ) -> Option:
-        loss = -math.log(max(1 - error, 1e-12)) if energy is None else lost / max(energy, 1e-30)
+        loss = -math.log(max(1 - error, 1e-12))
+        if energy is not None:
+            loss = math.sqrt(loss * lost / max(energy, 1e-30))
         return Option(layer, form, ranks, error, loss, bases)
 
     bases: dict[str, LowRank] = {}
@@ -215,8 +219,7 @@ def options(
         plain = basis if exact > widest else low_rank(matrix).truncated(exact, held)
         bases[form] = basis
         for rank in _spread(range(multiple, exact, multiple), _RANKS):
-            if rank <= widest:
-                yield made(form, (rank,), basis.error(rank), basis.lost(rank), {form: basis})
+            yield made(form, (rank,), basis.error(rank), basis.lost(rank), {form: basis})
         yield made(form, (exact,), 0.0, 0.0, {form: plain})
     if len(bases) < 2:
         return
@@ -231,10 +234,10 @@ def options(
 
 
 def _spread(ranks: range, most: int) -> list[int]:
-    """At most so many of them, evenly."""
+    """At most so many of them, each by the same factor above the last."""
     if len(ranks) <= most:
         return list(ranks)
-    return sorted({ranks[round(i * (len(ranks) - 1) / (most - 1))] for i in range(most)})
+    return sorted({ranks[round(len(ranks) ** (i / (most - 1))) - 1] for i in range(most)})
 
 
 # -------------------------------------------------------------------- weights

@@ -35,6 +35,7 @@ from .readers import norm_gain
 from .spill import spilling
 from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 
+TRUSTED = 8
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
 
@@ -255,6 +256,7 @@ class _Repair:
         for i in range(reading.blocks):
             gram, aim = moments.block(i)
             grams.append(gram)
+            aim = aim * _trust(moments.grams[i].count, reading.columns)
             wanted.append(
                 matrices[i] + torch.linalg.solve(ridged(gram), aim).T if aim.shape[1] else matrices[i]
             )
@@ -331,6 +333,14 @@ class _Repair:
             gain = norm_gain(self.twin.graph, reading.anchor.steps[0])
             total = total * gain if gain is not None else total
         self.twin.set_tensor(reading.shift, self.twin.now(reading.shift).double() + total)
+
+
+def _trust(rows: int, columns: int) -> float:
+    """How much of a fit to errors to believe: all of it from `TRUSTED` rows a column on, nothing below one.
+
+    What other layers got wrong is no function of what this one reads: too few rows let it learn them by heart.
+    """
+    return min(1.0, max(0.0, (rows / columns - 1) / (TRUSTED - 1)))
 
 
 # -------------------------------------------------------------------- batch norms

@@ -23,14 +23,14 @@ from compressor.errors import UsageError
 from compressor.factors import PAYS, Fit, Form, Layer, Option, options
 from compressor.ir import Graph, site
 from compressor.measure import bytes_of, parameters
-from compressor.ops import arguments, is_constant, kind, macs, sizes
+from compressor.ops import arguments, is_constant, kind, macs, set_argument, sizes
 from compressor.padding import Padding
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.readers import Anchor, anchor, layer_of
 from compressor.rebuild import Rebuilt, refit
 from compressor.reconstruct import Moments, allocate
 from compressor.statistics import Covariance
-from compressor.survey import Spread
+from compressor.survey import Spread, reading_of
 from compressor.watch import Watch
 
 Value = tuple[Node, int]  # a value of the graph, and the axis of its channels
@@ -40,7 +40,7 @@ Plan = list[Option]
 ENERGY = 0.99
 _STATISTICS = 1 << 28  # bytes of covariances held at once; more layers take more passes over the data
 _TRIALS = 3  # plans that are timed before the rewrite is given up
-_ROUNDS = 4  # times that ranks are chosen anew because the stopwatch refused some
+_ROUNDS = 3  # times that other ranks are tried for a layer whose split the stopwatch refused
 _SLOWER = "the target runs it no faster in parts"
 
 
@@ -203,19 +203,17 @@ class Squeeze(Pass):
     ) -> tuple[Plan, set[Layer]]:
         """The plan whose every split runs faster by itself, and the layers that have none left that could."""
         slow: set[Layer] = set()
-        for _ in range(_ROUNDS if watch is not None else 0):
+        turn = 0
+        while True:
             plan = self._choose(shelves, amounts, before)
-            refused = {o.key: o for o in plan if watch is not None and not watch.faster(o)}
+            refused = [] if watch is None else [o for o in plan if not watch.faster(o)]
             if not refused:
                 return plan, slow
-            bad = [o for key, o in refused.items()]
-            left = [[o for o in shelf if not any(_as_slow(o, b) for b in bad)] for shelf in shelves]
+            drop = _as_slow if turn < _ROUNDS else _alike
+            left = [[o for o in shelf if not any(drop(o, r) for r in refused)] for shelf in shelves]
             slow |= {old[0].layer for old, new in zip(shelves, left, strict=True) if not new}
             shelves[:] = [shelf for shelf in left if shelf]
-        plan = self._choose(shelves, amounts, before)
-        if watch is not None:
-            slow |= {o.layer for o in plan if not watch.faster(o)}
-        return [o for o in plan if o.layer not in slow], slow
+            turn += 1
 
     def _facts(self, plan: Plan, before: Amounts, after: Amounts, goal: Goal) -> dict[str, Any]:
         facts: dict[str, Any] = {n: round(after[n] / max(before[n], 1), 4) for n in ("macs", "params")}
@@ -231,9 +229,11 @@ class Squeeze(Pass):
     def _apply(self, graph: Graph, plan: Plan, ctx: Context, repair: bool = True) -> Rebuilt:
         """Puts the parts in the place of the layers, with the weights that are best for what they now read."""
         nodes = {node.name: node for node in graph.nodes}
+        solved = bool(plan) and repair and self.repair and ctx.calibration is not None
+        for option in plan if solved else ():
+            _give_bias(graph, nodes[option.layer.node.name])
         fits = {nodes[o.layer.node.name]: Fit(o, graph.tensor(nodes[o.layer.weight.name])) for o in plan}
         rebuilt = Rebuilt([], {})
-        solved = bool(plan) and repair and self.repair and ctx.calibration is not None
         if solved and ctx.calibration is not None:
             rebuilt = refit(graph, fits, ctx.calibration, ctx)
             kept = {str(arguments(node)["weight"].target) for node in fits}
@@ -251,10 +251,15 @@ def _saved(option: Option) -> dict[str, float]:
     return {**saved, "bytes": saved["params"] * option.layer.weight.meta["val"].dtype.itemsize}
 
 
+def _alike(option: Option, refused: Option) -> bool:
+    """True for a split of the same kind of layer."""
+    return option.key[:-2] == refused.key[:-2]
+
+
 def _as_slow(option: Option, refused: Option) -> bool:
     """True for a split of the same kind of layer that cannot be faster than one that was refused."""
-    alike = option.key[:-1] == refused.key[:-1]
-    return alike and all(a >= b for a, b in zip(option.ranks, refused.ranks, strict=True))
+    same = option.key[:-1] == refused.key[:-1]
+    return same and all(a >= b for a, b in zip(option.ranks, refused.ranks, strict=True))
 
 
 def _layers(graph: Graph, ignore: Sequence[str]) -> tuple[list[Layer], list[Decline]]:
@@ -415,6 +420,15 @@ def _replace(graph: Graph, node: Node, fit: Fit, shift: Tensor | None) -> None:
         )
     graph.replace_uses(node, value)
     graph.erase(node)
+
+
+def _give_bias(graph: Graph, node: Node) -> None:
+    """A bias of zeros for a layer that nothing else can shift, to take the mean of what is cut off."""
+    reading = reading_of(graph, node)
+    if reading is None or reading.shift is not None or reading.layer.bias is not None:
+        return
+    weight = reading.layer.weight
+    set_argument(graph, node, "bias", _store(graph, weight, "expand.bias", torch.zeros(reading.layer.outs)))
 
 
 def _store(graph: Graph, old: Node, name: str, value: Tensor) -> Node:
