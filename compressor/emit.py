@@ -64,6 +64,8 @@ def emit(
     """
     ready = _prepare(graph, fixed or {})
     model = _translate(ready, opset, optimize)
+    if optimize:
+        tidy.fold_sizes(model)
     tidy.merge_slices(model)
     tidy.share_weights(model)
     _rename(model, ready)

@@ -1,4 +1,4 @@
-"""What ONNX says shorter than PyTorch: one slice along several axes, one copy of equal weights."""
+"""What ONNX says shorter than PyTorch: a slice along several axes, known sizes, one copy of equal weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 import onnx_ir
+import onnxscript.optimizer
+from onnx_ir.passes.common import ShapeInferencePass
 
 _SAMPLE = 64  # entries that tell most different weights apart
 
@@ -25,8 +27,41 @@ def merge_slices(model: onnx_ir.Model) -> None:
             continue
         node.replace_input_with(0, inner.inputs[0])
         for position, pair in enumerate(zip(first, second, strict=True), 1):
-            node.replace_input_with(position, _constant(model, node, position, np.concatenate(pair)))
+            name = ("starts", "ends", "axes", "steps")[position - 1]
+            node.replace_input_with(position, _constant(model, node, name, np.concatenate(pair)))
         inner.graph.remove(inner, safe=True)  # type: ignore[union-attr]
+
+
+def fold_sizes(model: onnx_ir.Model) -> None:
+    """Axes of a known size need not be asked for while the model runs, nor what is computed from them."""
+    asked = [
+        node for node in model.graph.all_nodes() if node.op_type == "Gather" and _shape_of(node) is not None
+    ]
+    if not asked:
+        return
+    ShapeInferencePass()(model)
+    known = False
+    for node in asked:
+        source, index = _shape_of(node), onnx_ir.convenience.get_const_tensor(node.inputs[1])  # type: ignore[arg-type]
+        if source is None or source.shape is None or index is None:
+            continue
+        sizes = [source.shape[int(i)] for i in index.numpy().reshape(-1)]
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        value = np.array(sizes, dtype=np.int64).reshape(index.numpy().shape)
+        node.outputs[0].replace_all_uses_with(_constant(model, node, "size", value))
+        known = True
+    if known:
+        onnxscript.optimizer.optimize(model)
+
+
+def _shape_of(node: onnx_ir.Node) -> onnx_ir.Value | None:
+    """What a node asks the whole shape of, through its first input."""
+    shape = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if shape is None or shape.op_type != "Shape" or "end" in shape.attributes:
+        return None
+    start = shape.attributes.get("start")
+    return shape.inputs[0] if start is None or start.as_int() == 0 else None
 
 
 def _bounds(node: onnx_ir.Node) -> tuple[np.ndarray, ...] | None:
@@ -41,9 +76,9 @@ def _bounds(node: onnx_ir.Node) -> tuple[np.ndarray, ...] | None:
     return None if (found[2] < 0).any() else tuple(found)
 
 
-def _constant(model: onnx_ir.Model, node: onnx_ir.Node, position: int, value: np.ndarray) -> onnx_ir.Value:
+def _constant(model: onnx_ir.Model, node: onnx_ir.Node, what: str, value: np.ndarray) -> onnx_ir.Value:
     graph = node.graph if isinstance(node.graph, onnx_ir.Graph) else model.graph
-    name = f"{node.outputs[0].name}.{('starts', 'ends', 'axes', 'steps')[position - 1]}"
+    name = f"{node.outputs[0].name}.{what}"
     made = onnx_ir.val(name, const_value=onnx_ir.tensor(value, name=name))
     graph.initializers[name] = made
     return made
