@@ -3,16 +3,19 @@
     outputs   k x k to r channels, then 1 x 1            W [O, I k k] = L [O, r] R [r, I k k]    also for linear
     inputs    1 x 1 to r channels, then k x k            W [O k k, I] = L [O k k, r] R [r, I]
     tucker    1 x 1 to r, k x k to q, then 1 x 1         both at once
+    spatial   k x 1 to r channels, then 1 x k            W [O k, I k] = L [O k, r] R [r, I k]
 
 `outputs` is the best split for the data, exactly: the covariance of the layer's outputs is all that it takes. `inputs`
-weighs every tap of the kernel by one covariance of the channels. Sources: Zhang, Zou, He, Sun 2016 (arXiv:1505.06798);
-Kim et al. 2016 (arXiv:1511.06530) for Tucker-2.
+and `spatial` weigh every tap of the kernel by one covariance of the channels. Of other forms, depthwise with 1 x 1 and
+SqueezeNet's did worse than `spatial` (benchmarks/results/squeeze.md). Sources: Zhang, Zou, He, Sun 2016
+(arXiv:1505.06798); Kim et al. 2016 (arXiv:1511.06530) for Tucker-2; Jaderberg, Vedaldi, Zisserman 2014
+(arXiv:1405.3866) for `spatial`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +28,8 @@ from .ir import operator_name, site
 from .ops import arguments
 from .reconstruct import LowRank, Moments, low_rank, numerical_rank
 
-Form = Literal["outputs", "inputs", "tucker"]
+Basis = Literal["outputs", "inputs", "spatial"]
+Form = Literal["outputs", "inputs", "tucker", "spatial"]
 Step = tuple[
     Any, Tensor, tuple[Any, ...]
 ]  # an operator, its weight, and where it stands: stride, padding, dilation
@@ -41,7 +45,8 @@ _RANKS, _TUCKER_RANKS = 64, 16  # at most so many are looked at
 class Layer:
     """A convolution (`kernel` holds its sizes) or a linear (`kernel` is empty) that can be split.
 
-    reads, writes: positions of its input and of its output, for one sample. scale [outs]: what an error of each output
+    reads, writes: positions of its input and of its output, for one sample; between: of what its first axis alone,
+    strided, leaves, 0 where it has no two axes. scale [outs]: what an error of each output
     makes of the layer's anchor (`readers.py`).
     """
 
@@ -53,6 +58,7 @@ class Layer:
     kernel: tuple[int, ...]
     reads: int
     writes: int
+    between: int
     scale: Tensor
 
     @property
@@ -65,8 +71,10 @@ class Layer:
         return -1 - len(self.kernel)
 
     @property
-    def forms(self) -> tuple[Literal["outputs", "inputs"], ...]:
-        return ("outputs",) if self.area == 1 else ("outputs", "inputs")
+    def forms(self) -> tuple[Basis, ...]:
+        if self.area == 1:
+            return ("outputs",)
+        return ("outputs", "inputs", "spatial") if self.between else ("outputs", "inputs")
 
     @property
     def whole(self) -> dict[str, int]:
@@ -87,6 +95,9 @@ class Layer:
     def cost(self, form: Form, ranks: tuple[int, ...]) -> dict[str, int]:
         """MACs and parameters of the operators that it becomes."""
         first, last = ranks[0], ranks[-1]
+        if form == "spatial":
+            down, along = first * self.ins * self.kernel[0], first * self.outs * self.kernel[1]
+            return {"macs": down * self.between + along * self.writes, "params": down + along}
         squeeze = 0 if form == "outputs" else first * self.ins
         middle = {"outputs": last * self.ins, "inputs": first * self.outs, "tucker": first * last}[form]
         expand = 0 if form == "inputs" else last * self.outs
@@ -97,10 +108,14 @@ class Layer:
         """The largest ranks that a weight of this shape can have."""
         outputs = min(self.outs, self.ins * self.area)
         inputs = min(self.outs * self.area, self.ins)
+        if form == "spatial":
+            return (min(self.outs * self.kernel[1], self.ins * self.kernel[0]),)
         return {"outputs": (outputs,), "inputs": (inputs,), "tucker": (inputs, outputs)}[form]
 
-    def matrix(self, form: Literal["outputs", "inputs"], weight: Tensor) -> Tensor:
-        """The weight [O, I, *kernel] unfolded as L R: [O, I k k] or [O k k, I]."""
+    def matrix(self, form: Basis, weight: Tensor) -> Tensor:
+        """The weight [O, I, *kernel] unfolded as L R: [O, I k k], [O k k, I] or [O k, I k]."""
+        if form == "spatial":
+            return weight.permute(0, 3, 1, 2).reshape(self.outs * self.kernel[1], -1)
         return weight.flatten(1) if form == "outputs" else weight.movedim(1, -1).reshape(-1, self.ins)
 
 
@@ -150,6 +165,17 @@ class Option:
         layer, ranks = self.layer, self.rank_of
         first, last = ranks.get("inputs"), ranks.get("outputs")
         ones = (1,) * len(layer.kernel)
+        if "spatial" in ranks:
+            rank, (down, along) = ranks["spatial"], layer.kernel
+            stride, padding, dilation = (_pair(value) for value in _place(layer.node))
+            first_place = ([stride[0], 1], [padding[0], 0], [dilation[0], 1])
+            yield layer.node.target, (rank, layer.ins, down, 1), first_place
+            yield (
+                layer.node.target,
+                (layer.outs, rank, 1, along),
+                ([1, stride[1]], [0, padding[1]], [1, dilation[1]]),
+            )
+            return
         if first is not None:
             yield _thin(layer), (first, layer.ins, *ones), ()
         yield layer.node.target, (last or layer.outs, first or layer.ins, *layer.kernel), _place(layer.node)
@@ -165,7 +191,10 @@ class Option:
     def __str__(self) -> str:
         layer, operator = self.layer, operator_name(self.layer.node).split(".")[1]
         wide, thin = ("x".join(map(str, k)) for k in (layer.kernel, [1] * len(layer.kernel)))
-        sizes = {"outputs": (wide, thin), "inputs": (thin, wide), "tucker": (thin, wide, thin)}[self.form]
+        sizes = {"outputs": (wide, thin), "inputs": (thin, wide), "tucker": (thin, wide, thin)}.get(
+            self.form,
+            ("x".join(map(str, (*layer.kernel[:1], 1))), "x".join(map(str, (1, *layer.kernel[1:])))),
+        )
         steps = ", ".join(
             f"{k} to {n}".strip() for k, n in zip(sizes, (*self.ranks, layer.outs), strict=True)
         )
@@ -189,7 +218,11 @@ class Option:
 
 
 def options(
-    layer: Layer, weight: Tensor, moments: dict[str, Moments | None], energy: float | None, multiple: int
+    layer: Layer,
+    weight: Tensor,
+    moments: Mapping[Basis, Moments | None],
+    energy: float | None,
+    multiple: int,
 ) -> Iterator[Option]:
     """Every split worth a look: ranks in multiples, up to the rank that the weight has: there nothing is lost.
 
@@ -221,7 +254,7 @@ def options(
         for rank in _spread(range(multiple, exact, multiple), _RANKS):
             yield made(form, (rank,), basis.error(rank), basis.lost(rank), {form: basis})
         yield made(form, (exact,), 0.0, 0.0, {form: plain})
-    if len(bases) < 2:
+    if "inputs" not in bases:
         return
     for first in _spread(range(multiple, layer.ins, multiple), _TUCKER_RANKS):
         for last in _spread(range(multiple, layer.outs, multiple), _TUCKER_RANKS):
@@ -230,7 +263,8 @@ def options(
                 rank <= basis.left.shape[1] for basis, rank in errors
             ):
                 error = min(1.0, sum(basis.error(rank) for basis, rank in errors))
-                yield made("tucker", (first, last), error, sum(b.lost(r) for b, r in errors), dict(bases))
+                both = {form: bases[form] for form in ("inputs", "outputs")}
+                yield made("tucker", (first, last), error, sum(b.lost(r) for b, r in errors), both)
 
 
 def _spread(ranks: range, most: int) -> list[int]:
@@ -250,76 +284,107 @@ class Fit:
     """
 
     def __init__(self, option: Option, weight: Tensor) -> None:
-        self.option, self.weight = option, weight.double()
-        self._first: Tensor | None = None
-        self._last: Tensor | None = None
-        self._kernel = self.weight
-        self._from_bases()
-
-    def _from_bases(self) -> None:
-        option, layer = self.option, self.option.layer
+        self.option, self.whole = option, weight.double()
+        layer, kernel = option.layer, self.whole
         bases = {form: (option.bases[form], rank) for form, rank in option.rank_of.items()}
-        kernel = self.weight
+        first: Tensor | None = None
+        last: Tensor | None = None
+        if "spatial" in bases:
+            basis, rank = bases["spatial"]
+            self._set_pair(*basis.factors(layer.matrix("spatial", kernel), rank))
+            return
         if "inputs" in bases:
             basis, rank = bases["inputs"]
-            left, self._first = basis.factors(layer.matrix("inputs", kernel), rank)
+            left, first = basis.factors(layer.matrix("inputs", kernel), rank)
             kernel = left.reshape(layer.outs, *layer.kernel, rank).movedim(-1, 1)
         if "outputs" in bases:
             basis, rank = bases["outputs"]
-            self._last, right = basis.factors(kernel.flatten(1), rank)
+            last, right = basis.factors(kernel.flatten(1), rank)
             kernel = right.reshape(rank, *kernel.shape[1:])
-        self._kernel = kernel
+        self._set(first, kernel, last)
 
     def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
         """The matrix [O, F] of this form nearest to `wanted` on rows of this Gram matrix [F, F].
 
         Reduced-rank regression: of all matrices of rank r, the one whose outputs differ least. The channels that
-        `inputs` keeps are those of the wanted matrix; what is behind them is solved for.
+        `inputs` keeps, and the columns that `spatial` does, are those of the wanted matrix; what is behind them is
+        solved for.
         """
         layer, ranks = self.option.layer, self.option.rank_of
+        taps, scale = layer.area, layer.scale.double()
+        channels = gram.reshape(layer.ins, taps, layer.ins, taps).diagonal(dim1=1, dim2=3).mean(-1)
+        first: Tensor | None = None
+        last: Tensor | None = None
+        if "spatial" in ranks:
+            down, along = layer.kernel
+            first = _leading(layer, "spatial", wanted, channels, ranks["spatial"])
+            eye = torch.eye(along, dtype=torch.float64)
+            lift = torch.einsum("rih,wv->rwihv", first.reshape(-1, layer.ins, down), eye).reshape(
+                -1, len(gram)
+            )
+            kernel, _ = _solved(gram, wanted, lift)
+            self._set_pair(kernel.reshape(layer.outs, -1, along).movedim(1, 2).flatten(0, 1), first)
+            return self.whole.flatten(1)
         kernel = wanted
-        lift = None
         if "inputs" in ranks:
-            taps = layer.area
-            channels = gram.reshape(layer.ins, taps, layer.ins, taps).diagonal(dim1=1, dim2=3).mean(-1)
-            unfolded = wanted.reshape(layer.outs, layer.ins, taps).movedim(1, -1).reshape(-1, layer.ins)
-            weights = layer.scale.double().repeat_interleave(taps)
-            seen = Moments(torch.zeros(layer.ins, dtype=torch.float64), channels, 1 << 30, False)
-            left = low_rank(unfolded, seen, weights).left[:, : ranks["inputs"]].double()
-            self._first = torch.linalg.qr((left.T @ (unfolded * weights[:, None])).T).Q.T.contiguous()
-            lift = torch.kron(self._first, torch.eye(taps, dtype=torch.float64))
-            inner = lift @ gram @ lift.T
-            kernel = torch.linalg.solve(ridged(inner, 1e-9), lift @ gram @ wanted.T).T
-            gram = inner
+            first = _leading(layer, "inputs", wanted, channels, ranks["inputs"])
+            kernel, gram = _solved(gram, wanted, torch.kron(first, torch.eye(taps, dtype=torch.float64)))
         if "outputs" in ranks:
-            scaled = kernel * layer.scale.double()[:, None]
-            _, vectors = torch.linalg.eigh(scaled @ gram @ scaled.T)
-            basis = vectors.flip(1)[:, : ranks["outputs"]]
-            self._last = basis / layer.scale.double()[:, None]
-            kernel = basis.T @ scaled
-        width = layer.ins if self._first is None else len(self._first)
-        self._kernel = kernel.reshape(len(kernel), width, *layer.kernel)
-        whole = kernel if self._last is None else self._last @ kernel
-        return whole if lift is None else whole @ lift
+            scaled = kernel * scale[:, None]
+            basis = torch.linalg.eigh(scaled @ gram @ scaled.T)[1].flip(1)[:, : ranks["outputs"]]
+            last, kernel = basis / scale[:, None], basis.T @ scaled
+        width = layer.ins if first is None else len(first)
+        self._set(first, kernel.reshape(len(kernel), width, *layer.kernel), last)
+        return self.whole.flatten(1)
 
-    @property
-    def whole(self) -> Tensor:
-        """The one weight [O, I, *kernel] that the operators compute together."""
-        kernel = self._kernel.flatten(1) if self._last is None else self._last @ self._kernel.flatten(1)
-        kernel = kernel.reshape(self.option.layer.outs, -1, *self.option.layer.kernel)
-        return kernel if self._first is None else torch.einsum("or...,ri->oi...", kernel, self._first)
+    def _set(self, first: Tensor | None, kernel: Tensor, last: Tensor | None) -> None:
+        """first [r, I], kernel [q, r, *kernel], last [O, q]."""
+        self._weights = [w for w in (first, kernel, last) if w is not None]
+        behind = kernel.flatten(1) if last is None else last @ kernel.flatten(1)
+        self.whole = behind.reshape(len(behind), *kernel.shape[1:])
+        if first is not None:
+            self.whole = torch.einsum("or...,ri->oi...", self.whole, first)
+
+    def _set_pair(self, left: Tensor, right: Tensor) -> None:
+        """left [O k, r], right [r, I k]."""
+        (down, along), rank = self.option.layer.kernel, len(right)
+        last = left.reshape(-1, along, rank).movedim(1, 2)
+        self._weights = [right, last]
+        self.whole = torch.einsum("orw,rih->oihw", last, right.reshape(rank, -1, down))
 
     def steps(self) -> Iterator[Step]:
         """The operators in order, with their weights in float64."""
-        weights = [w for w in (self._first, self._kernel, self._last) if w is not None]
-        for (target, size, place), weight in zip(self.option.shapes, weights, strict=True):
+        for (target, size, place), weight in zip(self.option.shapes, self._weights, strict=True):
             yield target, weight.reshape(size), place
+
+
+def _leading(layer: Layer, form: Basis, wanted: Tensor, channels: Tensor, rank: int) -> Tensor:
+    """What the first operator of a split computes [r, columns]: an orthonormal basis of the best rows."""
+    weight = wanted.reshape(layer.outs, layer.ins, *layer.kernel)
+    matrix = layer.matrix(form, weight)
+    scale = layer.scale.double().repeat_interleave(len(matrix) // layer.outs)
+    taps = torch.eye(matrix.shape[1] // layer.ins, dtype=torch.float64)
+    seen = Moments(matrix.new_zeros(matrix.shape[1]), torch.kron(channels, taps), 1 << 30, False)
+    rows = low_rank(matrix, seen, scale).left[:, :rank].double().T @ (matrix * scale[:, None])
+    return torch.linalg.qr(rows.T).Q.T.contiguous()
+
+
+def _solved(gram: Tensor, wanted: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+    """L [O, m] of the matrix L lift nearest to `wanted`, and the Gram matrix [m, m] of what it reads."""
+    inner = lift @ gram @ lift.T
+    return torch.linalg.solve(ridged(inner, 1e-9), lift @ gram @ wanted.T).T, inner
 
 
 def _thin(layer: Layer) -> Any:
     """The operator that mixes channels, position by position."""
     rank = len(layer.kernel)
     return getattr(torch.ops.aten, f"conv{rank}d").default if rank else torch.ops.aten.linear.default
+
+
+def _pair(value: Any) -> list[int]:
+    """One number for each of two axes."""
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
+    return found * 2 if len(found) == 1 else found
 
 
 def _place(node: Node) -> tuple[Any, ...]:

@@ -29,9 +29,7 @@ class Watch:
     def faster(self, option: Option) -> bool:
         if option.key not in self.times:
             with self._progress(f"timing {option}", None):
-                whole, parts = self.measure(
-                    _alone(option, [option.layer.step]), _alone(option, option.shapes)
-                )
+                whole, parts = self.measure(alone(option, [option.layer.step]), alone(option, option.shapes))
             self.times[option.key] = (whole, parts)
         whole, parts = self.times[option.key]
         return parts <= SURE * whole
@@ -59,7 +57,7 @@ class _Chain(nn.Module):
         return x
 
 
-def _alone(option: Option, shapes: Iterable[tuple[Any, tuple[int, ...], tuple[Any, ...]]]) -> Graph:
+def alone(option: Option, shapes: Iterable[tuple[Any, tuple[int, ...], tuple[Any, ...]]]) -> Graph:
     """These operators over what the layer reads, for one sample; its numbers depend on nothing but its shapes."""
     generator = torch.Generator().manual_seed(0)
     steps = [

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from compressor.budgets import Amounts, Budget, Goal
 from compressor.errors import UsageError
-from compressor.factors import PAYS, Fit, Form, Layer, Option, options
+from compressor.factors import PAYS, Basis, Fit, Layer, Option, options
 from compressor.ir import Graph, site
 from compressor.measure import bytes_of, parameters
 from compressor.ops import arguments, is_constant, kind, macs, set_argument, sizes
@@ -95,12 +95,12 @@ class Squeeze(Pass):
         )  # fmt: skip
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
-        layers, declines = _layers(graph, self.ignore)
+        layers, declines = layers_of(graph, self.ignore)
         before = {"macs": macs(graph), "params": parameters(graph), "bytes": bytes_of(graph)}
         shelves: list[Plan] = []
         energies: dict[Node, float] = {}
         for group in _groups(layers):
-            seen = _observe(graph, group, energies, ctx)
+            seen = observe(graph, group, energies, ctx)
             with ctx.progress("squeeze: factorising", len(group)) as advance:
                 for layer in group:
                     found = self._options(graph, layer, seen, energies, ctx)
@@ -149,13 +149,9 @@ class Squeeze(Pass):
         weight = graph.tensor(layer.weight)
         if not bool(torch.isfinite(weight).all()) or not bool(weight.any()):
             return Decline.at(layer.node, "its weight is zero, or not finite")
-        moments: dict[str, Moments | None] = {f: _moments(graph, layer, f, seen) for f in layer.forms}
-        for one in moments.values():
-            if one is not None and not bool(torch.isfinite(one.covariance).all()):
-                return Decline.at(layer.node, "the calibration data gives values here that are not finite")
-        energy = energies.get(_anchor(graph, layer).node) if seen else None
-        multiple = self.align or ctx.target.channel_multiple
-        found = list(options(layer, weight, moments, energy, multiple))
+        if any(not bool(seen[v].covariance.isfinite().all()) for v in _values(layer) if v in seen):
+            return Decline.at(layer.node, "the calibration data gives values here that are not finite")
+        found = options_of(graph, layer, seen, energies, self.align or ctx.target.channel_multiple)
         bare = self.energy is None and not self.budget.named
         keep = ENERGY if bare else (self.energy or 0.0)
         enough = [o for o in found if o.error <= 1 - keep]  # never empty: the full rank loses nothing
@@ -262,7 +258,8 @@ def _as_slow(option: Option, refused: Option) -> bool:
     return same and all(a >= b for a, b in zip(option.ranks, refused.ranks, strict=True))
 
 
-def _layers(graph: Graph, ignore: Sequence[str]) -> tuple[list[Layer], list[Decline]]:
+def layers_of(graph: Graph, ignore: Sequence[str]) -> tuple[list[Layer], list[Decline]]:
+    """The layers that can be split, and why the others cannot."""
     layers, declines = [], []
     for node in graph.nodes:
         if kind(node) not in ("conv", "conv_transpose", "linear"):
@@ -278,8 +275,22 @@ def _layers(graph: Graph, ignore: Sequence[str]) -> tuple[list[Layer], list[Decl
         known = layer_of(node)
         scale = torch.ones(outs) if known is None else anchor(graph, known).scale.abs()
         scale = scale.clamp(min=1e-3 * float(scale.max())) if float(scale.max()) > 0 else torch.ones(outs)
-        source, weight = bound["input"], bound["weight"]
-        layers.append(Layer(node, source, weight, outs, ins, tuple(kernel), reads, writes, scale.double()))
+        pair = len(kernel) == 2 and min(kernel) > 1 and not isinstance(bound["padding"], str)
+        between = sizes(node)[-2] * sizes(bound["input"])[-1] if pair else 0
+        layers.append(
+            Layer(
+                node,
+                bound["input"],
+                bound["weight"],
+                outs,
+                ins,
+                tuple(kernel),
+                reads,
+                writes,
+                between,
+                scale.double(),
+            )
+        )
     return layers, declines
 
 
@@ -306,13 +317,30 @@ def _anchor(graph: Graph, layer: Layer) -> Anchor:
     return anchor(graph, known)
 
 
-def _watched(layer: Layer, form: Form) -> tuple[Value, bool]:
+def _watched(layer: Layer, form: Basis) -> tuple[Value, bool]:
     """The value whose covariance a split wants, and whether that is the layer's output.
 
     Where the output is one matrix times the input, position by position, either will do: the narrower one.
     """
     outputs = form == "outputs" and not (layer.pointwise and layer.ins < layer.outs)
     return (layer.node if outputs else layer.source, layer.axis), outputs
+
+
+def _values(layer: Layer) -> list[Value]:
+    return [_watched(layer, form)[0] for form in layer.forms]
+
+
+def options_of(
+    graph: Graph,
+    layer: Layer,
+    seen: Mapping[Value, Covariance],
+    energies: Mapping[Node, float],
+    multiple: int,
+) -> Plan:
+    """Every split of a layer worth a look, by what `observe` saw."""
+    moments = {form: _moments(graph, layer, form, seen) for form in layer.forms}
+    energy = energies.get(_anchor(graph, layer).node) if seen else None
+    return list(options(layer, graph.tensor(layer.weight), moments, energy, multiple))
 
 
 def _bytes(layer: Layer) -> int:
@@ -331,7 +359,7 @@ def _groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield group
 
 
-def _observe(
+def observe(
     graph: Graph, layers: Sequence[Layer], energies: dict[Node, float], ctx: Context
 ) -> dict[Value, Covariance]:
     """Means and covariances over the calibration data without padding, in one pass; nothing without data.
@@ -366,7 +394,7 @@ def _observe(
     return seen
 
 
-def _moments(graph: Graph, layer: Layer, form: Form, seen: Mapping[Value, Covariance]) -> Moments | None:
+def _moments(graph: Graph, layer: Layer, form: Basis, seen: Mapping[Value, Covariance]) -> Moments | None:
     """None without data, and where the data never moves the value."""
     value, outputs = _watched(layer, form)
     found = seen.get(value)
@@ -374,7 +402,14 @@ def _moments(graph: Graph, layer: Layer, form: Form, seen: Mapping[Value, Covari
         return None
     bias = arguments(layer.node)["bias"] if outputs else None
     mean = found.mean if bias is None else found.mean - graph.tensor(bias).double()
+    if form == "spatial":  # the taps down a column, as if each saw other values
+        down = layer.kernel[0]
+        return Moments(mean.repeat_interleave(down), _spread(found.covariance, down), found.count, outputs)
     return Moments(mean, found.covariance, found.count, outputs)
+
+
+def _spread(covariance: Tensor, taps: int) -> Tensor:
+    return torch.kron(covariance, torch.eye(taps, dtype=covariance.dtype))
 
 
 # -------------------------------------------------------------------- the rewrite
