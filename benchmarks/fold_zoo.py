@@ -137,7 +137,7 @@ def against_onnxslim(model: nn.Module, before: Graph, after: Graph, inputs: Sequ
         try:
             ours = delivery.deliver(after, CPU, here, {}, {})
         except CompressorError as error:
-            return {"ours": "does not emit", "note": first_line(error)}
+            return {"ours": "does not emit", "why": first_line(error)}
         row: Row = {"ours": nodes(ours.path)}
         try:
             theirs = exported(model, [t[:2] for t in inputs], before, here / "theirs.onnx")

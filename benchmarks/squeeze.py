@@ -349,7 +349,8 @@ def forms() -> bool:
 
 def _ours(layer: Layer, weight: Tensor, form: str) -> Fit:
     options = [o for o in options_of_weight(layer, weight) if o.form == form and o.share <= 0.5]
-    return Fit(max(options, key=lambda o: (round(o.share, 1), -o.error)), weight)
+    most = max(o.share for o in options)
+    return Fit(min((o for o in options if o.share > most - 0.02), key=lambda o: o.error), weight)
 
 
 def options_of_weight(layer: Layer, weight: Tensor) -> list[Option]:

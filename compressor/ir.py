@@ -17,7 +17,7 @@ from typing import Any
 import networkx
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
@@ -214,7 +214,8 @@ class Graph:
     def add_tensor(self, name: str, value: Tensor, *, before: Node | None = None) -> Node:
         """A new constant with a free name like `name`, and the `get_attr` node that reads it (at the graph's top)."""
         free, count = name, 0
-        while free in self.tensors or any(t.startswith(free + ".") for t in self.tensors):
+        # a module holds it in the end, and has attributes of its own (`to`, `half`)
+        while self._is_taken(free) or hasattr(nn.Module, free.rpartition(".")[2]):
             count += 1
             free = f"{name}_{count}"
         self._bind(free, value)
@@ -224,6 +225,9 @@ class Graph:
         self.journal.born.add(node.name)
         self._infer(node)
         return node
+
+    def _is_taken(self, name: str) -> bool:
+        return name in self.tensors or any(t.startswith(name + ".") for t in self.tensors)
 
     def set_tensor(self, node: Node, value: Tensor) -> None:
         """Binds another tensor to the name that a `get_attr` node reads. Every reader of that name sees it."""
