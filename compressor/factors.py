@@ -312,12 +312,11 @@ class Fit:
         """
         layer, ranks = self.option.layer, self.option.rank_of
         taps, scale = layer.area, layer.scale.double()
-        channels = gram.reshape(layer.ins, taps, layer.ins, taps).diagonal(dim1=1, dim2=3).mean(-1)
         first: Tensor | None = None
         last: Tensor | None = None
         if "spatial" in ranks:
             down, along = layer.kernel
-            first = _leading(layer, "spatial", wanted, channels, ranks["spatial"])
+            first = _leading(layer, "spatial", wanted, _seen(gram, along), ranks["spatial"])
             eye = torch.eye(along, dtype=torch.float64)
             lift = torch.einsum("rih,wv->rwihv", first.reshape(-1, layer.ins, down), eye).reshape(
                 -1, len(gram)
@@ -327,7 +326,7 @@ class Fit:
             return self.whole.flatten(1)
         kernel = wanted
         if "inputs" in ranks:
-            first = _leading(layer, "inputs", wanted, channels, ranks["inputs"])
+            first = _leading(layer, "inputs", wanted, _seen(gram, taps), ranks["inputs"])
             kernel, gram = _solved(gram, wanted, torch.kron(first, torch.eye(taps, dtype=torch.float64)))
         if "outputs" in ranks:
             scaled = kernel * scale[:, None]
@@ -358,14 +357,21 @@ class Fit:
             yield target, weight.reshape(size), place
 
 
-def _leading(layer: Layer, form: Basis, wanted: Tensor, channels: Tensor, rank: int) -> Tensor:
-    """What the first operator of a split computes [r, columns]: an orthonormal basis of the best rows."""
-    weight = wanted.reshape(layer.outs, layer.ins, *layer.kernel)
-    matrix = layer.matrix(form, weight)
+def _seen(gram: Tensor, taps: int) -> Tensor:
+    """The Gram matrix of what one of the last `taps` of a row's columns reads, on average."""
+    wide = len(gram) // taps
+    return gram.reshape(wide, taps, wide, taps).diagonal(dim1=1, dim2=3).mean(-1)
+
+
+def _leading(layer: Layer, form: Basis, wanted: Tensor, seen: Tensor, rank: int) -> Tensor:
+    """What the first operator of a split computes [r, columns]: an orthonormal basis of the best rows.
+
+    seen [columns, columns]: the Gram matrix of what it reads.
+    """
+    matrix = layer.matrix(form, wanted.reshape(layer.outs, layer.ins, *layer.kernel))
     scale = layer.scale.double().repeat_interleave(len(matrix) // layer.outs)
-    taps = torch.eye(matrix.shape[1] // layer.ins, dtype=torch.float64)
-    seen = Moments(matrix.new_zeros(matrix.shape[1]), torch.kron(channels, taps), 1 << 30, False)
-    rows = low_rank(matrix, seen, scale).left[:, :rank].double().T @ (matrix * scale[:, None])
+    moments = Moments(matrix.new_zeros(len(seen)), seen, 1 << 30, False)
+    rows = low_rank(matrix, moments, scale).left[:, :rank].double().T @ (matrix * scale[:, None])
     return torch.linalg.qr(rows.T).Q.T.contiguous()
 
 

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from .batches import Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
+from .ops import kind
 from .padding import Padding
 from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax
@@ -160,7 +161,9 @@ def calibrate(
         advance(size)
     if not samples:
         raise DataError("the calibration data is empty: ranges need samples")
-    return {node: _range(seen.get(node), percentile) for node in wanted}
+    return {
+        node: _range(seen.get(node), percentile) if _pixels(node) is None else (0.0, 255.0) for node in wanted
+    }
 
 
 def _range(statistic: MinMax | Histogram | None, percentile: float) -> Range:
@@ -244,8 +247,19 @@ def _pair(graph: Graph, value: Node, p: Params) -> Node:
     """A quantiser and a dequantiser behind `value`; the dequantiser."""
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
     before = behind(value)
+    pixels = _pixels(value)
+    if pixels is not None and p.dtype == torch.uint8:
+        return graph.insert(_quantised.dequantize_per_tensor.default, (pixels, *arguments), before=before)
     integers = graph.insert(_quantised.quantize_per_tensor.default, (value, *arguments), before=before)
     return graph.insert(_quantised.dequantize_per_tensor.default, (integers, *arguments), before=before)
+
+
+def _pixels(value: Node) -> Node | None:
+    """The bytes that a value is, as floats: they are their own integers, at scale 1."""
+    if kind(value) != "cast" or value.meta["val"].dtype != torch.float32:
+        return None
+    source = value.all_input_nodes[0]
+    return source if source.meta["val"].dtype == torch.uint8 else None
 
 
 def behind(node: Node) -> Node:

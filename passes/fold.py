@@ -236,7 +236,9 @@ def _into_operand(
         if list(operands.values()).count(value) > 1:
             continue
         one = Map(
-            node, value, *(torch.full((1,) * value.meta["val"].dim(), n).double() for n in (scale, 0.0))
+            node,
+            value,
+            *(torch.full((1,) * value.meta["val"].dim(), n, dtype=torch.float64) for n in (scale, 0.0)),
         )
         made = writer.above(one, partial(finish, name))
         if isinstance(made, Rewrite):

@@ -21,6 +21,9 @@ from compressor.data import Data, open_data, parse_input, synthetic
 from compressor.errors import DataError, UsageError
 from compressor.images import Preprocess, preprocessing
 from compressor.ir import Graph
+from compressor.pipeline import Context
+from passes.fold import Fold
+from targets.cpu import CPU
 
 WORDS = [",".join(w) for w in itertools.product(("uint8", "float32"), ("nhwc", "nchw"), ("rgb", "bgr"))]
 IMAGENET = {
@@ -116,6 +119,39 @@ def test_only_what_does_something_becomes_an_operator(tmp_path: Path) -> None:
     assert front("uint8,nhwc,bgr", "blue first") == ["permute", "to", "sub", "div"]
     assert front("uint8,nchw", "scale only") == ["to", "div"]
     assert front("float32,nchw", "nothing") == []
+
+
+def folded(graph: Graph) -> list[str]:
+    """Operators up to the first convolution, once `fold` has taken what it can."""
+    after = graph.copy()
+    Fold().run(after, Context(CPU, synthetic(after.inputs, after.example, samples=4)))
+    after.check()
+    x = as_asked(pixels(3), "uint8,nhwc,bgr")
+    assert close(after.run(x)[0], graph.run(x)[0])
+    names = [str(node.target).split(".")[1] for node in after.nodes if node.op == "call_function"]
+    return names[: names.index("conv2d")]
+
+
+def test_fold_takes_order_and_normalisation_as_far_as_is_exact() -> None:
+    padded, _ = graph_and_camera("uint8,nhwc,bgr")
+    assert folded(padded) == ["permute", "to", "add"], (
+        "zeros at the border are not what a mean would make of them"
+    )
+    patches, _ = graph_and_camera("uint8,nhwc,bgr", net=nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2)))
+    assert folded(patches) == ["permute", "to"]
+
+
+def test_integers_read_the_bytes_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
+    result = api.compress(
+        net, torch.randn(2, 3, 12, 12), passes="fold,int8", preprocess="imagenet", image_input="uint8,nhwc",
+        calibration=pixels(16), measure=False, output="bytes",
+    )  # fmt: skip
+    operators = result.report["emitted"]["operators"]
+    assert operators["QLinearConv"] == 1 and not {"Cast", "QuantizeLinear"} & operators.keys()
+    assert result.report["rows"][-1]["total_db"] > 30
 
 
 def test_dynamic_sizes_keep_their_names_where_they_now_stand() -> None:

@@ -1,9 +1,12 @@
 """Graph -> ONNX: names, axes, bytes, and operators without a word in ONNX."""
 
+from collections import Counter
+
 import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from compressor import delivery, runtime
 from compressor.capture import capture
@@ -149,3 +152,93 @@ def test_staging_leaves_the_old_output_whole(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"), delivery.staging(tmp_path / "file"):
         pass
+
+
+# ---------------------------------------------------------------- what ONNX says shorter
+
+
+def operators(path):
+    return Counter(n.op_type for n in onnx.load(path).graph.node if n.op_type != "Constant")
+
+
+def emitted(body, *example, folder, **layers):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleDict(layers)
+
+        def forward(self, *inputs):
+            return body(self.layers, *inputs)
+
+    torch.manual_seed(0)
+    graph = capture(Model().eval(), example)
+    made = delivery.deliver(graph, TARGET, folder, {}, {})
+    fresh = [
+        torch.randn(5, *t.shape[1:]) if t.is_floating_point() else t[:1].repeat(5, 1, 1, 1) for t in example
+    ]
+    checks = delivery.check_emitted(graph, made, [Batch(tuple(fresh))])
+    assert max(c.error for c in checks) < 1e-5 and all(c.finite for c in checks)
+    return operators(made.path)
+
+
+def test_slices_along_several_axes_are_one(tmp_path):
+    counts = emitted(lambda m, x: x[:, 1:, :, 1:3][:, :, ::2] + 0, torch.randn(2, 4, 6, 6), folder=tmp_path)
+    assert counts["Slice"] == 1
+    again = emitted(lambda m, x: x[:, 1:][:, 1:] + 0, torch.randn(2, 4, 6), folder=tmp_path)
+    assert again["Slice"] == 2, "along one axis they do not commute"
+    read = emitted(lambda m, x: (x[:, 1:, 2:] + 0, x[:, 1:].exp()), torch.randn(2, 4, 6), folder=tmp_path)
+    assert read["Slice"] == 2
+
+
+def test_equal_weights_are_stored_once(tmp_path):
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+    b.load_state_dict(a.state_dict())
+    emitted(lambda m, x: m["b"](m["a"](x).relu()), torch.randn(2, 64), folder=tmp_path, a=a, b=b)
+    assert sum(i.dims == [64, 64] for i in onnx.load(tmp_path / "model.onnx").graph.initializer) == 1
+
+
+def test_known_sizes_are_not_asked_for(tmp_path):
+    counts = emitted(
+        lambda m, x: F.unfold(x, (3, 1), padding=(1, 0)).reshape(x.shape[0], -1),
+        torch.randn(2, 4, 6, 1),
+        folder=tmp_path,
+    )
+    assert not {"Shape", "Range"} & counts.keys()
+
+
+@pytest.mark.parametrize("mask", [None, "floats", "bools"])
+@pytest.mark.parametrize("rank", [3, 4, 5])
+def test_attention_is_few_operators(mask, rank, tmp_path):
+    if mask == "bools" and rank != 4:
+        pytest.skip("left to the exporter")
+    size = (*(2, 3, 4)[: rank - 2], 5, 8)
+    example = [torch.randn(size) for _ in range(3)]
+    if mask is not None:
+        floats = torch.randn(size[0], *[1] * (rank - 3), 5, 5)
+        example.append(floats if mask == "floats" else (floats > 0) | torch.eye(5, dtype=torch.bool))
+    counts = emitted(
+        lambda m, q, k, v, *a: F.scaled_dot_product_attention(q, k, v, *a), *example, folder=tmp_path
+    )
+    assert sum(counts.values()) <= {None: 5, "floats": 6, "bools": 9}[mask] and counts["MatMul"] == 2
+
+
+def test_a_row_that_may_attend_to_nothing_is_what_it_is_in_torch(tmp_path):
+    x = torch.randn(2, 1, 4, 8)
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    mask[:, :, 1] = False
+    graph = capture(Masked(), (x, mask))
+    made = delivery.deliver(graph, TARGET, tmp_path, {}, {})
+    checks = delivery.check_emitted(
+        graph, made, [Batch((torch.randn(3, 1, 4, 8), mask[:1].repeat(3, 1, 1, 1)))]
+    )
+    assert max(c.error for c in checks) < 1e-5
+
+
+class Masked(nn.Module):
+    def forward(self, x, mask):
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+
+def test_parts_of_an_unbind_are_one_operator_each(tmp_path):
+    counts = emitted(lambda m, x: sum(t.exp() for t in x.unbind(1)), torch.randn(2, 3, 4), folder=tmp_path)
+    assert counts["Gather"] == 3 and not {"Split", "Squeeze"} & counts.keys()

@@ -281,6 +281,27 @@ def test_convolution_read_twice() -> None:
     assert declined(batch_norm("second")) == "the output of conv is read twice"
 
 
+def test_two_batch_norms_that_read_one_convolution() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norms = nn.Conv2d(4, 4, 3), nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norms[0](y).relu() * self.norms[1](y).sigmoid()
+
+    graph = captured(Net(), torch.randn(3, 4, 6, 6))
+    outcome = Fold().run(graph.copy(), context(graph))
+    assert [d.reason for d in outcome.declines] == ["the output of conv is read twice"] * 2
+
+
+def test_a_batch_norm_that_is_an_output() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6))
+    after, _ = fold(captured(model, torch.randn(3, 4, 5, 5)))
+    assert operators(after) == {"conv_transpose": 1}
+
+
 def test_convolution_that_is_an_output() -> None:
     assert declined(batch_norm("output")) == "the output of conv is an output of the graph"
 
