@@ -23,7 +23,7 @@ from torch.fx import Node
 from . import tidy
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
-from .ir import Graph, Input, as_declared, module_path, unsupported
+from .ir import Graph, Input, as_declared, module_path, operator_name, unsupported
 from .ops import arguments, is_tensor, kind
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf of this size is built in memory, twice; it cannot hold 2 GiB
@@ -110,6 +110,8 @@ def _prepare(graph: Graph, fixed: Mapping[str, int]) -> Graph:
                 _four_dimensional(ready, node)
         if kind(node) == "unbind":
             _select(ready, node)
+        if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
+            _write_out_variance(ready, node)
     _separate_outputs(ready)
     return ready
 
@@ -173,6 +175,27 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
         empty = graph.insert(aten.isnan.default, (shares,), before=node)
         shares = graph.insert(aten.masked_fill.Scalar, (shares, empty, 0.0), before=node)
     made = graph.insert(aten.matmul.default, (shares, value), before=node)
+    graph.replace_uses(node, made)
+    graph.erase(node)
+
+
+def _write_out_variance(graph: Graph, node: Node) -> None:
+    """A variance over axes of known size, which the translator would ask for while the model runs."""
+    bound = arguments(node)
+    source, dims = bound["self"], bound["dim"]
+    if not dims or not all(isinstance(source.meta["val"].shape[d], int) for d in dims):
+        return
+    count = math.prod(source.meta["val"].shape[d] for d in dims)
+    lost = bound.get("correction", int(bound.get("unbiased", True)))
+    lost = 1 if lost is None else lost
+    if count <= lost:
+        return
+    mean = graph.insert(aten.mean.dim, (source, dims, True), before=node)
+    apart = graph.insert(aten.sub.Tensor, (source, mean), before=node)
+    square = graph.insert(aten.mul.Tensor, (apart, apart), before=node)
+    made = graph.insert(aten.mean.dim, (square, dims, bound["keepdim"]), before=node)
+    if lost:
+        made = graph.insert(aten.mul.Tensor, (made, count / (count - lost)), before=node)
     graph.replace_uses(node, made)
     graph.erase(node)
 

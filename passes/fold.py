@@ -216,8 +216,9 @@ def _scale_of_product(graph: Graph, node: Node, writer: _Writer) -> Rewrite | De
         return None
 
     def finish(name: str, value: Node) -> None:
-        args = tuple(value if n == name else operand for n, operand in operands.items())
-        graph.replace_uses(node, graph.insert(product.target, args, before=product))  # type: ignore[arg-type]
+        args = [*product.args]
+        args[list(operands).index(name)] = value
+        graph.replace_uses(node, graph.insert(product.target, tuple(args), before=product))  # type: ignore[arg-type]
         graph.erase(node)
 
     return _into_operand(graph, product, operands, float(one.scale), writer, finish)

@@ -242,3 +242,13 @@ class Masked(nn.Module):
 def test_parts_of_an_unbind_are_one_operator_each(tmp_path):
     counts = emitted(lambda m, x: sum(t.exp() for t in x.unbind(1)), torch.randn(2, 3, 4), folder=tmp_path)
     assert counts["Gather"] == 3 and not {"Split", "Squeeze"} & counts.keys()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"correction": 0}, {"unbiased": False}, {"keepdim": True}, {"correction": 2}]
+)
+def test_a_variance_asks_for_no_sizes(options, tmp_path):
+    counts = emitted(
+        lambda m, x: x.exp().var((1, 2), **options) + 1, torch.randn(2, 3, 4, 5), folder=tmp_path
+    )
+    assert not {"Shape", "Reshape", "Expand"} & counts.keys()
