@@ -37,10 +37,10 @@ from compressor.measure import parameters  # noqa: E402
 from compressor.ops import macs  # noqa: E402
 from compressor.pipeline import Context, Pipeline, parse  # noqa: E402
 from compressor.rebuild import refit  # noqa: E402
+from compressor.splits import layers_of, observe, options_of  # noqa: E402
 from compressor.stopwatch import Stopwatch  # noqa: E402
 from compressor.watch import alone  # noqa: E402
 from passes import PASSES  # noqa: E402
-from passes.squeeze import layers_of, observe, options_of  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
 HELD_BACK, ALL, CALIBRATION, CHECKED, SEEDS = 1000, 4660, 1024, 64, (0, 1, 2)

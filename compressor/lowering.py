@@ -1,0 +1,167 @@
+"""A graph in the words that torch.onnx translates well: attention, variances and parts written out, axes fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .ir import Graph, Input, operator_name, unsupported
+from .ops import arguments, is_tensor, kind
+
+aten = torch.ops.aten
+
+
+def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
+    """A copy with the axes fixed as asked and written in what the translator understands."""
+    ready = graph.copy()
+    if fixed:
+        _fix_axes(ready, fixed)
+    added: dict[Node, Node] = {}
+    for node in ready.nodes:
+        if kind(node) == "attention" and is_tensor(node):
+            if _is_plain(node):
+                _write_out(ready, node, added)
+            elif node.meta["val"].dim() != 4:
+                _four_dimensional(ready, node)
+        if kind(node) == "unbind":
+            _select(ready, node)
+        if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
+            _write_out_variance(ready, node)
+    _separate_outputs(ready)
+    return ready
+
+
+def _fix_axes(graph: Graph, fixed: Mapping[str, int]) -> None:
+    """Examples and specs with fixed sizes; the example is cut or repeated along the axis."""
+    specs, example = [], []
+    for spec, tensor in zip(graph.inputs, graph.example, strict=True):
+        shape = tuple(fixed.get(s, s) if isinstance(s, str) else s for s in spec.shape)
+        for axis, size in enumerate(shape):
+            if isinstance(spec.shape[axis], str) and isinstance(size, int):
+                tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        specs.append(Input(spec.name, spec.dtype, shape))
+        example.append(tensor)
+    graph.inputs, graph.example = tuple(specs), tuple(example)
+
+
+def _separate_outputs(graph: Graph) -> None:
+    """Every output is a value of its own: ONNX forbids one that is an input, a constant, or named twice."""
+    seen: set[Node] = set()
+    results = []
+    for node in graph.results:
+        if node in seen or node.op != "call_function":
+            node = graph.insert(torch.ops.aten.clone.default, (node,), before=graph.output)
+        seen.add(node)
+        results.append(node)
+    graph.set_args(graph.output, (tuple(results),))
+
+
+def _is_plain(node: Node) -> bool:
+    """True for softmax(q k' s + mask) v, without dropout, causality or shared heads."""
+    bound = arguments(node)
+    mask = bound["attn_mask"]
+    plain = mask is None or (is_tensor(mask) and mask.meta["val"].dtype != torch.bool) or _rank(node) == 4
+    return plain and not (bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"))
+
+
+def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
+    """Attention as five operators; the translator would make twenty, most of them about shapes.
+
+    added: boolean masks as what they add, which all layers share.
+    """
+    bound = arguments(node)
+    query, key, value = bound["query"], bound["key"], bound["value"]
+    scale = bound.get("scale")
+    scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    if scale != 1:
+        query = graph.insert(aten.mul.Tensor, (query, scale), before=node)
+    turned = graph.insert(aten.transpose.int, (key, -2, -1), before=node)
+    scores = graph.insert(aten.matmul.default, (query, turned), before=node)
+    mask = bound["attn_mask"]
+    nothing = mask is not None and mask.meta["val"].dtype == torch.bool  # may be left to attend to
+    if nothing and mask not in added:
+        added[mask] = graph.insert(aten.where.Scalar, (mask, 0.0, -math.inf), before=node)
+        if query.meta["val"].dtype != torch.float32:
+            added[mask] = graph.insert(aten.to.dtype, (added[mask], query.meta["val"].dtype), before=node)
+    if mask is not None:
+        scores = graph.insert(aten.add.Tensor, (scores, added.get(mask, mask)), before=node)
+    shares = graph.insert(aten.softmax.int, (scores, -1), before=node)
+    if nothing:
+        empty = graph.insert(aten.isnan.default, (shares,), before=node)
+        shares = graph.insert(aten.masked_fill.Scalar, (shares, empty, 0.0), before=node)
+    made = graph.insert(aten.matmul.default, (shares, value), before=node)
+    graph.replace_uses(node, made)
+    graph.erase(node)
+
+
+def _write_out_variance(graph: Graph, node: Node) -> None:
+    """A variance over axes of known size, which the translator would ask for while the model runs."""
+    bound = arguments(node)
+    source, dims = bound["self"], bound["dim"]
+    if not dims or not all(isinstance(source.meta["val"].shape[d], int) for d in dims):
+        return
+    count = math.prod(source.meta["val"].shape[d] for d in dims)
+    lost = bound.get("correction", int(bound.get("unbiased", True)))
+    lost = 1 if lost is None else lost
+    if count <= lost:
+        return
+    mean = graph.insert(aten.mean.dim, (source, dims, True), before=node)
+    apart = graph.insert(aten.sub.Tensor, (source, mean), before=node)
+    square = graph.insert(aten.mul.Tensor, (apart, apart), before=node)
+    made = graph.insert(aten.mean.dim, (square, dims, bound["keepdim"]), before=node)
+    if lost:
+        made = graph.insert(aten.mul.Tensor, (made, count / (count - lost)), before=node)
+    graph.replace_uses(node, made)
+    graph.erase(node)
+
+
+def _select(graph: Graph, unbind: Node) -> None:
+    """Parts of an unbind, one by one: an operator each, where the translator would make two of each."""
+    bound = arguments(unbind)
+    for part in list(unbind.users):
+        one = graph.insert(aten.select.int, (bound["self"], bound["dim"], part.args[1]), before=part)
+        graph.replace_uses(part, one)
+        graph.erase(part)
+    graph.erase(unbind)
+
+
+def _four_dimensional(graph: Graph, node: Node) -> None:
+    """Attention on other than 4 dimensions, with the leading ones flattened into one and restored."""
+    bound = arguments(node)
+    rank = node.meta["val"].dim()
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Node):
+            return value
+        if rank == 3:
+            return (
+                graph.insert(torch.ops.aten.unsqueeze.default, (value, 1), before=node)
+                if _rank(value) == 3
+                else value
+            )
+        if _rank(value) != rank:
+            raise unsupported(node, "attention with a mask of another rank than its query has no translation")
+        return graph.insert(torch.ops.aten.flatten.using_ints, (value, 0, rank - 4), before=node)
+
+    operands = [fit(bound[n]) for n in ("query", "key", "value", "attn_mask")]
+    rest = (bound.get("dropout_p", 0.0), bound.get("is_causal", False))
+    keywords = {k: bound[k] for k in ("scale", "enable_gqa") if bound.get(k)}
+    flat = graph.insert(node.target, (*operands, *rest), keywords, before=node)  # type: ignore[arg-type]
+    if rank == 3:
+        back = graph.insert(torch.ops.aten.squeeze.dim, (flat, 1), before=node)
+    else:
+        sizes = [
+            graph.insert(torch.ops.aten.sym_size.int, (node.args[0], i), before=node) for i in range(rank - 1)
+        ]
+        width = node.meta["val"].shape[-1]
+        back = graph.insert(torch.ops.aten.reshape.default, (flat, [*sizes, width]), before=node)
+    graph.replace_uses(node, back)
+    graph.erase(node)
+
+
+def _rank(node: Node) -> int:
+    return node.meta["val"].dim()
