@@ -285,6 +285,27 @@ def _permute_of_ones(graph: Graph, node: Node, moved: set[Node]) -> str:
     return f"{short_name(node)} that moves axes of one entry as a reshape"
 
 
+def _one_cat(graph: Graph, node: Node, moved: set[Node]) -> str:
+    if kind(node) != "cat":
+        return ""
+    parts, dim = list(node.args[0]), _cat_axis(node)  # type: ignore[arg-type]
+    inner = [p for p in parts if kind(p) == "cat" and _cat_axis(p) == dim and len(p.users) == 1]
+    inner = [p for p in inner if parts.count(p) == 1 and _alike_type(p, node) and p not in graph.results]
+    if not inner:
+        return ""
+    flat = [one for p in parts for one in (p.args[0] if p in inner else [p])]
+    graph.replace_uses(node, graph.insert(node.target, (flat, dim), before=node))  # type: ignore[arg-type]
+    return f"{len(inner) + 1} cats into one"
+
+
+def _cat_axis(node: Node) -> int:
+    return int(arguments(node)["dim"]) % node.meta["val"].dim()
+
+
+def _alike_type(a: Node, b: Node) -> bool:
+    return a.meta["val"].dtype == b.meta["val"].dtype
+
+
 def _one_mean(graph: Graph, node: Node, moved: set[Node]) -> str:
     """A pool of one window over all of space is a mean: one form for every runtime to recognise."""
     bound, which = arguments(node), kind(node)
@@ -343,6 +364,7 @@ _RULES = (
     _one_reshape,
     _one_permute,
     _permute_of_ones,
+    _one_cat,
     _one_mean,
     _mean_without_axes,
     _no_bias,

@@ -450,6 +450,10 @@ SHORTER: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[Any]]] = {
     "pool to one": (lambda m, x: F.adaptive_avg_pool1d(x, 1).flatten(1), [aten.mean.dim]),
     "pool over all": (lambda m, x: F.avg_pool1d(x, 4).squeeze(2), [aten.mean.dim]),
     "mean and reshape": (lambda m, x: x.mean((1, 2), keepdim=True).reshape(-1), [aten.mean.dim]),
+    "cats of cats": (
+        lambda m, x: torch.cat([x, torch.cat([x + 1, x * 2], 1), torch.cat([x, x], -1)[..., :4]], -2),
+        [aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.slice.Tensor, aten.cat.default],
+    ),
     "twice the same": (lambda m, x: torch.sin(x) * torch.sin(x), [aten.sin.default, aten.mul.Tensor]),
     "three maps": (lambda m, x: (x * 2 + 1) / 4, [aten.mul.Tensor, aten.add.Tensor]),
     "maps that cancel": (
