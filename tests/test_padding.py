@@ -17,8 +17,8 @@ from compressor.ops import kind
 from compressor.padding import Padding, is_mask
 from compressor.pipeline import Context
 from compressor.quantize import calibrate
+from compressor.splits import layers_of, observe
 from passes.fp16 import Fp16, _Survey
-from passes.squeeze import _layers, _observe
 from targets.cpu import CPU
 from targets.gpu import GPU
 
@@ -222,8 +222,8 @@ def ranges(graph: Graph, ids: Tensor, percentile: float) -> dict[str, tuple[floa
 
 def covariances(graph: Graph, ids: Tensor) -> list[Tensor]:
     data = open_data([(ids, MASK)], graph.inputs)
-    layers, _ = _layers(graph)
-    seen = _observe(graph, layers, Context(CPU, data, data))
+    layers, _ = layers_of(graph, ())
+    seen = observe(graph, layers, {}, Context(CPU, data, data))
     return [t for c in seen.values() for t in (c.mean, c.scatter, torch.tensor(c.count))]
 
 
