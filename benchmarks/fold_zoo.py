@@ -1,5 +1,6 @@
 """Folds a zoo of architectures, and holds what is emitted against torch.onnx.export with onnxslim.
 
+    pip install --no-deps onnxslim
     python benchmarks/fold_zoo.py                       all of torchvision, timm's families, transformers
     python benchmarks/fold_zoo.py resnet18 'timm/*'     those that a name or pattern picks
 

@@ -107,6 +107,9 @@ def _why_not(graph: Graph, carrier: Node, one: Map) -> str:
         return f"{site(carrier)} has an unbatched input"
     if which == "matmul" and not is_constant(carrier.args[1]):
         return "two activations are multiplied above it"
+    weight = tensors_of(carrier)[0]
+    if which in _PRODUCTS | {"linear"} and weight is not None and weight.meta["val"].dim() < 2:
+        return "a product with a vector has no feature axis"
     if which in ("rms_norm", "matmul", "embedding") and one.shifts and which != "embedding":
         return f"a {short_name(carrier)} has no bias to put its shift into"
     if which == "addmm" and (bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1):
@@ -263,8 +266,8 @@ def _why_not_read(graph: Graph, read: Read) -> str:
         return f"{site(reader)} has an unbatched input"
     if which == "addmm" and (bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1):
         return f"{site(reader)} scales its operands"
-    if which == "matmul" and weight.meta["val"].dim() != 2:
-        return f"{site(reader)} multiplies by more than one matrix"
+    if which in _PRODUCTS | {"linear"} and weight.meta["val"].dim() != 2:
+        return f"{site(reader)} does not multiply by one matrix"
     return ""
 
 

@@ -201,6 +201,11 @@ STAYS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[int, ...]
         lambda m, x: torch.stack([m.a(x)[..., :4] * 2, m.a(x)[..., 2:6]]), {"a": linear()}, TOKENS, "mul",
     ),
     "a shift of an RMS norm": (lambda m, x: m.a(x) + m.v, {"a": nn.RMSNorm(8)}, TOKENS, "add"),
+    "behind a product with a vector": (lambda m, x: (m.a(x) @ m.v) * m.v[:5], {"a": linear()}, TOKENS, "mul"),
+    "in front of a product with a vector": (lambda m, x: (x.relu() + m.v) @ m.v, {"a": linear()}, TOKENS, "add"),
+    "as many positions as features": (
+        lambda m, x: (m.a(x) @ m.v) * m.v, {"a": linear()}, (2, 8, 8), "mul",
+    ),
     "a product of activations": (lambda m, x: m.a(x) * x, {"a": linear()}, TOKENS, "mul"),
     "a shift that padding meets": (
         lambda m, x: m.a(x.relu() + m.v.view(8, 1, 1)), {"a": nn.Conv2d(8, 4, 3, padding="same")}, IMAGE, "add",
