@@ -39,7 +39,6 @@ from model_zoo.harness import FAILED, Row, first_line  # noqa: E402
 
 from compressor import data, delivery, verify  # noqa: E402
 from compressor.atoms import MERGE, NORMS  # noqa: E402
-from compressor.capture import capture  # noqa: E402
 from compressor.channels import Algebra, analyse  # noqa: E402
 from compressor.errors import CompressorError  # noqa: E402
 from compressor.ir import Graph, Journal  # noqa: E402
@@ -68,13 +67,9 @@ EQUAL, REFUSED, UNCAPTURED, WRONG = "pruned, equal", "refused", "does not captur
 
 def measure(make: Any, emits: bool) -> Iterator[Row]:
     """Everything that is known about one model, step by step, so that a crash leaves what came before it."""
-    torch.manual_seed(0)
-    model, inputs = make()
-    try:
-        with_power(model, *inputs)
-        graph = capture(model, tuple(t[:2] for t in inputs))
-    except (CompressorError, RuntimeError, ValueError, TypeError) as error:
-        yield {"verdict": UNCAPTURED, "why": first_line(error)}
+    _, inputs, graph = harness.captured(make, with_power)
+    if not isinstance(graph, Graph):
+        yield {"verdict": UNCAPTURED, "why": graph}
         return
     start = time.perf_counter()
     algebra = analyse(graph)

@@ -167,12 +167,10 @@ class Read:
 class Flow:
     """Everything that a value becomes by being moved alone.
 
-    moved: the operators, in order. seen: what every value of it makes of the numbers that were sent down. asks: who
-    looks at the shape of such a value alone.
+    moved: the operators, in order. asks: who looks at the shape of such a value alone.
     """
 
     moved: list[Node]
-    seen: Mapping[Node, Any]
     reads: list[Read]
     asks: list[Node]
 
@@ -209,7 +207,7 @@ def flow(graph: Graph, start: Node, *numbers: Tensor) -> Flow | None:
         else:
             seen[node] = found
             moved.append(node)
-    return Flow(moved, seen, reads, asks)
+    return Flow(moved, reads, asks)
 
 
 def _below(start: Node) -> Iterator[Node]:

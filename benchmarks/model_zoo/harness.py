@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 
+from compressor.capture import capture
+from compressor.errors import CompressorError
+from compressor.ir import Graph
+
 SECONDS = 300  # of processor time for one model
 SIGNALS = {
     signal.SIGXCPU: f"over {SECONDS} s of processor time",
@@ -55,6 +59,17 @@ def conditions() -> str:
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, one thread, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def captured(make: Any, prepare: Callable[..., Any]) -> tuple[Any, Any, Graph | str]:
+    """Model, inputs, and the graph; why there is none where it does not capture. prepare: gives weights power."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    try:
+        prepare(model, *inputs)
+        return model, inputs, capture(model, tuple(t[:2] for t in inputs))
+    except (CompressorError, RuntimeError, ValueError, TypeError) as error:
+        return model, inputs, first_line(error)
 
 
 def first_line(error: BaseException) -> str:
