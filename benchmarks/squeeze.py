@@ -276,12 +276,14 @@ def speed() -> bool:
 class Separable:
     """k x k for every channel, m of them, then 1 x 1: W [o, i, h, w] = sum over m of P [o, i, m] D [i, m, h, w]."""
 
+    by_block = False
+
     def __init__(self, layer: Layer, weight: Tensor, share: float) -> None:
         self.layer, self.whole = layer, weight.double()
         area = layer.area
         self.times = max(1, int(share * layer.outs * area / (area + layer.outs)))
 
-    def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
+    def matrix(self, gram: Tensor, wanted: Tensor, block: int = 0) -> Tensor:
         outs, ins, area = self.layer.outs, self.layer.ins, self.layer.area
         by_channel = wanted.reshape(outs, ins, area).permute(1, 0, 2)
         depth = torch.linalg.svd(by_channel, full_matrices=False)[2][:, : self.times]  # [I, m, k k]
@@ -293,13 +295,15 @@ class Separable:
 class Fire:
     """1 x 1 to r channels; then half of the outputs by 1 x 1, the other half by k x k (SqueezeNet)."""
 
+    by_block = False
+
     def __init__(self, layer: Layer, weight: Tensor, share: float) -> None:
         self.layer, self.whole = layer, weight.double()
         area, outs, ins = layer.area, layer.outs, layer.ins
         rank = share * outs * ins * area / (ins + outs * (area + 1) / 2)
         self.rank = max(1, min(int(rank), ins))
 
-    def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
+    def matrix(self, gram: Tensor, wanted: Tensor, block: int = 0) -> Tensor:
         layer, area = self.layer, self.layer.area
         unfolded = wanted.reshape(layer.outs, layer.ins, area).movedim(1, -1).reshape(-1, layer.ins)
         first = torch.linalg.svd(unfolded, full_matrices=False)[2][: self.rank].contiguous()  # [r, I]

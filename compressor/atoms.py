@@ -213,6 +213,23 @@ class Atoms:
         return order if self.carrier == "head_dim" else order[1:] + order[:1]
 
 
+def components(count: int, ties: Sequence[tuple[Array, Array]]) -> Array:
+    """The smallest of `count` atoms that each is tied to: union-find on whole arrays, hooking and pointer jumping."""
+    labels = np.arange(count, dtype=np.int64)
+    if not ties:
+        return labels
+    left, right = (np.concatenate(side) for side in zip(*ties, strict=True))
+    while True:
+        a, b = labels[left], labels[right]
+        open_ = a != b
+        if not open_.any():
+            return labels
+        left, right, a, b = left[open_], right[open_], a[open_], b[open_]
+        np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
+        while (labels != labels[labels]).any():
+            labels = labels[labels]
+
+
 def why(node: Node, text: str, remedy: str = "") -> Reason:
     """`it is reduced (mean.dim at head.pool)`"""
     name = operator_name(node).removeprefix("aten.").removesuffix(".default")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from .atoms import Array, Atoms, Carrier
+from .atoms import Array, Atoms, Carrier, components
 from .errors import ContractError
 from .ir import Graph, site
 from .ops import CONTRACTIONS, arguments, contractions, is_constant, kind, node_macs, shape, sizes
@@ -163,7 +163,7 @@ def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) ->
     for _ in range(ROUNDS):
         atoms = Atoms(carrier, given_up, norms)
         read(graph, atoms)
-        labels = _components(atoms.count, atoms.ties)
+        labels = components(atoms.count, atoms.ties)
         first = _first_reason(labels, atoms.frozen)
         stuck = [
             choice.key
@@ -187,23 +187,6 @@ def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) ->
         return "" if stays[c] == len(atoms.frozen) else atoms.frozen[stays[c]][1]
 
     return Algebra(graph, {key: inverse[labels_of] for key, labels_of in axes.items()}, reason, len(classes))
-
-
-def _components(count: int, ties: Sequence[tuple[Array, Array]]) -> Array:
-    """The smallest atom that each atom is tied to: union-find on whole arrays, hooking and pointer jumping."""
-    labels = np.arange(count, dtype=np.int64)
-    if not ties:
-        return labels
-    left, right = (np.concatenate(side) for side in zip(*ties, strict=True))
-    while True:
-        a, b = labels[left], labels[right]
-        open_ = a != b
-        if not open_.any():
-            return labels
-        left, right, a, b = left[open_], right[open_], a[open_], b[open_]
-        np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
-        while (labels != labels[labels]).any():
-            labels = labels[labels]
 
 
 def _first_reason(labels: Array, frozen: Sequence[tuple[Array, str]]) -> Array:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -283,6 +283,8 @@ class Fit:
     Until then they are those that the survey found.
     """
 
+    by_block: ClassVar[bool] = False
+
     def __init__(self, option: Option, weight: Tensor) -> None:
         self.option, self.whole = option, weight.double()
         layer, kernel = option.layer, self.whole
@@ -303,7 +305,7 @@ class Fit:
             kernel = right.reshape(rank, *kernel.shape[1:])
         self._set(first, kernel, last)
 
-    def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
+    def matrix(self, gram: Tensor, wanted: Tensor, block: int = 0) -> Tensor:
         """The matrix [O, F] of this form nearest to `wanted` on rows of this Gram matrix [F, F].
 
         Reduced-rank regression: of all matrices of rank r, the one whose outputs differ least. The channels that

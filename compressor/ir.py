@@ -255,6 +255,11 @@ class Graph:
         if target is not None:
             node.target = target
 
+    def disclaim(self, node: Node) -> None:
+        """The value of a node is another than it was, though its operator is not: no claim in the journal holds."""
+        self.journal.born.add(node.name)
+        self.journal.equal = {old: new for old, new in self.journal.equal.items() if new != node.name}
+
     def replace_uses(self, old: Node, new: Node) -> None:
         """Every reader of `old` reads `new` instead: a claim that both carry the same value, kept in the journal."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -123,7 +123,7 @@ def _take(plan: Placement, node: Node) -> None:
     bound = operands(node)
     if bound is None:
         return
-    end = node if _selects(plan.graph, node) else _end(node, plan.spec)
+    end = node if selected(plan.graph, node) is not None else _end(node, plan.spec)
     plan.operators[node] = end
     plan.owner.setdefault(bound.input, bound.input)
     if listed(node, plan.spec.closed):
@@ -135,7 +135,7 @@ def _take(plan: Placement, node: Node) -> None:
 def _pass_on(plan: Placement, node: Node) -> bool:
     """True where `node` holds the integers of another value unchanged; it then has that value's scale."""
     if node in plan.operators:
-        source: Any = node.args[0] if _selects(plan.graph, node) else None
+        source: Any = node.args[0] if selected(plan.graph, node) is not None else None
     else:
         carrier: Any = node.args[0] if kind(node) == "getitem" else node
         source = carrier.args[0] if listed(carrier, plan.spec.transparent) and is_tensor(node) else None
@@ -188,16 +188,18 @@ def _parts(node: Node) -> list[Node]:
     return [node] if is_tensor(node) else list(node.users)
 
 
-def _selects(graph: Graph, node: Node) -> bool:
-    """A 1x1 convolution that copies input channels: at most one 1 in a row, zeros elsewhere, nothing added."""
+def selected(graph: Graph, node: Node) -> torch.Tensor | None:
+    """Which input channel each output of a 1x1 convolution copies [outs], -1 for zeros; None where it computes more."""
     bound = operands(node)
     if kind(node) != "conv" or bound is None or bound.bias is not None or not is_constant(bound.weight):
-        return False
+        return None
     weight = graph.tensor(bound.weight)
-    if any(size != 1 for size in weight.shape[2:]):
-        return False
+    if any(size != 1 for size in weight.shape[2:]) or arguments(node)["groups"] != 1:
+        return None
     rows = weight.reshape(weight.shape[0], -1)
-    return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) <= 1).all())
+    if not bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) <= 1).all()):
+        return None
+    return torch.where(rows.sum(1) == 1, rows.argmax(1), -1)
 
 
 def _end(node: Node, spec: QuantSpec) -> Node:

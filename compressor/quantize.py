@@ -32,6 +32,7 @@ INT32_LIMIT = 2**31 - 1
 BIAS_LIMIT = 2**30  # leaves the accumulator as much room for the products
 TINIEST = 2.0**-60  # of scales: the product of two is still a normal float32
 SAMPLED = 1 << 16  # values of one batch that a histogram counts; its extremes are exact
+BYTES = "bytes"  # in the meta of a float value: it holds 0..255
 STRIDES = (1, 3, 7, 13, 31, 61, 127, 251, 509, 1021)  # primes: no axis of a tensor is sampled at fixed places
 
 _quantised = torch.ops.quantized_decomposed
@@ -81,18 +82,19 @@ def weight_scales(weight: Tensor, axis: int, spec: QuantSpec) -> Tensor:
     127 levels on each side of 0, or 64 with reduce_range: 255 * 64 * 2 stays below 2**15.
     """
     peak = weight.detach().double().movedim(axis, 0).reshape(weight.shape[axis], -1).abs().amax(1)
-    scales = (peak / _levels(spec)).clamp(min=TINIEST)
+    scales = (peak / levels(spec)).clamp(min=TINIEST)
     return torch.where(peak > 0, scales, torch.ones_like(scales)).float()
 
 
 def quantise_weight(weight: Tensor, scales: Tensor, axis: int, spec: QuantSpec) -> Tensor:
     """int8 integers of a weight, with its scales along `axis`."""
-    limit = _levels(spec)
+    limit = levels(spec)
     factors = scales.double().reshape([-1 if d == axis else 1 for d in range(weight.dim())])
     return torch.round(weight.detach().double() / factors).clamp(-limit, limit).to(torch.int8)
 
 
-def _levels(spec: QuantSpec) -> int:
+def levels(spec: QuantSpec) -> int:
+    """Levels of weights on each side of 0."""
     return 64 if spec.reduce_range else 127
 
 
@@ -161,9 +163,7 @@ def calibrate(
         advance(size)
     if not samples:
         raise DataError("the calibration data is empty: ranges need samples")
-    return {
-        node: _range(seen.get(node), percentile) if _pixels(node) is None else (0.0, 255.0) for node in wanted
-    }
+    return {node: (0.0, 255.0) if is_bytes(node) else _range(seen.get(node), percentile) for node in wanted}
 
 
 def _range(statistic: MinMax | Histogram | None, percentile: float) -> Range:
@@ -182,15 +182,36 @@ def _stride(count: int) -> int:
 # -------------------------------------------------------------------- Q/DQ pairs
 
 
-def insert_pairs(plan: Placement, ranges: Mapping[Node, Range]) -> None:
-    """Writes a placement into its graph: integer weights and biases, and a Q/DQ pair behind every value."""
+def tapped(plan: Placement) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of the graph with an identity wherever a pair would stand, and which value each identity repeats."""
+    copy = plan.graph.copy()
+    twins = {node.name: node for node in copy.nodes}
+    taps: dict[Node, Node] = {}
+    for value in plan.graph.nodes:
+        if plan.owner.get(value) is not value:
+            continue
+        twin = twins[value.name]
+        tap = copy.insert(torch.ops.aten.alias.default, (twin,), before=behind(twin))
+        taps[tap] = value
+        for user in plan.readers(value):
+            redirect(copy, twins[user.name], twin, tap)
+    return copy, taps
+
+
+def insert_pairs(
+    plan: Placement, ranges: Mapping[Node, Range], scales: Mapping[Node, Tensor] | None = None
+) -> None:
+    """Writes a placement into its graph: integer weights and biases, and a Q/DQ pair behind every value.
+
+    scales: weight -> those of its integers, where they are not to be read from its extremes.
+    """
     params = {owner: tensor_params(*ranges[owner], plan.spec) for owner in plan.owner.values()}
     readers = {value: plan.readers(value) for value in plan.owner}
     made: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
     for node in plan.operators:
         bound = operands(node)
         if bound is not None:
-            _quantise_operands(plan, node, bound, params[plan.owner[bound.input]].scale, made)
+            _quantise_operands(plan, node, bound, params[plan.owner[bound.input]].scale, made, scales or {})
     for value, users in readers.items():
         pair = _pair(plan.graph, value, params[plan.owner[value]])
         for user in users:
@@ -203,6 +224,7 @@ def _quantise_operands(
     bound: Operands,
     activation: float,
     made: dict[tuple[Node, int], list[tuple[Tensor, Node]]],
+    known: Mapping[Node, Tensor],
 ) -> None:
     """Weight of one operator, and its bias where the provider adds that to integers.
 
@@ -214,7 +236,7 @@ def _quantise_operands(
         raise UnsupportedError(
             f"{bound.weight.target} holds NaN or infinite values: no integer stands for them"
         )
-    scales = weight_scales(weight, bound.axis, spec)
+    scales = known[bound.weight] if bound.weight in known else weight_scales(weight, bound.axis, spec)
     bias = None if spec.bias == "float" or node in plan.floating else bound.bias
     if bias is not None:
         scales = room_for_bias(scales, graph.tensor(bias), activation)
@@ -247,15 +269,20 @@ def _pair(graph: Graph, value: Node, p: Params) -> Node:
     """A quantiser and a dequantiser behind `value`; the dequantiser."""
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
     before = behind(value)
-    pixels = _pixels(value)
+    pixels = _cast_bytes(value)
     if pixels is not None and p.dtype == torch.uint8:
         return graph.insert(_quantised.dequantize_per_tensor.default, (pixels, *arguments), before=before)
     integers = graph.insert(_quantised.quantize_per_tensor.default, (value, *arguments), before=before)
     return graph.insert(_quantised.dequantize_per_tensor.default, (integers, *arguments), before=before)
 
 
-def _pixels(value: Node) -> Node | None:
-    """The bytes that a value is, as floats: they are their own integers, at scale 1."""
+def is_bytes(value: Node) -> bool:
+    """Whether a float value holds bytes: they are their own integers, at scale 1."""
+    return BYTES in value.meta or _cast_bytes(value) is not None
+
+
+def _cast_bytes(value: Node) -> Node | None:
+    """The bytes that a value is, as floats."""
     if kind(value) != "cast" or value.meta["val"].dtype != torch.float32:
         return None
     source = value.all_input_nodes[0]

@@ -14,10 +14,10 @@ columns at their readers, which computes the same (`oracle.py`), so that all nam
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from .readers import norm_gain
 from .spill import spilling
 from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 
+Change = Callable[[Any], Any]
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 TRUSTED = 8
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
@@ -80,23 +82,39 @@ def rebuild(
 
 
 class Fit(Protocol):
-    """A layer that keeps another form than a matrix with columns left out."""
+    """A layer that keeps another form than a matrix with columns left out.
+
+    by_block: whether each block of a layer that is solved in parts can have the form by itself.
+    """
+
+    by_block: ClassVar[bool]
 
     @property
     def whole(self) -> Tensor:
         """Its weight as it is."""
 
-    def matrix(self, gram: Tensor, wanted: Tensor) -> Tensor:
+    def matrix(self, gram: Tensor, wanted: Tensor, block: int) -> Tensor:
         """The matrix [O, F] of that form nearest to `wanted` [O, F], on rows of this Gram matrix [F, F]."""
 
 
-def refit(graph: Graph, fits: Mapping[Node, Fit], data: Data, ctx: Context) -> Rebuilt:
-    """The weights that layers of other forms, and all layers behind them, need to give what the model gave before."""
+def refit(
+    graph: Graph,
+    fits: Mapping[Node, Fit],
+    data: Data,
+    ctx: Context,
+    changes: Mapping[Node, Change] = NOTHING,
+    heal: bool = True,
+) -> Rebuilt:
+    """The weights that layers of other forms, and all layers behind them, need to give what the model gave before.
+
+    changes: what else will be another than it was: node -> what becomes of its value. heal: whether layers make up
+    for errors of those before them; else each is true to itself, but for the means of its outputs.
+    """
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         store = _Store(folder)
         batches = [Batch(tuple(map(store.put, map(as_declared, b.inputs, graph.inputs)))) for b in data]
-        twin = _Twin(graph, {}, batches, store)
-        work = _Repair(twin, None, {}, set(), Sampler(graph, data.samples, ctx.seed), fits)
+        twin = _Twin(graph, {}, batches, store, changes)
+        work = _Repair(twin, None, {}, set(), Sampler(graph, data.samples, ctx.seed), fits, heal)
         with ctx.progress("solving layers for their new form", len(graph.nodes)) as advance:
             for node in graph.nodes:
                 work.visit(node)
@@ -131,8 +149,15 @@ class _Twin:
     removed: channels that are known to go; normalisations over them take their statistics over the others.
     """
 
-    def __init__(self, graph: Graph, removed: Removed, batches: Sequence[Batch], store: _Store) -> None:
-        self.graph, self.batches, self._store = graph, batches, store
+    def __init__(
+        self,
+        graph: Graph,
+        removed: Removed,
+        batches: Sequence[Batch],
+        store: _Store,
+        changes: Mapping[Node, Change] = NOTHING,
+    ) -> None:
+        self.graph, self.batches, self._store, self._changes = graph, batches, store, changes
         self._masked = graph.copy()
         mask_norms(self._masked, removed)
         back = {node.name: node for node in graph.nodes}
@@ -159,7 +184,8 @@ class _Twin:
                 whole[node], cut[node] = self._constant(node, False), self._constant(node, True)
             else:
                 whole[node] = self._store.put(self._execute(node, whole, False))
-                same = all(whole[n] is cut[n] for n in node.all_input_nodes) and node not in self._norms
+                other = node in self._norms or node in self._changes
+                same = not other and all(whole[n] is cut[n] for n in node.all_input_nodes)
                 cut[node] = whole[node] if same else self._store.put(self._execute(node, cut, True))
         for dead in self._last.get(node, ()):
             for whole, cut in zip(self.whole, self.cut, strict=True):
@@ -171,6 +197,8 @@ class _Twin:
 
     @torch.no_grad()
     def _execute(self, node: Node, values: Mapping[Node, Any], cut: bool) -> Any:
+        if cut and node in self._changes:
+            return self._changes[node](self.graph.execute(node, values))
         if not cut or node not in self._norms:
             return self.graph.execute(node, values)
         known: dict[Node, Any] = {}
@@ -233,9 +261,10 @@ class _Repair:
         losses: Mapping[int, Sequence[Group]],
         open_: set[int],
         sampler: Sampler,
-        fits: Mapping[Node, Fit] = MappingProxyType({}),
+        fits: Mapping[Node, Fit] = NOTHING,
+        heal: bool = True,
     ) -> None:
-        self.twin, self.readers, self.sampler, self.fits = twin, readers, sampler, fits
+        self.twin, self.readers, self.sampler, self.fits, self.heal = twin, readers, sampler, fits, heal
         self.chosen, self.open = dict(losses), set(open_)
         self.repaired: list[str] = []
         self.parted: dict[str, int] = {}
@@ -256,9 +285,10 @@ class _Repair:
         for i in range(reading.blocks):
             gram, aim = moments.block(i)
             grams.append(gram)
-            aim = aim * _trust(moments.grams[i].count, reading.columns)
+            trust = _trust(moments.grams[i].count, reading.columns) if self.heal else 0.0
+            learns = aim.shape[1] and trust
             wanted.append(
-                matrices[i] + torch.linalg.solve(ridged(gram), aim).T if aim.shape[1] else matrices[i]
+                matrices[i] + torch.linalg.solve(ridged(gram), trust * aim).T if learns else matrices[i]
             )
         if node in self.fits:
             solved = self._formed(reading, self.fits[node], grams, wanted)
@@ -314,9 +344,9 @@ class _Repair:
         self, reading: Reading, fit: Fit, grams: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> Tensor:
         """New matrices of another form; where a layer is solved in parts, those of the survey."""
-        if reading.blocks > 1:
+        if reading.blocks > 1 and not fit.by_block:
             return reading.matrices(fit.whole)
-        return fit.matrix(ridged(grams[0]), wanted[0])[None]
+        return torch.stack([fit.matrix(ridged(grams[i]), wanted[i], i) for i in range(reading.blocks)])
 
     def _set(self, reading: Reading, moments: Moments, matrices: Tensor, solved: Tensor) -> None:
         """Puts new matrices in, and the shift that goes with them."""

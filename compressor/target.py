@@ -22,7 +22,8 @@ class QuantSpec:
     transparent: operators that pass integers through; their output has the input's scale.
     everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
     rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as an average pool), `selection` (a
-    strided slice with padded channels as a 1x1 convolution), `gate` (SiLU as a product with a sigmoid).
+    strided slice with padded channels as a 1x1 convolution), `gate` (SiLU as a product with a sigmoid), `pixels` (a
+    normalised picture as its bytes).
     timed: those of them that add work; where it is not small, they stay only if the model is not slower with them.
     """
 
@@ -78,6 +79,6 @@ QLINEAR = QuantSpec(
         {"relu.default", "relu6.default", "hardtanh.default", "clamp.default", "clamp_min.default"}
     ),
     transparent=frozenset({"max_pool", "upsample_nearest2d.vec", "identity", *_RESHAPES, *_PARTS}),
-    rewrites=frozenset({"pool", "selection", "gate"}),
+    rewrites=frozenset({"pool", "selection", "gate", "pixels"}),
     timed=frozenset({"selection"}),
 )

@@ -17,12 +17,13 @@ from compressor.capture import capture
 from compressor.data import Data, open_data
 from compressor.emit import emit
 from compressor.errors import UsageError
+from compressor.forms import Match
 from compressor.ir import Graph, operator_name
 from compressor.ops import kind
 from compressor.pipeline import BOUNDED, EXACT, Context, Decline, Outcome, Pipeline, parse
 from compressor.target import QLINEAR, Target
 from passes.fold import Fold
-from passes.int8 import REWRITES, Int8, Match
+from passes.int8 import REWRITES, Int8
 from targets import TARGETS
 from targets.cpu import CPU
 from targets.gpu import GPU
@@ -73,7 +74,7 @@ def test_a_small_network_is_all_integer(tmp_path):
 
     layers = {"a": conv(3, 8), "b": conv(8, 8), "skip": conv(8, 8, 1), "c": conv(8, 8), "d": conv(8, 8)}
     graph = graph_of(Net(forward, **layers, hidden=nn.Linear(16, 16), head=nn.Linear(16, 5)))
-    after, (prepared, outcome) = compiled(graph)
+    after, (prepared, *_, outcome) = compiled(graph)
     (inputs,) = next(iter(data(graph, 64))).inputs
     (expected,), (simulated,) = graph.run(inputs), after.run(inputs)
     seen, operators = in_runtime(after, tmp_path, inputs)
@@ -98,7 +99,7 @@ def test_a_transformer_block_multiplies_integers_and_adds_floats(tmp_path):
     sizes = {"q": (32, 32), "k": (32, 32), "v": (32, 32), "o": (32, 32), "up": (32, 64), "down": (64, 32)}
     layers = {name: nn.Linear(*size) for name, size in sizes.items()}
     graph = graph_of(Net(forward, **layers, first=nn.LayerNorm(32), second=nn.LayerNorm(32)), 8, 12, 32)
-    after, (_, outcome) = compiled(graph)
+    after, (*_, outcome) = compiled(graph)
     assert outcome.facts["integer"] == {"linear": 6}
     assert sum(kind(n) == "quantize" for n in after.nodes) == 4  # q, k and v read one
     (inputs,) = next(iter(data(graph, 4))).inputs
@@ -119,7 +120,7 @@ def test_boxes_and_scores_keep_their_own_scales(tmp_path):
     with torch.no_grad():
         model.boxes.weight *= 300
     graph = graph_of(model)
-    after, (_, outcome) = compiled(graph)
+    after, (*_, outcome) = compiled(graph)
     (inputs,) = next(iter(data(graph, 8))).inputs
     (expected,), (simulated,) = graph.run(inputs), after.run(inputs)
     seen, operators = in_runtime(after, tmp_path, inputs)
@@ -254,7 +255,7 @@ def test_the_stopwatch_decides_where_the_table_cannot():
         return lambda *trials: [time(trial) for trial in trials]
 
     for slow in (False, True):
-        after, (prepared, outcome) = compiled(graph, ctx=context(graph, measure=clock(slow)))
+        after, (prepared, *_, outcome) = compiled(graph, ctx=context(graph, measure=clock(slow)))
         assert any(kind(n) == "pad" for n in after.nodes) == slow
         assert any("average pool" in r.what for r in prepared.rewrites)
         assert (outcome.facts["rewritten_ms"], outcome.facts["as_it_was_ms"]) == ((2, 1) if slow else (1, 2))
@@ -287,7 +288,7 @@ def test_options_come_from_the_spec_string():
 def test_options_do_what_they_say():
     graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
     default, _ = compiled(graph)
-    extremes, (_, outcome) = compiled(graph, Int8(calibration="minmax"))
+    extremes, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
     cut, _ = compiled(graph, Int8(percentile=99.0))
     scales = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (cut, default, extremes)]
     assert all(a < b <= c for a, b, c in zip(*scales, strict=True))
@@ -296,9 +297,9 @@ def test_options_do_what_they_say():
     assert [g.tensors["a.weight_int8"].abs().max() for g in (default, seven)] == [127, 64]
     old, _ = compiled(graph, ctx=context(graph, TARGETS["cpu-avx2"]))
     assert torch.equal(old.tensors["a.weight_int8"], seven.tensors["a.weight_int8"])
-    part, (_, outcome) = compiled(graph, Int8(ignore=("b",)))
+    part, (*_, outcome) = compiled(graph, Int8(ignore=("b",)))
     assert [d.reason for d in outcome.declines] == ["left float as asked"] and "b.weight" in part.tensors
-    first, _ = compiled(graph, ctx=context(graph, limit=1))
+    first, _ = compiled(graph, Int8(equalise=False), context(graph, limit=1))
     assert "a.weight_int8" in first.tensors and "b.weight" in first.tensors
 
 
