@@ -88,6 +88,7 @@ def deliver(
         "ir_version": target.ir_version,
         "fixed": fixed,
         "metadata": metadata,
+        "dialect": target.dialect,
     }
     emitted = emit(graph, path, **options)
     try:

@@ -8,7 +8,7 @@ the versions and the metadata alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from . import dialect as dialect_
 from . import tidy
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
@@ -55,9 +56,11 @@ def emit(
     fixed: Mapping[str, int] | None = None,
     metadata: Mapping[str, str] | None = None,
     optimize: bool = True,
+    dialect: Collection[str] = (),
 ) -> Emitted:
     """Writes `graph` to `path`. fixed: sizes for dynamic axes by name ({"batch": 1}); the others stay dynamic.
 
+    dialect: rules of `dialect.py`, for runtimes that know its words.
     optimize=False leaves out the exporter's own optimiser, whose bugs show only when a runtime loads the file.
     UnsupportedError where an operator has no word in ONNX, with its module and line.
     """
@@ -66,6 +69,7 @@ def emit(
     if optimize:
         tidy.fold_sizes(model)
     tidy.merge_slices(model)
+    dialect_.speak(model, dialect)
     tidy.share_weights(model)
     _rename(model, ready)
     model.ir_version = ir_version

@@ -39,15 +39,16 @@ class Channels:
     high: Tensor = field(default_factory=lambda: torch.tensor(-math.inf))
     power: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def update(self, value: Tensor, slope: Tensor | None) -> None:
-        rows = self._rows(value).double()
-        self.low, self.high = torch.minimum(self.low, rows.amin(1)), torch.maximum(self.high, rows.amax(1))
-        if slope is not None:
-            self.power = self.power + (self._rows(slope).double().square() * (rows != 0)).sum(1)
+    def update(self, rows: Tensor, slopes: Tensor | None) -> None:
+        """rows, and slopes by them: [positions..., channels], or of any shape where there is one channel."""
+        rows = self._flat(rows)
+        if len(rows):
+            self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+        if slopes is not None:
+            self.power = self.power + (self._flat(slopes).square() * (rows != 0)).sum(0)
 
-    def _rows(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        return value.reshape(1, -1) if self.axis is None else value.movedim(self.axis, 0).flatten(1)
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows.detach().double().reshape(-1, 1 if self.axis is None else rows.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ def slopes(
             grads = torch.autograd.grad(loss, [env[n] for n in wanted], allow_unused=True)
             found = dict(zip(wanted, grads, strict=True))
         for node, channels in seen.items():
-            channels.update(env[node], found.get(node))
+            parts = (env[node], found.get(node))
+            if channels.axis is None:
+                channels.update(*(None if part is None else real.values(node, part) for part in parts))
+            else:
+                axis = channels.axis
+                channels.update(*(None if part is None else real.rows(node, part, axis) for part in parts))
         for node in weights:
             slope = found.get(node)
             if slope is not None:

@@ -49,7 +49,7 @@ class Target:
     the next, or on the CPU's. channel_multiple: widths that pruning rounds to. fixed_batch: batch size that dynamic
     batches are fixed to by default, None to leave them dynamic. elsewhere: it runs on another machine than the one
     that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
-    passes of `compress MODEL` without `--passes`.
+    passes of `compress MODEL` without `--passes`. dialect: rules of `dialect.py` that its runtime profits from.
     """
 
     name: str
@@ -62,8 +62,12 @@ class Target:
     elsewhere: bool = False
     formats: tuple[str, ...] = ("onnx",)
     recipe: str = "merge,fold"
+    dialect: frozenset[str] = frozenset()
     quant: QuantSpec = field(default_factory=QuantSpec)
 
+
+# Measured with ONNX Runtime 1.31 (dialect.py).
+ONNXRUNTIME = frozenset({"integer_products", "sums"})
 
 _RESHAPES = ("view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand")
 _PARTS = ("slice", "select", "split", "chunk", "unbind")

@@ -96,7 +96,7 @@ def share_weights(model: onnx_ir.Model) -> None:
             and tensor.dtype.bitwidth >= 8
         ):
             few = tensor.numpy().reshape(-1)[:_SAMPLE]
-        alike[tensor.dtype, tuple(tensor.shape.numpy()), few.tobytes()].append(value)
+            alike[tensor.dtype, tuple(tensor.shape.numpy()), few.tobytes()].append(value)
     for values in alike.values():
         seen: dict[bytes, onnx_ir.Value] = {}
         for value in values if len(values) > 1 else ():

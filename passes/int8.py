@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -53,6 +53,7 @@ class Int8(Pass):
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
     ignore: modules that stay float (`int8(ignore=head+layer1.*)`).
+    measure: whether a model that runs no faster in integers stays float; it is timed where the target is this machine.
     reduce_range: 7-bit weights for processors whose 16-bit sums saturate, as the target says if none.
     """
 
@@ -66,6 +67,7 @@ class Int8(Pass):
     equalise: bool = True
     rounding: Literal["nearest", "adaptive"] = "adaptive"
     ignore: tuple[str, ...] = ()
+    measure: bool = True
     reduce_range: bool | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +81,13 @@ class Int8(Pass):
                 "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
             )
         spec = self._spec(ctx)
-        chosen, facts = _worthwhile(graph, ctx, spec, self.ignore)
+        timed = ctx if self.measure else dataclasses.replace(ctx, measure=None)
+        chosen, facts = _worthwhile(graph, timed, spec, self.ignore)
+        if chosen is None:
+            slower = f"{facts['int8_ms']:.3g} ms in integers, {facts['float_ms']:.3g} ms in floats ({ctx.timed_on})"
+            reason = f"it is not faster: {slower}; int8(measure=false) quantises it anyway"
+            yield Outcome(declines=[Decline("the model", reason)], facts=facts)
+            return
         prepared = _rewrite(graph, spec, data, chosen, ctx.limit)
         yield prepared
         left = None if ctx.limit is None else ctx.limit - len(prepared.rewrites)
@@ -143,33 +151,38 @@ def _rewrite(
 ) -> Outcome:
     """Makes the named exact rewrites, `limit` of them at most."""
     outcome = Outcome(contract=EXACT, step="exact rewrites")
-    for found in list(chain.from_iterable(REWRITES[name](graph, spec, data) for name in sorted(names))):
-        if isinstance(found, Decline):
-            outcome.declines.append(found)
-        elif limit is None or len(outcome.rewrites) < limit:
-            graph.replace_uses(found.node, found.build())
-            outcome.rewrites.append(Rewrite(site(found.node), found.what))
+    for name in sorted(names):
+        for found in list(REWRITES[name](graph, spec, data)):
+            if isinstance(found, Decline):
+                outcome.declines.append(found)
+            elif limit is None or len(outcome.rewrites) < limit:
+                graph.replace_uses(found.node, found.build())
+                outcome.rewrites.append(Rewrite(site(found.node), found.what))
     graph.clean()
     return outcome
 
 
 def _worthwhile(
     graph: Graph, ctx: Context, spec: QuantSpec, ignore: Collection[str]
-) -> tuple[set[str], dict[str, Any]]:
-    """The rewrites to make, and what the stopwatch said of those in doubt, which all stay or all go.
+) -> tuple[set[str] | None, dict[str, Any]]:
+    """The rewrites to make, None where nothing in integers is faster than the model is, and what the stopwatch said.
 
-    In doubt are those that the target wants timed, if they add work worth mentioning. They are timed on quantised
-    trials whose ranges come from one batch: speed does not depend on scales.
+    In doubt are the rewrites that the target wants timed, if they add work worth mentioning; they all stay or all go.
+    Timed are quantised trials whose ranges come from one batch: speed does not depend on scales.
     """
     data = ctx.calibration
     wanted = {
         name for name in spec.rewrites if any(isinstance(m, Match) for m in REWRITES[name](graph, spec, data))
     }
-    sure = wanted - spec.timed
-    rewritten = graph.copy()
-    _rewrite(rewritten, spec, data, wanted, None)
-    if ctx.measure is None or wanted == sure or macs(rewritten) <= (1 + FREE) * macs(graph):
+    if ctx.measure is None:
         return wanted, {}
+    choices = [wanted]
+    sure = wanted - spec.timed
+    if wanted != sure:
+        rewritten = graph.copy()
+        _rewrite(rewritten, spec, data, wanted, None)
+        if macs(rewritten) > (1 + FREE) * macs(graph):
+            choices.append(sure)
 
     def trial_with(names: set[str]) -> Graph:
         trial = graph.copy()
@@ -179,7 +192,8 @@ def _worthwhile(
         trial.clean()
         return trial
 
-    with ctx.progress("timing rewrites", None):
-        times = ctx.measure(trial_with(wanted), trial_with(sure))
-    facts = dict(zip(("rewritten_ms", "as_it_was_ms"), times, strict=True))
-    return (wanted if facts["rewritten_ms"] <= SLOWER * facts["as_it_was_ms"] else sure), facts
+    with ctx.progress("timing int8", None):
+        *times, before = ctx.measure(*map(trial_with, choices), graph)
+    facts = {"float_ms": before} | dict(zip(("int8_ms", "int8_as_it_was_ms"), times, strict=False))
+    best = 0 if len(times) == 1 or times[0] <= SLOWER * times[1] else 1
+    return (choices[best] if times[best] < before else None), facts

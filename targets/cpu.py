@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compressor.target import QLINEAR, Target
+from compressor.target import ONNXRUNTIME, QLINEAR, Target
 
 # Convolutions of floats run in blocks of 16 channels on AVX-512 and of 8 on AVX2; a width between two blocks costs what
 # the next block costs (benchmarks/results/conv_widths.md).
@@ -13,6 +13,7 @@ CPU = Target(
     summary="ONNX Runtime on x86-64 with VNNI, or ARM64",
     providers=("CPUExecutionProvider",),
     channel_multiple=16,
+    dialect=ONNXRUNTIME,
     quant=QLINEAR,
 )
 

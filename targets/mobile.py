@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.target import QLINEAR, Target
+from compressor.target import ONNXRUNTIME, QLINEAR, Target
 
 MOBILE = Target(
     name="mobile",
@@ -11,5 +11,6 @@ MOBILE = Target(
     fixed_batch=1,
     elsewhere=True,
     formats=("onnx", "ort"),
+    dialect=ONNXRUNTIME,
     quant=QLINEAR,
 )

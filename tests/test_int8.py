@@ -243,29 +243,43 @@ def test_the_stopwatch_decides_where_the_table_cannot():
         return F.relu(net.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))).mean((2, 3))
 
     graph = graph_of(Net(forward, a=conv(3, 4), b=nn.Conv2d(4, 8, 3, 2, 1)))
-    seen: list[bool] = []
+    seen: list[str] = []
 
-    def clock(slow: bool) -> Callable[..., list[float]]:
+    def clock(times: dict[str, float]) -> Callable[..., list[float]]:
         def time(trial: Graph) -> float:
+            integer = any(kind(n) == "quantize" for n in trial.nodes)
             selects = sum(kind(n) == "conv" for n in trial.nodes) == 3
-            seen.append(selects)
-            assert any(kind(n) == "quantize" for n in trial.nodes)
-            return 2.0 if selects == slow else 1.0
+            seen.append("float" if not integer else "selects" if selects else "plain")
+            return times[seen[-1]]
 
         return lambda *trials: [time(trial) for trial in trials]
 
     for slow in (False, True):
-        after, (prepared, *_, outcome) = compiled(graph, ctx=context(graph, measure=clock(slow)))
+        times = {"selects": 2.0 if slow else 1.0, "plain": 1.5, "float": 3.0}
+        after, (prepared, *_, outcome) = compiled(graph, ctx=context(graph, measure=clock(times)))
         assert any(kind(n) == "pad" for n in after.nodes) == slow
         assert any("average pool" in r.what for r in prepared.rewrites)
-        assert (outcome.facts["rewritten_ms"], outcome.facts["as_it_was_ms"]) == ((2, 1) if slow else (1, 2))
-    assert seen == [True, False] * 2
+        facts = [outcome.facts[f"{name}_ms"] for name in ("int8", "int8_as_it_was", "float")]
+        assert facts == list(times.values())
+    assert seen == ["selects", "plain", "float"] * 2
     wide = graph_of(
         Net(forward, a=conv(3, 4), b=nn.Conv2d(4, 8, 31, 2, 15))
     )  # the selection is nothing beside it
     plain = graph_of(Net(lambda net, x: F.silu(net.a(x)).mean((2, 3)), a=conv(3, 4)))
     for certain in (wide, plain):
-        compiled(certain, ctx=context(certain, measure=lambda *g: pytest.fail("nothing is in doubt")))
+        compiled(certain, ctx=context(certain, measure=lambda *g: [1.0, 2.0][2 - len(g) :]))
+
+
+def test_a_model_that_is_no_faster_in_integers_stays_float():
+    graph = graph_of(Net(lambda net, x: net.a(x).relu(), a=conv(3, 4)))
+    slower = context(graph, measure=lambda *graphs: [2.0, 1.5])
+    after, (outcome,) = compiled(graph, ctx=slower)
+    assert after.fingerprint() == graph.fingerprint()
+    assert outcome.declines[0].reason == (
+        "it is not faster: 2 ms in integers, 1.5 ms in floats (this host); int8(measure=false) quantises it anyway"
+    )
+    after, _ = compiled(graph, Int8(measure=False), slower)
+    assert any(kind(n) == "quantize" for n in after.nodes)
 
 
 # ---------------------------------------------------------------- options and refusals

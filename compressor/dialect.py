@@ -1,0 +1,102 @@
+"""What ONNX Runtime computes faster when it is told in words of its own, or not in the usual ones.
+
+A target's `dialect` names the rules. Measured with 1.31 on x86-64, MiniLM in int8, one thread: 1.08 times faster by
+`integer_products`, 1.2 by `sums`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import onnx_ir
+
+CONTRIB = "com.microsoft"
+
+
+def speak(model: onnx_ir.Model, dialect: Collection[str]) -> None:
+    for name in sorted(dialect):
+        RULES[name](model)
+
+
+def integer_products(model: onnx_ir.Model) -> None:
+    """Products of dequantised values with dequantised weights, and their bias, as one MatMulIntegerToFloat.
+
+    ONNX Runtime makes one of the product by itself, but not of the bias; where sizes are fixed it makes a Gemm of both
+    first, which it then computes in floats.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "MatMul" or not isinstance(node.graph, onnx_ir.Graph):
+            continue
+        left = _dequantiser(node.inputs[0])
+        right, turned = _dequantiser(node.inputs[1]), False
+        if right is None and (turn := _producer(node.inputs[1], "Transpose")) is not None:
+            right, turned = _dequantiser(turn.inputs[0]), True
+        if left is None or right is None or right.inputs[0].const_value is None:  # type: ignore[union-attr]
+            continue
+        weight, scale, zero = right.inputs
+        assert weight is not None and weight.const_value is not None and scale is not None
+        axis = right.attributes["axis"].as_int() if "axis" in right.attributes else 1
+        columns = scale.shape is None or len(scale.shape) == 0 or axis % 2 == (0 if turned else 1)
+        if len(weight.const_value.shape) != 2 or not columns or (left.inputs[1].shape or ()) != ():  # type: ignore[union-attr]
+            continue
+        stored = _transposed(model, weight) if turned else weight
+        last, bias = _with_bias(node)
+        made = onnx_ir.node(
+            "MatMulIntegerToFloat",
+            [left.inputs[0], stored, left.inputs[1], scale, left.inputs[2], zero, *([bias] if bias else [])],
+            domain=CONTRIB,
+            metadata_props=dict(node.metadata_props),
+        )
+        old = [node] if last is node else [node, last]
+        onnx_ir.convenience.replace_nodes_and_values(
+            node.graph, last, old, [made], [last.outputs[0]], [made.outputs[0]]
+        )
+        model.opset_imports[CONTRIB] = 1
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def sums(model: onnx_ir.Model) -> None:
+    """The sum in front of a layer norm as Sum: with Add, ONNX Runtime fuses both, and is slower."""
+    for node in model.graph.all_nodes():
+        added = _producer(node.inputs[0], "Add") if node.op_type == "LayerNormalization" else None
+        if added is not None:
+            added.op_type = "Sum"
+
+
+RULES: dict[str, Callable[[onnx_ir.Model], None]] = {"integer_products": integer_products, "sums": sums}
+
+
+def _producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _dequantiser(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
+    """What made a value out of integers with a scale and a zero point."""
+    node = _producer(value, "DequantizeLinear")
+    return (
+        node if node is not None and len(node.inputs) == 3 and "block_size" not in node.attributes else None
+    )
+
+
+def _transposed(model: onnx_ir.Model, weight: onnx_ir.Value) -> onnx_ir.Value:
+    """A weight the other way round, stored once; the old one goes with its last reader."""
+    name = f"{weight.name}_t"
+    if name not in model.graph.initializers:
+        assert weight.const_value is not None
+        tensor = onnx_ir.tensor(np.ascontiguousarray(weight.const_value.numpy().T), name=name)
+        model.graph.initializers[name] = onnx_ir.val(name, const_value=tensor)
+    return model.graph.initializers[name]
+
+
+def _with_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]:
+    """The node that ends a product, and the vector of constants that it adds."""
+    value = node.outputs[0]
+    uses = list(value.uses())
+    user = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    if user is None or user.op_type != "Add":
+        return node, None
+    bias = user.inputs[1 - uses[0].idx]
+    flat = bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1
+    return (user, bias) if flat else (node, None)
