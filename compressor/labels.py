@@ -195,8 +195,8 @@ def _norm(labels: Labels, node: Node, a: Mapping[str, Any]) -> Tensor | None:
 def _moved(labels: Labels, node: Node, a: Mapping[str, Any]) -> Any:
     """Labels sent through the operator itself."""
     which, first = kind(node), node.args[0]
-    if which == "pad" and (a.get("mode", "constant") != "constant" or a.get("value")):
-        return None
+    if which == "pad":
+        return _padded(labels.of.get(first), a)  # type: ignore[arg-type]
     if which == "getitem" and isinstance(found := labels.of.get(first), list):  # type: ignore[arg-type]
         return found[node.args[1]]  # type: ignore[index]
     env: dict[Node, Any] = {}
@@ -212,13 +212,19 @@ def _moved(labels: Labels, node: Node, a: Mapping[str, Any]) -> Any:
         else:
             env[n] = _hint(value)
     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-    if which == "pad":
-        args, kwargs = (args[0], a["pad"], "constant", ZERO), {}
-        made = aten.pad.default(*args)
-    else:
-        target: Any = aten.reshape.default if which == "view" else node.target
-        made = target(*args, **kwargs)
+    target: Any = aten.reshape.default if which == "view" else node.target
+    made = target(*args, **kwargs)
     return [_narrow(one) for one in made] if isinstance(made, (list, tuple)) else _narrow(made)
+
+
+def _padded(one: Any, a: Mapping[str, Any]) -> Tensor | None:
+    """Zeros beside labels; along the axes on which these do not vary, zeros have any scale."""
+    if not isinstance(one, Tensor) or a.get("mode", "constant") != "constant" or a.get("value"):
+        return None
+    pads = list(a["pad"])
+    for i in range(len(pads)):
+        pads[i] = pads[i] if one.shape[-1 - i // 2] > 1 else 0
+    return aten.constant_pad_nd.default(one, pads, ZERO)
 
 
 def _hint(size: Any) -> int:

@@ -20,7 +20,7 @@ from .batches import Batch
 from .data import Data
 from .ir import Graph, as_declared
 from .ops import sizes
-from .padding import Padding
+from .padding import Padding, Real
 
 SAMPLES = 64  # slopes are means: more of them change little
 ACTIVATIONS = 1 << 27  # numbers that a backward pass may hold at once
@@ -43,7 +43,10 @@ class Channels:
         """rows, and slopes by them: [positions..., channels], or of any shape where there is one channel."""
         rows = self._flat(rows)
         if len(rows):
-            self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+            self.low, self.high = (
+                torch.minimum(self.low, rows.amin(0)),
+                torch.maximum(self.high, rows.amax(0)),
+            )
         if slopes is not None:
             self.power = self.power + (self._flat(slopes).square() * (rows != 0)).sum(0)
 
@@ -102,12 +105,12 @@ def slopes(
             grads = torch.autograd.grad(loss, [env[n] for n in wanted], allow_unused=True)
             found = dict(zip(wanted, grads, strict=True))
         for node, channels in seen.items():
-            parts = (env[node], found.get(node))
-            if channels.axis is None:
-                channels.update(*(None if part is None else real.values(node, part) for part in parts))
-            else:
-                axis = channels.axis
-                channels.update(*(None if part is None else real.rows(node, part, axis) for part in parts))
+            value, slope = (
+                None if part is None else _rows(real, node, part, channels.axis)
+                for part in (env[node], found.get(node))
+            )
+            assert value is not None
+            channels.update(value, slope)
         for node in weights:
             slope = found.get(node)
             if slope is not None:
@@ -116,6 +119,10 @@ def slopes(
     for channels in seen.values():
         channels.power = (channels.power / some.samples).expand(channels.low.shape)
     return Slopes(seen, {node: square / some.samples for node, square in squares.items()})
+
+
+def _rows(real: Real, node: Node, part: Tensor, axis: int | None) -> Tensor:
+    return real.values(node, part) if axis is None else real.rows(node, part, axis)  # type: ignore[no-any-return]
 
 
 @torch.enable_grad()

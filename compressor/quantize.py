@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from .ir import Graph, operator_name, site
 from .ops import kind
 from .padding import Padding
 from .place import Operands, Placement, Range, operands
-from .statistics import Histogram, MinMax
+from .statistics import Histogram, MinMax, MovingAverage, entropy_range, mse_range
 from .target import QuantSpec
 
 LEVELS = {"u8": (0, 255, torch.uint8), "s8": (-128, 127, torch.int8)}
@@ -129,21 +130,49 @@ def _dequantise(value: Tensor, p: Params) -> Tensor:
 # -------------------------------------------------------------------- calibration
 
 
+@dataclass(frozen=True)
+class Method:
+    """How a range is found: what is read from a statistic of the values, a sampled histogram where none is named."""
+
+    range_of: Callable[[Any], Range]
+    statistic: Callable[[], MinMax | MovingAverage] | None = None
+
+
+def extremes(statistic: MinMax | MovingAverage) -> Range:
+    return float(statistic.low), float(statistic.high)
+
+
+MINMAX = Method(extremes, MinMax)
+AVERAGE = Method(extremes, MovingAverage)
+
+
+def percentile(percent: float) -> Method:
+    """What is left when 100 - percent % of the values are cut off either end."""
+    return MINMAX if percent == 100 else Method(lambda histogram: histogram.percentile(percent))
+
+
+def mse(spec: QuantSpec) -> Method:
+    """The range whose rounding and clipping changes the values least, in squares."""
+    return Method(lambda histogram: mse_range(histogram, symmetric=spec.activation == "s8"))
+
+
+ENTROPY = Method(entropy_range)
+
+
 def calibrate(
     graph: Graph,
     nodes: Collection[Node],
     batches: Iterable[Batch],
-    percentile: float = 100.0,
+    method: Method = MINMAX,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[Node, Range]:
     """(low, high) of each node's value over all batches, in one pass and constant memory.
 
-    percentile: 100 for the extremes; 99.9 cuts 0.1 % of the values off either tail. Padding counts nowhere. advance is
-    told of every sample.
+    Padding counts nowhere. advance is told of every sample.
     DataError on no data, and on NaN and infinite values, with the first tensor that holds them.
     """
     wanted, padding = set(nodes), Padding(graph)
-    seen: dict[Node, MinMax | Histogram] = {}
+    seen: dict[Node, MinMax | MovingAverage | Histogram] = {}
     samples = 0
     for batch in batches:
         real, size = padding.of(batch.inputs), len(batch.inputs[0])
@@ -152,7 +181,8 @@ def calibrate(
             if value is None or not value.numel():
                 continue
             if node not in seen:
-                seen[node] = MinMax() if percentile == 100 else Histogram(stride=_stride(value.numel()))
+                made = method.statistic
+                seen[node] = Histogram(stride=_stride(value.numel())) if made is None else made()
             seen[node].update(value)
             if seen[node].dropped:
                 raise DataError(
@@ -163,16 +193,11 @@ def calibrate(
         advance(size)
     if not samples:
         raise DataError("the calibration data is empty: ranges need samples")
-    return {node: (0.0, 255.0) if is_bytes(node) else _range(seen.get(node), percentile) for node in wanted}
-
-
-def _range(statistic: MinMax | Histogram | None, percentile: float) -> Range:
-    """(low, high) of what was seen; a tensor that never held a value gets (0, 0)."""
-    if statistic is None:
-        return 0.0, 0.0
-    if isinstance(statistic, MinMax):
-        return float(statistic.low), float(statistic.high)
-    return statistic.percentile(percentile)
+    # a tensor that never held a value gets (0, 0)
+    return {
+        node: (0.0, 255.0) if is_bytes(node) else method.range_of(seen[node]) if node in seen else (0.0, 0.0)
+        for node in wanted
+    }
 
 
 def _stride(count: int) -> int:

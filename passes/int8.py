@@ -26,8 +26,8 @@ from compressor.ir import Graph, short_name, site
 from compressor.ops import CONTRACTIONS, kind, macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
-from compressor.place import Placement, Range, listed, place
-from compressor.quantize import calibrate, insert_pairs
+from compressor.place import Placement, listed, place
+from compressor.quantize import AVERAGE, ENTROPY, MINMAX, Method, calibrate, insert_pairs, mse, percentile
 from compressor.rounding import round_weights
 from compressor.target import QuantSpec
 
@@ -47,8 +47,9 @@ class Int8(Pass):
     """Weights and activations become 8-bit integers where the target computes on them; the rest stays float.
 
     Weights are symmetric with one scale an output channel. Activations have one scale a tensor, found on the
-    calibration data: the extremes (`minmax`), or what is left when a few outliers are cut off (`percentile`: 99.9995
-    cuts 5 values in a million off either end).
+    calibration data: the extremes (`minmax`), their average over the batches (`average`), what is left when a few
+    outliers are cut off (`percentile`: 99.9995 cuts 5 values in a million off either end), or the range that keeps the
+    values best (`mse`) or their distribution (`entropy`).
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
@@ -62,7 +63,7 @@ class Int8(Pass):
     after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
-    calibration: Literal["minmax", "percentile"] = "percentile"
+    calibration: Literal["minmax", "average", "percentile", "mse", "entropy"] = "percentile"
     percentile: float = 99.9995
     equalise: bool = True
     rounding: Literal["nearest", "adaptive"] = "adaptive"
@@ -95,7 +96,9 @@ class Int8(Pass):
             scaled = equalise(graph, spec, self.ignore, data, ctx)
             yield scaled
             left = None if left is None else left - len(scaled.rewrites)
-        ranges = self._ranges(graph, place(graph, spec, None, self.ignore, left), data, ctx)
+        with ctx.progress("calibrating int8", data.samples) as advance:
+            candidates = place(graph, spec, None, self.ignore, left).owner
+            ranges = calibrate(graph, candidates, data, self._observer(spec), advance)
         plan = place(graph, spec, ranges, self.ignore, left)
         outcome = _outcome(graph, plan)
         scales: Mapping[Node, Tensor] = {}
@@ -106,23 +109,22 @@ class Int8(Pass):
         outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
 
-    def _ranges(self, graph: Graph, candidates: Placement, data: Data, ctx: Context) -> dict[Node, Range]:
-        with ctx.progress("calibrating int8", data.samples) as advance:
-            return calibrate(graph, candidates.owner, data, self._cut, advance)
-
     def _spec(self, ctx: Context) -> QuantSpec:
         spec = ctx.target.quant
         return (
             spec if self.reduce_range is None else dataclasses.replace(spec, reduce_range=self.reduce_range)
         )
 
-    @property
-    def _cut(self) -> float:
-        return self.percentile if self.calibration == "percentile" else 100.0
+    def _observer(self, spec: QuantSpec) -> Method:
+        if self.calibration == "percentile":
+            return percentile(self.percentile)
+        return {"minmax": MINMAX, "average": AVERAGE, "mse": mse(spec), "entropy": ENTROPY}[self.calibration]
 
     @property
     def _method(self) -> str:
-        return "extremes" if self._cut == 100 else f"{self._cut:g} % percentiles"
+        cut = f"{self.percentile:g} % percentiles" if self.percentile < 100 else "extremes"
+        words = {"minmax": "extremes", "average": "moving averages of extremes", "percentile": cut}
+        return words.get(self.calibration, f"{self.calibration} ranges")
 
 
 def _outcome(graph: Graph, plan: Placement) -> Outcome:

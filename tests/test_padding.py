@@ -17,6 +17,7 @@ from compressor.ops import kind
 from compressor.padding import Padding, is_mask
 from compressor.pipeline import Context
 from compressor.quantize import calibrate
+from compressor.quantize import percentile as cut
 from compressor.splits import layers_of, observe
 from passes.fp16 import Fp16, _Survey
 from targets.cpu import CPU
@@ -217,7 +218,7 @@ def ranges(graph: Graph, ids: Tensor, percentile: float) -> dict[str, tuple[floa
     """Through a file of the user's, as everything else."""
     data = open_data({"input_ids": ids.numpy(), graph.inputs[1].name: MASK.numpy()}, graph.inputs)
     nodes = [n for n in graph.nodes if kind(n) in ("linear", "matmul", "embedding", "add")]
-    return {n.name: r for n, r in calibrate(graph, nodes, data, percentile).items()}
+    return {n.name: r for n, r in calibrate(graph, nodes, data, cut(percentile)).items()}
 
 
 def covariances(graph: Graph, ids: Tensor) -> list[Tensor]:
@@ -278,11 +279,11 @@ def test_a_batch_without_padding_is_measured_as_before() -> None:
     graph = captured(Text(attention, **KEYS))
     data = {"input_ids": IDS.numpy(), "attention_mask": np.ones_like(MASK.numpy())}
     nodes = [n for n in graph.nodes if kind(n) in ("linear", "matmul")]
-    seen = calibrate(graph, nodes, open_data(data, graph.inputs), 99.9)
+    seen = calibrate(graph, nodes, open_data(data, graph.inputs), cut(99.9))
     unknown = captured(Text(attention, **KEYS), mask="flags")
     unknown.tensors = graph.tensors
     names = [n for n in unknown.nodes if kind(n) in ("linear", "matmul")]
-    plain = calibrate(unknown, names, open_data((IDS, torch.ones_like(MASK)), unknown.inputs), 99.9)
+    plain = calibrate(unknown, names, open_data((IDS, torch.ones_like(MASK)), unknown.inputs), cut(99.9))
     assert list(map(seen.get, nodes)) == list(map(plain.get, names))
 
 

@@ -20,6 +20,7 @@ from compressor.quantize import (
     calibrate,
     fake_quantise,
     insert_pairs,
+    percentile,
     quantise_bias,
     quantise_weight,
     room_for_bias,
@@ -148,7 +149,7 @@ def test_ranges_are_those_of_all_batches():
             assert ranges[node] == pytest.approx((float(value.min()), float(value.max())), rel=1e-5)
     assert ranges != calibrate(graph, nodes, batches[:2])
     counted: list[int] = []
-    cut = calibrate(graph, nodes, batches, 99.0, counted.append)
+    cut = calibrate(graph, nodes, batches, percentile(99.0), counted.append)
     assert all(cut[n][1] < ranges[n][1] for n in nodes) and counted == [3, 5, 2]
 
 

@@ -1,0 +1,86 @@
+"""What is said in ONNX Runtime's own words computes the same, and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from nets import Net, noise
+from torch import nn
+from torch.nn import functional as F
+
+from compressor import runtime
+from compressor.capture import capture
+from compressor.data import open_data
+from compressor.emit import emit
+from compressor.ir import Graph
+from compressor.pipeline import Context
+from compressor.target import ONNXRUNTIME
+from passes.int8 import Int8
+from targets.cpu import CPU
+
+
+def block(**options: bool) -> Graph:
+    """A block of a transformer in integers."""
+
+    def forward(net, x):
+        return net.norm(x + net.down(F.gelu(net.up(x))))
+
+    torch.manual_seed(0)
+    net = Net(
+        forward,
+        up=nn.Linear(32, 64, **options),
+        down=nn.Linear(64, 32, **options),
+        norm=nn.LayerNorm(32),
+    )
+    graph = capture(net.eval(), torch.randn(4, 12, 32))
+    samples = open_data([(torch.randn(32, 12, 32),)], graph.inputs)
+    list(Int8(rounding="nearest").run(graph, Context(CPU, samples, samples)))
+    return graph
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("fixed", [{}, {"batch": 1}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_take_their_bias_in(tmp_path, bias, fixed):
+    graph = block(bias=bias)
+    plain = emit(graph, tmp_path / "plain.onnx", fixed=fixed).path
+    said = emit(graph, tmp_path / "said.onnx", fixed=fixed, dialect=ONNXRUNTIME).path
+    found = operators(said)
+    assert found.count("MatMulIntegerToFloat") == 2 and "MatMul" not in found and "Transpose" not in found
+    assert found.count("Add") == 0 and found.count("Sum") == 1
+    inputs = [torch.randn(1, 12, 32).numpy()]
+    first, second = (
+        torch.from_numpy(runtime.run(runtime.session(path, threads=1), inputs)[0]) for path in (plain, said)
+    )
+    assert noise(first, second) > 60
+    ran = runtime.optimized_operators(said)
+    assert ran["MatMulIntegerToFloat"] == 2 and "SkipLayerNormalization" not in ran and "Gemm" not in ran
+    assert said.stat().st_size <= plain.stat().st_size + 256
+
+
+def test_weights_that_others_read_too_are_stored_once(tmp_path):
+    def forward(net, x):
+        return net.norm(net.one(x) + F.linear(x + 1, net.one.weight))
+
+    torch.manual_seed(0)
+    net = Net(forward, one=nn.Linear(32, 32), norm=nn.LayerNorm(32))
+    graph = capture(net.eval(), torch.randn(4, 12, 32))
+    samples = open_data([(torch.randn(32, 12, 32),)], graph.inputs)
+    list(Int8(rounding="nearest").run(graph, Context(CPU, samples, samples)))
+    said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path
+    large = [i.name for i in onnx.load(said).graph.initializer if len(i.dims) == 2]
+    assert len(large) == 1
+    (seen,) = runtime.run(runtime.session(said, threads=1), [graph.example[0].numpy()])
+    assert noise(graph.run(graph.example[0])[0], torch.from_numpy(seen)) > 40
+
+
+def test_floats_are_said_plainly(tmp_path):
+    graph = capture(nn.Linear(8, 8).eval(), torch.randn(2, 4, 8))
+    said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path
+    assert all(node.domain == "" for node in onnx.load(said).graph.node)
