@@ -26,12 +26,16 @@ def integer_products(model: onnx_ir.Model) -> None:
     first, which it then computes in floats.
     """
     for node in list(model.graph.all_nodes()):
-        if node.op_type != "MatMul" or not isinstance(node.graph, onnx_ir.Graph):
+        if node.op_type not in ("MatMul", "Gemm") or not isinstance(node.graph, onnx_ir.Graph):
             continue
         left = _dequantiser(node.inputs[0])
         right, turned = _dequantiser(node.inputs[1]), False
         if right is None and (turn := _producer(node.inputs[1], "Transpose")) is not None:
             right, turned = _dequantiser(turn.inputs[0]), True
+        if node.op_type == "Gemm":
+            if not _is_plain(node):
+                continue
+            turned = turned != (_number(node, "transB", 0) == 1)
         if left is None or right is None or right.inputs[0].const_value is None:  # type: ignore[union-attr]
             continue
         weight, scale, zero = right.inputs
@@ -41,7 +45,7 @@ def integer_products(model: onnx_ir.Model) -> None:
         if len(weight.const_value.shape) != 2 or not columns or (left.inputs[1].shape or ()) != ():  # type: ignore[union-attr]
             continue
         stored = _transposed(model, weight) if turned else weight
-        last, bias = _with_bias(node)
+        last, bias = _with_bias(node) if node.op_type == "MatMul" else (node, [*node.inputs, None][2])
         made = onnx_ir.node(
             "MatMulIntegerToFloat",
             [left.inputs[0], stored, left.inputs[1], scale, left.inputs[2], zero, *([bias] if bias else [])],
@@ -65,6 +69,18 @@ def sums(model: onnx_ir.Model) -> None:
 
 
 RULES: dict[str, Callable[[onnx_ir.Model], None]] = {"integer_products": integer_products, "sums": sums}
+
+
+def _is_plain(gemm: onnx_ir.Node) -> bool:
+    """A product with a transposed or plain weight and a bias of floats, if any, that scales nothing."""
+    bias = [*gemm.inputs, None][2]
+    flat = bias is None or (bias.const_value is not None and len(bias.const_value.shape) == 1)
+    factors = (_number(gemm, name, 1) for name in ("alpha", "beta"))
+    return flat and all(f == 1 for f in factors) and _number(gemm, "transA", 0) == 0
+
+
+def _number(node: onnx_ir.Node, name: str, default: float) -> float:
+    return node.attributes[name].value if name in node.attributes else default  # type: ignore[no-any-return]
 
 
 def _producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from . import dialect as dialect_
 from . import tidy
+from .contrib import translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
 from .ir import Graph, Input, as_declared, module_path, unsupported
@@ -103,7 +104,12 @@ def _translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                reexport(graph), dynamo=True, opset_version=opset, optimize=optimize, verbose=False
+                reexport(graph),
+                dynamo=True,
+                opset_version=opset,
+                optimize=optimize,
+                verbose=False,
+                custom_translation_table=translations(),
             )
     except (CompressorError, KeyboardInterrupt):
         raise

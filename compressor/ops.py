@@ -123,6 +123,7 @@ KINDS: dict[str, str] = {f"aten.{name}": kind for kind, names in _ROWS.items() f
 KINDS |= {
     "getitem": "getitem",
     "quantized_decomposed.quantize_per_tensor.default": "quantize",
+    "compressor.dynamic_quantise.default": "quantize",
     "quantized_decomposed.dequantize_per_tensor.default": "dequantize",
     "quantized_decomposed.dequantize_per_channel.default": "dequantize",
 }

