@@ -11,6 +11,7 @@ Q/DQ), quantize_dynamic per channel. Speed: batch 1, models in turns. SQNR: of t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import statistics
@@ -106,7 +107,8 @@ def tool(
 ) -> Path:
     """onnxruntime.quantization's static quantiser at its best."""
     method = CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax
-    quantize_static(
+    with contextlib.redirect_stdout(sys.stderr):
+        quantize_static(
         str(source), str(target), Reader([spec.name for spec in graph.inputs], samples), per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
     )  # fmt: skip

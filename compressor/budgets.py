@@ -116,12 +116,18 @@ class Budget:
         with ctx.progress("measuring copies", None):
             if self.latency is not None or self.latency_ms is not None:
                 share = self._time(goal, graph, ctx, (least, first), pruned)
-            elif self.max_drop is not None:
-                share = self._evaluate(goal, graph, ctx, least, pruned)
-            elif self.sqnr is not None:
-                share = self._hear(goal, graph, ctx, least, pruned)
+            elif self.max_drop is not None or self.sqnr is not None:
+                share = self.measured(goal, graph, ctx, least, pruned)
         if share < first:
             goal.amounts["macs"] = share * before["macs"]
+
+    def measured(
+        self, goal: Goal, graph: Graph, ctx: Context, least: float, pruned: Callable[[float], Graph]
+    ) -> float:
+        """The smallest share, from `least` to 1, that keeps to `sqnr` or `max_drop`; at 1 all is as it was."""
+        if self.max_drop is not None:
+            return self._evaluate(goal, graph, ctx, least, pruned)
+        return self._hear(goal, graph, ctx, least, pruned)
 
     def _time(
         self,

@@ -186,7 +186,7 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
     labels = labels_of(graph)
     classes = torch.unique(labels.classes(), return_inverse=True)[1]
     try:
-        found = _slopes(plan, labels, data, ctx)
+        found = slopes_of(plan, labels, data, ctx)
     except (RuntimeError, NotImplementedError) as error:
         _drop(graph, products)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -212,7 +212,7 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
     return outcome
 
 
-def _slopes(plan: Placement, labels: Labels, data: Data, ctx: Context) -> Slopes:
+def slopes_of(plan: Placement, labels: Labels, data: Data, ctx: Context) -> Slopes:
     """Slopes of the outputs by all that will be rounded, taken where only its readers as integers see it."""
     copy, taps = tapped(plan)
     twins, origin = {n.name: n for n in copy.nodes}, {n.name: n for n in plan.graph.nodes}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,18 +94,20 @@ def place(
     ranges: Mapping[Node, Range] | None = None,
     ignore: Collection[str] = (),
     limit: int | None = None,
+    floats: Mapping[Node, str] = MappingProxyType({}),
 ) -> Placement:
     """Where Q/DQ pairs go. UsageError where an `ignore` pattern matches no operator that could become integer.
 
     ranges decide which concats share one scale; without them all do, and the values of that placement are those to
     calibrate. ignore: patterns of sites that stay float. limit: so many operators at most.
+    floats: operators that stay float, and why.
     """
     plan = Placement(graph, spec)
-    left = _ignored(graph, spec, ignore)
+    left = {**floats, **dict.fromkeys(_ignored(graph, spec, ignore), "left float as asked")}
     for node in graph.nodes:
         if not listed(node, spec.weighted):
             continue
-        reason = "left float as asked" if node in left else _refuse(node)
+        reason = left.get(node) or _refuse(node)
         if reason:
             plan.declines.append((node, reason))
         elif limit is None or len(plan.operators) < limit:

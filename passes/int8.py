@@ -9,6 +9,7 @@ pairs are placed by the target's table, and weights and biases stored as integer
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,15 +19,18 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.fx import Node
 
+from compressor.budgets import Budget, Goal
 from compressor.data import Data
-from compressor.equalise import equalise
+from compressor.equalise import equalise, slopes_of
 from compressor.errors import UsageError
 from compressor.forms import Match, gates, pools, selections
 from compressor.ir import Graph, short_name, site
+from compressor.labels import labels_of
+from compressor.mixed import KEPT, loudest
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
-from compressor.place import Placement, listed, place
+from compressor.place import Placement, Range, listed, place
 from compressor.quantize import (
     AVERAGE,
     ENTROPY,
@@ -65,6 +69,8 @@ class Int8(Pass):
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
+    sqnr, max_drop: as many operators stay float as it takes for outputs so many dB above their noise on calibration
+    data, or for a metric (--eval) that falls by no more; the loudest for their work go first.
     ignore: modules that stay float (`int8(ignore=head+layer1.*)`).
     measure: whether a model that runs no faster in integers stays float; it is timed where the target is this machine.
     reduce_range: 7-bit weights for processors whose 16-bit sums saturate, as the target says if none.
@@ -80,6 +86,8 @@ class Int8(Pass):
     percentile: float = 99.9995
     equalise: bool = True
     rounding: Literal["nearest", "adaptive"] = "adaptive"
+    sqnr: float | None = None
+    max_drop: float | None = None
     ignore: tuple[str, ...] = ()
     measure: bool = True
     reduce_range: bool | None = None
@@ -87,6 +95,7 @@ class Int8(Pass):
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
+        Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
         data, spec = ctx.calibration, self._spec(ctx)
@@ -114,7 +123,11 @@ class Int8(Pass):
         with ctx.progress("calibrating int8", data.samples) as advance:
             candidates = place(graph, spec, None, self.ignore, left).owner
             ranges = calibrate(graph, candidates, data, self._observer(spec), advance)
-        plan = place(graph, spec, ranges, self.ignore, left)
+        floats: dict[Node, str] = {}
+        if self.sqnr is not None or self.max_drop is not None:
+            floats, found = self._within(graph, spec, ranges, data, ctx)
+            facts |= found
+        plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
         scales: Mapping[Node, Tensor] = {}
         if self.rounding == "adaptive" and plan.operators:
@@ -123,6 +136,34 @@ class Int8(Pass):
         graph.clean()
         outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
+
+    def _within(
+        self, graph: Graph, spec: QuantSpec, ranges: Mapping[Node, Range], data: Data, ctx: Context
+    ) -> tuple[dict[Node, str], dict[str, Any]]:
+        """The operators that stay float so that the budget holds, as few as do."""
+        plan, goal = place(graph, spec, ranges, self.ignore), Goal({})
+        order = loudest(plan, ranges, slopes_of(plan, labels_of(graph), data, ctx))
+        names = [node.name for node in order]
+
+        def floating(share: float) -> list[str]:
+            return names[: math.ceil(share * len(names))]
+
+        def trial(share: float) -> Graph:
+            copy = graph.copy()
+            twins = {node.name: node for node in copy.nodes}
+            found = {twins[node.name]: limits for node, limits in ranges.items()}
+            left = {twins[name]: KEPT for name in floating(share)}
+            insert_pairs(place(copy, spec, found, self.ignore, floats=left), found)
+            copy.clean()
+            return copy
+
+        with ctx.progress("int8: measuring copies", None):
+            share = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8").measured(
+                goal, graph, ctx, 0.0, trial
+            )
+        kept = set(floating(share))
+        facts = goal.facts | {"kept_float": [site(node) for node in order if node.name in kept]}
+        return {node: KEPT for node in order if node.name in kept}, facts
 
     def _dynamic(self, graph: Graph, spec: QuantSpec, ctx: Context) -> Outcome:
         """Integer weights, and scales of activations that every run finds for itself."""

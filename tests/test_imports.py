@@ -73,7 +73,7 @@ TIERS = [
     ["measure"],
     ["pipeline", "delivery"],
     ["budgets", "survey", "stopwatch", "identities", "watch", "forms", "equalise"],
-    ["rebuild", "splits", "pixels"],
+    ["rebuild", "splits", "pixels", "mixed"],
     ["rounding"],
     ["passes", "targets"],
     ["report", "registry", "opening"],

@@ -366,6 +366,57 @@ def test_resnet20_keeps_its_accuracy_and_is_all_integer(tmp_path, monkeypatch):
     sys.modules.pop("cifar_resnet")
 
 
+# ---------------------------------------------------------------- budgets
+
+
+def loud() -> Graph:
+    """Three layers; between the first two lies a channel that is huge, and that nobody reads."""
+    net = Net(lambda net, x: net.c(F.silu(net.b(F.silu(net.a(x))))), a=conv(3, 8), b=conv(8, 8), c=conv(8, 4))
+    graph = graph_of(net)
+    constants = {n.target: n for n in graph.nodes if n.op == "get_attr"}
+    graph.set_tensor(constants["a.bias"], torch.where(torch.arange(8) == 3, 300.0, 0.0))
+    unread = graph.tensors["b.weight"] * (torch.arange(8) != 3).reshape(1, -1, 1, 1)
+    graph.set_tensor(constants["b.weight"], unread)
+    return graph
+
+
+def test_a_budget_keeps_the_loudest_float():
+    graph = loud()
+    (inputs,) = next(iter(data(graph, 32))).inputs
+    expected = graph.run(inputs)[0]
+    plain, _ = compiled(graph)
+    before = noise(expected, plain.run(inputs)[0])
+    after, (*_, outcome) = compiled(graph, Int8(sqnr=before + 6))
+    assert noise(expected, after.run(inputs)[0]) > before + 4
+    assert 0 < len(outcome.facts["kept_float"]) < 3
+    assert outcome.facts["sqnr"]["calibration_db"] >= before + 6
+    kept = [d for d in outcome.declines if d.reason == "left float for the budget"]
+    assert len(kept) == len(outcome.facts["kept_float"])
+    _, (*_, outcome) = compiled(graph, Int8(sqnr=before - 10))
+    assert not outcome.facts["kept_float"]
+
+
+def test_a_budget_that_integers_cannot_keep_leaves_floats():
+    graph = loud()
+    after, (*_, outcome) = compiled(graph, Int8(sqnr=200.0))
+    assert not any(kind(n) == "quantize" for n in after.nodes) and len(outcome.facts["kept_float"]) == 3
+
+
+def test_a_metric_may_fall_so_far():
+    graph = loud()
+    (inputs,) = next(iter(data(graph, 32))).inputs
+    expected = graph.run(inputs)[0]
+
+    def score(found: Graph) -> float:
+        return min(100.0, noise(expected, found.run(inputs)[0]))
+
+    before = score(compiled(graph)[0])
+    _, (*_, outcome) = compiled(graph, Int8(max_drop=100 - before - 6), context(graph, evaluate=score))
+    assert outcome.facts["metric"]["after"] >= before + 6 and outcome.facts["kept_float"]
+    with pytest.raises(UsageError, match="--eval"):
+        compiled(graph, Int8(max_drop=1.0))
+
+
 # ---------------------------------------------------------------- without data
 
 
