@@ -1,7 +1,8 @@
 """Operators of ONNX Runtime's own, with kernels for PyTorch, so that a graph that holds them runs and is checked.
 
-`dynamic_quantise` rounds a tensor to 8 bits on a scale that it brings itself, sample by sample of its run; emitted, it
-is a DynamicQuantizeLinear and a DequantizeLinear.
+`dynamic_quantise` rounds a tensor to 8 bits on a scale that it brings itself; emitted, it is a DynamicQuantizeLinear
+and a DequantizeLinear. `matmul_blocks` multiplies with weights of few bits (`blockwise.py`); emitted, it is a
+MatMulNBits, whose kernels round what they read to 8 bits, block by block, as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMESPACE = "compressor"
+from .blockwise import dequantise_blocks
+
+NAMESPACE, DOMAIN = "compressor", "com.microsoft"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dynamic_quantise", mutates_args=())
@@ -33,12 +36,83 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::matmul_blocks", mutates_args=())
+def matmul_blocks(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    ins: int,
+) -> Tensor:
+    """x [..., ins] times the weight that these blocks are, and a bias [outs]."""
+    return torch.nn.functional.linear(x, dequantise_blocks(packed, scales, zeros, bits, block, ins), bias)
+
+
+@matmul_blocks.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    ins: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _declare() -> None:
+    """Tells onnx of MatMulNBits, which onnxscript writes only with a schema."""
+    from onnx import defs
+
+    if defs.has("MatMulNBits", 1, DOMAIN):
+        return
+    schema, optional = defs.OpSchema, defs.OpSchema.FormalParameterOption.Optional
+    floats, bytes_, whole = "tensor(float)", "tensor(uint8)", defs.OpSchema.AttrType.INT
+    names = {"A": floats, "B": bytes_, "scales": floats}
+    defs.register_schema(
+        schema(
+            "MatMulNBits",
+            DOMAIN,
+            1,
+            inputs=[
+                *(schema.FormalParameter(name, kind) for name, kind in names.items()),
+                schema.FormalParameter("zero_points", bytes_, param_option=optional),
+            ],
+            outputs=[schema.FormalParameter("Y", floats)],
+            attributes=[
+                schema.Attribute(name, whole, required=False)
+                for name in ("K", "N", "bits", "block_size", "accuracy_level")
+            ],
+        )
+    )
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """What torch.onnx writes for them."""
     from onnxscript import opset18 as op
+    from onnxscript.values import Opset
 
     def dynamic(x: Any) -> Any:
         integers, scale, zero = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(integers, scale, zero)
 
-    return {torch.ops.compressor.dynamic_quantise.default: dynamic}
+    _declare()
+    contrib = Opset(DOMAIN, 1)
+
+    def blocks(
+        x: Any, packed: Any, scales: Any, zeros: Any, bias: Any, bits: int, block: int, ins: int
+    ) -> Any:
+        outs = packed.shape[0]
+        sizes = {"K": ins, "N": outs, "bits": bits, "block_size": block, "accuracy_level": 4}
+        product = contrib.MatMulNBits(x, packed, scales, zeros, **sizes)
+        return product if bias is None else op.Add(product, bias)
+
+    return {
+        torch.ops.compressor.dynamic_quantise.default: dynamic,
+        torch.ops.compressor.matmul_blocks.default: blocks,
+    }

@@ -94,7 +94,7 @@ def companion_of(path: Path) -> Path:
 
 def is_integer(graph: Graph) -> bool:
     """True where the emitted model computes on integers, which round differently in every runtime."""
-    return any(kind(n) == "quantize" for n in graph.nodes)
+    return any(kind(n) in ("quantize", "integer_matmul") for n in graph.nodes)
 
 
 # -------------------------------------------------------------------- translation

@@ -124,6 +124,7 @@ KINDS |= {
     "getitem": "getitem",
     "quantized_decomposed.quantize_per_tensor.default": "quantize",
     "compressor.dynamic_quantise.default": "quantize",
+    "compressor.matmul_blocks.default": "integer_matmul",
     "quantized_decomposed.dequantize_per_tensor.default": "dequantize",
     "quantized_decomposed.dequantize_per_channel.default": "dequantize",
 }

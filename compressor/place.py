@@ -245,8 +245,11 @@ def _refuse(node: Node) -> str:
 
 
 def _ignored(graph: Graph, spec: QuantSpec, patterns: Collection[str]) -> set[Node]:
-    """Operators whose site matches a pattern (`layer1.*`) or lies under it."""
-    could = [n for n in graph.nodes if listed(n, spec.weighted) or listed(n, spec.fuses)]
+    return ignored([n for n in graph.nodes if listed(n, spec.weighted) or listed(n, spec.fuses)], patterns)
+
+
+def ignored(could: Collection[Node], patterns: Collection[str]) -> set[Node]:
+    """Operators whose site matches a pattern (`layer1.*`) or lies under it; UsageError where one matches none."""
     found: set[Node] = set()
     for pattern in patterns:
         matches = {n for n in could if fnmatch(site(n), pattern) or fnmatch(site(n), f"{pattern}.*")}

@@ -5,9 +5,10 @@ from compressor.pipeline import Pass
 from .distill import Distill
 from .fold import Fold
 from .fp16 import Fp16
+from .int4 import Int4
 from .int8 import Int8
 from .merge import Merge
 from .prune import Prune
 from .squeeze import Squeeze
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Distill, Fold, Int8, Fp16)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Distill, Fold, Int8, Int4, Fp16)}
