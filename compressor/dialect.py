@@ -41,8 +41,8 @@ def integer_products(model: onnx_ir.Model) -> None:
         weight, scale, zero = right.inputs
         assert weight is not None and weight.const_value is not None and scale is not None
         axis = right.attributes["axis"].as_int() if "axis" in right.attributes else 1
-        columns = scale.shape is None or len(scale.shape) == 0 or axis % 2 == (0 if turned else 1)
-        if len(weight.const_value.shape) != 2 or not columns or (left.inputs[1].shape or ()) != ():  # type: ignore[union-attr]
+        columns = _rank(scale) == 0 or (_rank(scale) == 1 and axis % 2 == (0 if turned else 1))
+        if len(weight.const_value.shape) != 2 or not columns or _rank(left.inputs[1]) != 0:
             continue
         stored = _transposed(model, weight) if turned else weight
         last, bias = _with_bias(node) if node.op_type == "MatMul" else (node, [*node.inputs, None][2])
@@ -64,7 +64,9 @@ def sums(model: onnx_ir.Model) -> None:
     """The sum in front of a layer norm as Sum: with Add, ONNX Runtime fuses both, and is slower."""
     for node in model.graph.all_nodes():
         added = _producer(node.inputs[0], "Add") if node.op_type == "LayerNormalization" else None
-        if added is not None:
+        if (
+            added is not None and added.outputs[0].dtype == onnx_ir.DataType.FLOAT
+        ):  # it has no kernel for others
             added.op_type = "Sum"
 
 
@@ -94,6 +96,15 @@ def _dequantiser(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
     return (
         node if node is not None and len(node.inputs) == 3 and "block_size" not in node.attributes else None
     )
+
+
+def _rank(value: onnx_ir.Value | None) -> int | None:
+    """Of a scale: of a constant, or one that DynamicQuantizeLinear found; None where it is not known."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return len(value.const_value.shape)
+    return 0 if _producer(value, "DynamicQuantizeLinear") is not None else None
 
 
 def _transposed(model: onnx_ir.Model, weight: onnx_ir.Value) -> onnx_ir.Value:

@@ -352,6 +352,20 @@ def _kilobytes(path: Path, field: str) -> float | None:
 # -------------------------------------------------------------------- the machine
 
 
+def saturation() -> str:
+    """Why 8-bit sums may be wrong on this machine; empty where they are not.
+
+    x86 without VNNI adds products of bytes two by two in 16 bits. Weights of 7 bits (`cpu-avx2`) leave room.
+    """
+    isa = machine()["isa"]
+    if isa not in ("avx512", "avx2", "avx"):
+        return ""
+    return (
+        f"this machine ({isa}) adds products of bytes in 16 bits, which saturate: 8-bit weights give other numbers "
+        "here than with VNNI or on Arm; --target cpu-avx2 makes weights of 7 bits"
+    )
+
+
 def machine() -> dict[str, str | int]:
     """cpu: its name; cores: how many this process may use; isa: best instruction set for 8-bit kernels."""
     cpuinfo = Path("/proc/cpuinfo")

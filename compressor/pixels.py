@@ -28,6 +28,7 @@ from .target import QuantSpec
 aten = torch.ops.aten
 LEVELS = 256
 CONVINCING = 32  # points that a channel must show: fewer lie on a lattice by chance
+LOOKED_AT = 128  # samples
 OFF = 1e-2  # how far from a point a value may lie, in steps
 
 
@@ -89,7 +90,7 @@ def _reader(node: Node) -> Layer | None:
 def _points(graph: Graph, data: Data, number: int) -> list[Tensor]:
     """The distinct values of every channel of an input; no more than show that there are too many."""
     found: list[Tensor] = []
-    for batch in data:
+    for batch in data.limited(LOOKED_AT):
         value = as_declared(batch.inputs[number], graph.inputs[number]).movedim(1, 0).flatten(1)
         found = found or [value.new_empty(0)] * len(value)
         found = [torch.cat([known, some]).unique() for known, some in zip(found, value, strict=True)]

@@ -233,6 +233,9 @@ class Run:
                 self.notices.append(
                     f"{row.config}: {one['before_ms']:.3g} -> {one['after_ms']:.3g} ms, timed on {one['timed_on']}"
                 )
+        quantised = any(row.name == "int8" for row in rows) and not self.target.quant.reduce_range
+        if quantised and not self.stopwatch.elsewhere and (warning := measure.saturation()):
+            self.notices.append(warning)
         low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
         if low is not None:
             self.notices.append(

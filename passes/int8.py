@@ -122,7 +122,7 @@ class Int8(Pass):
             left = None if left is None else left - len(scaled.rewrites)
         with ctx.progress("calibrating int8", data.samples) as advance:
             candidates = place(graph, spec, None, self.ignore, left).owner
-            ranges = calibrate(graph, candidates, data, self._observer(spec), advance)
+            ranges = calibrate(graph, candidates, data, self.observer(spec), advance)
         floats: dict[Node, str] = {}
         if self.sqnr is not None or self.max_drop is not None:
             floats, found = self._within(graph, spec, ranges, data, ctx)
@@ -181,7 +181,8 @@ class Int8(Pass):
             spec if self.reduce_range is None else dataclasses.replace(spec, reduce_range=self.reduce_range)
         )
 
-    def _observer(self, spec: QuantSpec) -> Method:
+    def observer(self, spec: QuantSpec) -> Method:
+        """How ranges are found."""
         if self.calibration == "percentile":
             return percentile(self.percentile)
         return {"minmax": MINMAX, "average": AVERAGE, "mse": mse(spec), "entropy": ENTROPY}[self.calibration]

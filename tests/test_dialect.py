@@ -84,3 +84,11 @@ def test_floats_are_said_plainly(tmp_path):
     graph = capture(nn.Linear(8, 8).eval(), torch.randn(2, 4, 8))
     said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path
     assert all(node.domain == "" for node in onnx.load(said).graph.node)
+
+
+def test_half_precision_has_no_other_words(tmp_path):
+    net = Net(lambda net, x: net.norm(x + net.one(x)), one=nn.Linear(32, 32), norm=nn.LayerNorm(32))
+    graph = capture(net.eval().half(), torch.randn(4, 12, 32).half())
+    said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path
+    assert "Sum" not in operators(said)
+    runtime.run(runtime.session(said, threads=1), [graph.example[0].numpy()])

@@ -189,3 +189,11 @@ def test_machine_and_versions_of_this_one(monkeypatch):
     assert set(found) == {"python", "torch", "onnx", "onnxruntime", "onnxscript"}
     monkeypatch.setattr(measure, "_PACKAGES", ("no-such-package",))
     assert measure.versions()["no-such-package"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("isa", "warns"), [("avx2", True), ("avx512", True), ("avx512_vnni", False), ("arm_dot", False)]
+)
+def test_a_machine_whose_sums_saturate_is_named(monkeypatch, isa, warns):
+    monkeypatch.setattr(measure, "machine", lambda: {"cpu": "any", "cores": 1, "isa": isa})
+    assert ("cpu-avx2" in measure.saturation()) == warns
