@@ -245,14 +245,15 @@ def _refuse(node: Node) -> str:
 
 
 def _ignored(graph: Graph, spec: QuantSpec, patterns: Collection[str]) -> set[Node]:
-    return ignored([n for n in graph.nodes if listed(n, spec.weighted) or listed(n, spec.fuses)], patterns)
+    kinds = {*spec.weighted, *spec.fuses, "embedding"}
+    return ignored([n for n in graph.nodes if listed(n, kinds)], patterns)
 
 
 def ignored(could: Collection[Node], patterns: Collection[str]) -> set[Node]:
     """Operators whose site matches a pattern (`layer1.*`) or lies under it; UsageError where one matches none."""
     found: set[Node] = set()
     for pattern in patterns:
-        matches = {n for n in could if fnmatch(site(n), pattern) or fnmatch(site(n), f"{pattern}.*")}
+        matches = {n for n in could if under(n, pattern)}
         if not matches:
             sites = ", ".join(sorted({site(n) for n in could})[:5])
             raise UsageError(
@@ -260,3 +261,8 @@ def ignored(could: Collection[Node], patterns: Collection[str]) -> set[Node]:
             )
         found |= matches
     return found
+
+
+def under(node: Node, pattern: str) -> bool:
+    """Whether an operator's site matches a pattern, or lies under it."""
+    return fnmatch(site(node), pattern) or fnmatch(site(node), f"{pattern}.*")

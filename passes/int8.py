@@ -30,7 +30,7 @@ from compressor.mixed import KEPT, loudest
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
-from compressor.place import Placement, Range, listed, place
+from compressor.place import Placement, Range, listed, place, under
 from compressor.quantize import (
     AVERAGE,
     ENTROPY,
@@ -41,6 +41,8 @@ from compressor.quantize import (
     insert_pairs,
     mse,
     percentile,
+    quantise_tables,
+    tables,
 )
 from compressor.rounding import round_weights
 from compressor.target import QuantSpec
@@ -133,6 +135,7 @@ class Int8(Pass):
         if self.rounding == "adaptive" and plan.operators:
             scales, facts["rounded"] = round_weights(plan, ranges, data, ctx)
         insert_pairs(plan, ranges, scales)
+        self._store_tables(graph, outcome, left)
         graph.clean()
         outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
@@ -172,8 +175,20 @@ class Int8(Pass):
         why = "as asked" if self.scheme == "dynamic" else "there is no calibration data (--calib)"
         outcome.facts["scheme"] = f"dynamic: scales of activations are found in every run; {why}"
         insert_dynamic(plan)
+        self._store_tables(graph, outcome, ctx.limit)
         graph.clean()
         return outcome
+
+    def _store_tables(self, graph: Graph, outcome: Outcome, limit: int | None) -> None:
+        """Large tables of embeddings as integers, which saves bytes and no time."""
+        could = tables(graph)
+        left = {node for node in could if any(under(node, pattern) for pattern in self.ignore)}
+        room = None if limit is None else max(0, limit - len(outcome.rewrites))
+        chosen = [node for node in could if node not in left][:room]
+        outcome.rewrites += [
+            Rewrite(site(node), "table stored as integers, a scale for each row") for node in chosen
+        ]
+        quantise_tables(graph, chosen)
 
     def _spec(self, ctx: Context) -> QuantSpec:
         spec = ctx.target.quant

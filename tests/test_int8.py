@@ -457,3 +457,29 @@ def test_dynamic_rounding_is_that_of_onnx(tmp_path, size):
         inputs = torch.empty(2, *size).uniform_(low, high, generator=torch.Generator().manual_seed(0))
         (seen,) = runtime.run(session, [inputs.numpy()])
         assert torch.allclose(torch.from_numpy(seen), after.run(inputs)[0], atol=1e-5)
+
+
+def test_tables_of_embeddings_are_stored_as_integers(tmp_path):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.few = nn.Embedding(2048, 64, padding_idx=0), nn.Embedding(8, 64)
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, ids):
+            return self.up(self.words(ids) + self.few(ids % 8)).mean(1)
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 2048, (4, 12))
+    graph = capture(Text().eval(), ids)
+    held = open_data([(ids,)], graph.inputs)
+    after, (outcome,) = compiled(graph, ctx=Context(CPU, held, None))
+    assert [r.site for r in outcome.rewrites if "table" in r.what] == ["words"]
+    assert after.tensors["words.weight_int8"].dtype == torch.int8 and "few.weight" in after.tensors
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
+    assert file.bytes < 2048 * 64 * 2
+    (seen,) = runtime.run(runtime.session(file.path, threads=1), [ids.numpy()])
+    assert noise(after.run(ids)[0], torch.from_numpy(seen)) > 40
+    assert noise(graph.run(ids)[0], after.run(ids)[0]) > 30
+    kept, _ = compiled(graph, Int8(ignore=("words",)), Context(CPU, held, None))
+    assert "words.weight" in kept.tensors
