@@ -147,7 +147,7 @@ def _features(carrier: Node) -> tuple[int, int]:
 def _narrowed(numbers: Tensor, kept: tuple[int, ...]) -> Tensor:
     """The same numbers without the axes along which memory repeats, but for those in `kept`."""
     for axis, stride in enumerate(numbers.stride()):
-        if stride == 0 and axis not in kept:
+        if stride == 0 and axis not in kept and numbers.shape[axis]:
             numbers = numbers.narrow(axis, 0, 1)
     return numbers
 

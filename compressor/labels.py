@@ -234,9 +234,8 @@ def _hint(size: Any) -> int:
 def _narrow(one: Tensor) -> Tensor:
     """The same labels, 1 wide along the axes on which they do not vary."""
     for axis, size in enumerate(one.shape):
-        first = one.narrow(axis, 0, 1)
-        if size > 1 and bool((one == first).all()):
-            one = first
+        if size > 1 and bool((one == one.narrow(axis, 0, 1)).all()):
+            one = one.narrow(axis, 0, 1)
     return one.clone()
 
 

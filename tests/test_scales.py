@@ -284,3 +284,13 @@ def test_parametrisations_become_plain_weights() -> None:
     model = nn.Sequential(conv, nn.BatchNorm2d(6), nn.Flatten(), dense)
     after, _ = fold(graph_of(model, torch.randn(3, 4, 3, 3)))
     assert operators(after) == {"conv": 1, "flatten": 1, "linear": 1}
+
+
+def test_a_slice_of_nothing_reads_nothing() -> None:
+    """Rotary embeddings of models without prefix tokens cut off the first 0 of them."""
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return torch.cat([x[:, :0], x * m.v], 1)
+
+    fold(graph_of(Model(forward, a=linear()), torch.randn(TOKENS)))
