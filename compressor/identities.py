@@ -358,7 +358,28 @@ def _no_bias(graph: Graph, node: Node, moved: set[Node]) -> str:
     return f"{short_name(node)} without its bias of zeros"
 
 
+def _one_padding(graph: Graph, node: Node, moved: set[Node]) -> str:
+    """Zeros round what a convolution reads, as many on both sides, are padding of its own."""
+    source: Any = node.args[0] if kind(node) == "conv" else None
+    if not is_tensor(source) or kind(source) != "pad":
+        return ""
+    bound, own = arguments(source), arguments(node)["padding"]
+    rank = len(shape(arguments(node)["weight"])) - 2
+    pads = list(bound["pad"])
+    zeros = bound.get("mode", "constant") == "constant" and not bound.get("value")
+    if not zeros or isinstance(own, str) or any(pads[2 * rank :]) or len(shape(source)) != rank + 2:
+        return ""
+    pairs = [*zip(pads[::2], pads[1::2], strict=True), *[(0, 0)] * rank][:rank][::-1]
+    if not all(isinstance(a, int) and a == b and a >= 0 for a, b in pairs):
+        return ""
+    own = list(own) * rank if len(own) == 1 else list(own)
+    graph.set_args(node, (source.args[0], *node.args[1:]), node.kwargs)
+    set_argument(graph, node, "padding", [a + before for a, (before, _) in zip(own, pairs, strict=True)])
+    return f"zeros in front of {short_name(node)} as its padding"
+
+
 _RULES = (
+    _one_padding,
     _detached,
     _one_dynamic_size,
     _one_reshape,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import nets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -604,3 +605,27 @@ def test_the_users_weights_are_not_written_into() -> None:
 
 def test_order() -> None:
     assert {"merge", "prune", "squeeze"} <= set(Fold.after)
+
+
+def padded(pads: tuple[int, ...], value: float = 0.0, **options: Any) -> Graph:
+    net = nets.Net(lambda net, x: net.a(F.pad(x, pads, value=value)), a=nn.Conv2d(3, 6, 3, **options))
+    return capture(net.eval(), torch.randn(2, 3, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("pads", "options", "folds"),
+    [
+        ((1, 1, 2, 2), {}, True),
+        ((1, 1), {"padding": 1, "stride": 2}, True),
+        ((1, 1, 2, 2), {"groups": 3, "dilation": 2}, True),
+        ((0, 1, 0, 1), {}, False),
+        ((1, 1, 1, 1, 0, 0), {}, True),
+        ((-1, -1, 1, 1), {}, False),
+        ((1, 1, 1, 1), {"padding": "same"}, False),
+    ],
+)
+def test_zeros_round_a_convolution_become_its_padding(pads, options, folds):
+    after, _ = fold(padded(pads, **options))
+    assert (operators(after)["pad"] == 0) == folds
+    ones, _ = fold(padded(pads, 1.0, **options))
+    assert operators(ones)["pad"] == 1
