@@ -276,8 +276,6 @@ def speed() -> bool:
 class Separable:
     """k x k for every channel, m of them, then 1 x 1: W [o, i, h, w] = sum over m of P [o, i, m] D [i, m, h, w]."""
 
-    by_block = False
-
     def __init__(self, layer: Layer, weight: Tensor, share: float) -> None:
         self.layer, self.whole = layer, weight.double()
         area = layer.area
@@ -294,8 +292,6 @@ class Separable:
 
 class Fire:
     """1 x 1 to r channels; then half of the outputs by 1 x 1, the other half by k x k (SqueezeNet)."""
-
-    by_block = False
 
     def __init__(self, layer: Layer, weight: Tensor, share: float) -> None:
         self.layer, self.whole = layer, weight.double()

@@ -185,12 +185,10 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
     plan = place(graph, spec, None, ignore)
     labels = labels_of(graph)
     classes = torch.unique(labels.classes(), return_inverse=True)[1]
-    try:
-        found = slopes_of(plan, labels, data, ctx)
-    except (RuntimeError, NotImplementedError) as error:
+    found = slopes_of(plan, labels, data, ctx)
+    if isinstance(found, str):
         _drop(graph, products)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        outcome.declines.append(Decline("the model", f"an operator has no derivative: {reason[:120]}"))
+        outcome.declines.append(Decline("the model", found))
         return outcome
     problem = problem_of(labels, classes, found, spec)
     before = float(problem.noise(torch.zeros(problem.count, dtype=torch.float64)))
@@ -212,14 +210,18 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
     return outcome
 
 
-def slopes_of(plan: Placement, labels: Labels, data: Data, ctx: Context) -> Slopes:
-    """Slopes of the outputs by all that will be rounded, taken where only its readers as integers see it."""
+def slopes_of(plan: Placement, labels: Labels, data: Data, ctx: Context) -> Slopes | str:
+    """Slopes of the outputs by all that will be rounded, as its integer readers see it; why there are none."""
     copy, taps = tapped(plan)
     twins, origin = {n.name: n for n in copy.nodes}, {n.name: n for n in plan.graph.nodes}
     weights = {twins[bound.weight.name]: None for node in plan.operators if (bound := operands(node))}
     axes = {tap: labels.axis(value) for tap, value in taps.items() if not is_bytes(value)}
     with ctx.progress("int8: what rounding costs", data.samples) as advance:
-        found = slopes(copy, axes, weights, data, ctx.seed, advance)
+        try:
+            found = slopes(copy, axes, weights, data, ctx.seed, advance)
+        except RuntimeError as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            return f"an operator has no derivative: {first[:120]}"
     return Slopes(
         {taps[tap]: channels for tap, channels in found.values.items()},
         {origin[node.name]: square for node, square in found.weights.items()},

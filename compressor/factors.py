@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -282,8 +282,6 @@ class Fit:
 
     Until then they are those that the survey found.
     """
-
-    by_block: ClassVar[bool] = False
 
     def __init__(self, option: Option, weight: Tensor) -> None:
         self.option, self.whole = option, weight.double()

@@ -16,6 +16,7 @@ from .constants import is_random
 from .ir import Graph, operator_name, short_name, site
 from .ops import arguments, extents, is_constant, is_static, is_tensor, kind, set_argument, shape
 from .pipeline import Decline, Rewrite
+from .readers import each
 
 aten = torch.ops.aten
 
@@ -372,7 +373,7 @@ def _one_padding(graph: Graph, node: Node, moved: set[Node]) -> str:
     pairs = [*zip(pads[::2], pads[1::2], strict=True), *[(0, 0)] * rank][:rank][::-1]
     if not all(isinstance(a, int) and a == b and a >= 0 for a, b in pairs):
         return ""
-    own = list(own) * rank if len(own) == 1 else list(own)
+    own = each(own, rank)
     graph.set_args(node, (source.args[0], *node.args[1:]), node.kwargs)
     set_argument(graph, node, "padding", [a + before for a, (before, _) in zip(own, pairs, strict=True)])
     return f"zeros in front of {short_name(node)} as its padding"

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .atoms import components
-from .ir import Graph
+from .ir import Graph, operator_name
 from .ops import NORMS, arguments, is_constant, is_tensor, kind, shape, sizes
 from .place import selected
 from .readers import Layer, layer_of
@@ -30,6 +30,7 @@ aten = torch.ops.aten
 FIXED, ZERO = 0, -1  # labels: of channels that keep their scale, and of zeros, which have none
 _LARGEST = 1 << 26  # elements of a value whose labels are sent through an operator
 _POOLS = frozenset({"max_pool", "avg_pool", "adaptive_pool", "upsample", "identity", "neg", "prelu"})
+_HOMOGENEOUS = ("aten.relu.default", "aten.leaky_relu.default")
 _LINEAR_REDUCTIONS = ("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default")
 
 
@@ -112,12 +113,12 @@ def _follow(labels: Labels, node: Node) -> Any:
         found = _norm(labels, node, a)
     elif which in MOVES | {"cat", "stack", "pad"}:
         found = _moved(labels, node, a)
-    elif which in _POOLS or node.target in (aten.relu.default, aten.leaky_relu.default):
+    elif which in _POOLS or operator_name(node) in _HOMOGENEOUS:
         one = labels.of.get(first)
         found = one if is_tensor(node) and isinstance(one, Tensor) and _fits(one, node) else None
         others = node.all_input_nodes[1:]
         labels.fix(others)
-    elif str(node.target) in _LINEAR_REDUCTIONS:
+    elif operator_name(node) in _LINEAR_REDUCTIONS:
         found = _reduced(labels.of.get(first), node, a)
     elif which in ("add", "sub", "mul", "div"):
         found = _sum(labels, node) if which in ("add", "sub") else _product(labels, node, which)
@@ -161,9 +162,7 @@ def spread(outs: Tensor, axis: int, rank: int) -> Tensor:
 def _layer(labels: Labels, layer: Layer) -> Tensor | None:
     one, axis, rank = labels.of[layer.source], layer.axis, len(shape(layer.node))
     flat = one.numel() == one.shape[axis]
-    if flat and selected(labels.graph, layer.node) is not None:
-        sources = selected(labels.graph, layer.node)
-        assert sources is not None
+    if flat and (sources := selected(labels.graph, layer.node)) is not None:
         wide = one.expand([layer.ins if i == axis else 1 for i in range(one.dim())]).reshape(-1)
         outs = torch.where(sources >= 0, wide[sources.clamp(min=0)], ZERO)
         return spread(outs, axis, rank)

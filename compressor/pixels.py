@@ -22,7 +22,7 @@ from .ir import Graph, as_declared
 from .ops import arguments, is_constant, kind, shape
 from .pipeline import Decline
 from .quantize import BYTES
-from .readers import Layer, layer_of
+from .readers import Layer, each, layer_of
 from .target import QuantSpec
 
 aten = torch.ops.aten
@@ -103,7 +103,7 @@ def _bytes(graph: Graph, layer: Layer, found: Lattice) -> Node:
     """The same convolution over x / step + offset; its border is that of the picture, which is 0 there."""
     node, a = layer.node, arguments(layer.node)
     channels = (-1, 1, 1)
-    value, pads = layer.source, [p for p in reversed(_pair(a["padding"])) for _ in range(2)]
+    value, pads = layer.source, [p for p in reversed(each(a["padding"], 2)) for _ in range(2)]
     if any(pads):
         value = graph.insert(aten.constant_pad_nd.default, (value, pads, 0.0), before=node)
     constants: Mapping[str, Tensor] = {"step": 1 / found.step, "offset": found.offset}
@@ -119,8 +119,3 @@ def _bytes(graph: Graph, layer: Layer, found: Lattice) -> Node:
     ]
     rest = [a["stride"], [0] * (len(shape(node)) - 2), a["dilation"], a["groups"]]
     return graph.insert(node.target, (value, *stored, *rest), before=node)  # type: ignore[arg-type]
-
-
-def _pair(given: Any) -> list[int]:
-    values = list(given) if isinstance(given, (list, tuple)) else [given]
-    return values * 2 if len(values) == 1 else values

@@ -85,17 +85,17 @@ class Layer:
         if not self.kernel:
             return value.movedim(self.axis, -1)
         a, rank = arguments(self.node), len(self.kernel)
-        stride, dilation = _each(a["stride"], rank), _each(a["dilation"], rank)
+        stride, dilation = each(a["stride"], rank), each(a["dilation"], rank)
         reach = [d * (k - 1) for d, k in zip(dilation, self.kernel, strict=True)]
         if kind(self.node) == "conv_transpose":
             value, stride = _spread(value, stride), [1] * rank
-            before = [r - p for r, p in zip(reach, _each(a["padding"], rank), strict=True)]
-            after = [b + p for b, p in zip(before, _each(a["output_padding"], rank), strict=True)]
+            before = [r - p for r, p in zip(reach, each(a["padding"], rank), strict=True)]
+            after = [b + p for b, p in zip(before, each(a["output_padding"], rank), strict=True)]
         elif isinstance(a["padding"], str):
             before = [r // 2 if a["padding"] == "same" else 0 for r in reach]
             after = [r - b if a["padding"] == "same" else 0 for r, b in zip(reach, before, strict=True)]
         else:
-            before = after = _each(a["padding"], rank)
+            before = after = each(a["padding"], rank)
         value = F.pad(value, [p for pair in zip(before[::-1], after[::-1], strict=True) for p in pair])
         room = [(s - r - 1) // t + 1 for s, r, t in zip(value.shape[2:], reach, stride, strict=True)]
         batch, channel, *space = value.stride()
@@ -134,7 +134,8 @@ def layer_of(node: Node) -> Layer | None:
     return Layer(node, source, weight, bias, a["groups"], outs, ins, wide[2:])
 
 
-def _each(given: Any, rank: int) -> list[int]:
+def each(given: Any, rank: int) -> list[int]:
+    """A size for each axis, where one may stand for all."""
     values = list(given) if isinstance(given, (list, tuple)) else [given]
     return values * rank if len(values) == 1 else values
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,14 +84,11 @@ def rebuild(
 class Fit(Protocol):
     """A layer that keeps another form than a matrix with columns left out.
 
-    by_block: whether each block of a layer that is solved in parts can have the form by itself.
+    whole: its weight as it is, for layers that are solved in parts; None where each part can have the form by itself.
     """
 
-    by_block: ClassVar[bool]
-
     @property
-    def whole(self) -> Tensor:
-        """Its weight as it is."""
+    def whole(self) -> Tensor | None: ...
 
     def matrix(self, gram: Tensor, wanted: Tensor, block: int) -> Tensor:
         """The matrix [O, F] of that form nearest to `wanted` [O, F], on rows of this Gram matrix [F, F]."""
@@ -344,7 +341,7 @@ class _Repair:
         self, reading: Reading, fit: Fit, grams: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> Tensor:
         """New matrices of another form; where a layer is solved in parts, those of the survey."""
-        if reading.blocks > 1 and not fit.by_block:
+        if reading.blocks > 1 and fit.whole is not None:
             return reading.matrices(fit.whole)
         return torch.stack([fit.matrix(ridged(grams[i]), wanted[i], i) for i in range(reading.blocks)])
 

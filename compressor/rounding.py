@@ -56,9 +56,8 @@ def round_weights(
         )
         if bound is None or reading is None or reading.layer.is_tied:
             continue
-        weight = graph.tensor(bound.weight)
-        scales[bound.weight] = weight_scales(weight, bound.axis, plan.spec)
-        grids[reading.layer.node] = Grid(reading, weight, scales[bound.weight], levels(plan.spec))
+        scales[bound.weight] = weight_scales(graph.tensor(bound.weight), bound.axis, plan.spec)
+        grids[reading.layer.node] = Grid(reading, scales[bound.weight], levels(plan.spec))
     changes: dict[Node, Change] = {
         tap: partial(fake_quantise, params=tensor_params(*ranges[value], plan.spec))
         for tap, value in taps.items()
@@ -75,22 +74,15 @@ def round_weights(
 class Grid:
     """The integers that a layer's weight may become: a Fit of `rebuild.refit`.
 
-    weight: as it is. scales [outs]: of each output channel. limit: of the integers' magnitude.
+    scales [outs]: of each output channel. limit: of the integers' magnitude.
     """
 
     reading: Reading
-    weight: Tensor
     scales: Tensor
     limit: int
-    by_block: ClassVar[bool] = True
+    whole: ClassVar[None] = None
 
-    @property
-    def whole(self) -> Tensor:
-        matrices = self.reading.matrices(self.weight)
-        steps = self.reading.by_block(self.scales.double())[..., None]
-        return self.reading.weight(_nearest(matrices, steps, self.limit))
-
-    def matrix(self, gram: Tensor, wanted: Tensor, block: int = 0) -> Tensor:
+    def matrix(self, gram: Tensor, wanted: Tensor, block: int) -> Tensor:
         steps = self.reading.by_block(self.scales.double())[block][:, None]
         return rounded(wanted, gram, steps, self.limit)
 

@@ -27,6 +27,7 @@ from compressor.forms import Match, gates, pools, selections
 from compressor.ir import Graph, short_name, site
 from compressor.labels import labels_of
 from compressor.mixed import KEPT, loudest
+from compressor.noise import Slopes
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
@@ -145,7 +146,8 @@ class Int8(Pass):
     ) -> tuple[dict[Node, str], dict[str, Any]]:
         """The operators that stay float so that the budget holds, as few as do."""
         plan, goal = place(graph, spec, ranges, self.ignore), Goal({})
-        order = loudest(plan, ranges, slopes_of(plan, labels_of(graph), data, ctx))
+        known = slopes_of(plan, labels_of(graph), data, ctx)
+        order = loudest(plan, ranges, Slopes({}, {}) if isinstance(known, str) else known)
         names = [node.name for node in order]
 
         def floating(share: float) -> list[str]:
@@ -182,9 +184,8 @@ class Int8(Pass):
     def _store_tables(self, graph: Graph, outcome: Outcome, limit: int | None) -> None:
         """Large tables of embeddings as integers, which saves bytes and no time."""
         could = tables(graph)
-        left = {node for node in could if any(under(node, pattern) for pattern in self.ignore)}
-        room = None if limit is None else max(0, limit - len(outcome.rewrites))
-        chosen = [node for node in could if node not in left][:room]
+        wanted = [node for node in could if not any(under(node, pattern) for pattern in self.ignore)]
+        chosen = wanted[: None if limit is None else max(0, limit - len(outcome.rewrites))]
         outcome.rewrites += [
             Rewrite(site(node), "table stored as integers, a scale for each row") for node in chosen
         ]

@@ -183,11 +183,23 @@ def test_a_product_smooths_what_nothing_else_can():
     assert any(kind(value) == "mul" and value.name.startswith("mul") for value in plan.owner)
 
 
-def test_a_model_without_derivatives_is_left_as_it_is():
+def test_a_model_that_no_output_depends_on_smoothly_is_left_as_it_is():
     graph = graph_of(Net(lambda net, x: net.b(F.relu(net.a(x))).argmax(1), a=conv(3, 4), b=conv(4, 4)))
     before = graph.fingerprint()
     outcome = equalise(graph, QLINEAR, (), data_of(graph), context(graph))
     assert graph.fingerprint() == before and not outcome.rewrites
+
+
+def test_an_operator_without_a_derivative_is_named():
+    def forward(net, x):
+        return net.b(torch.ops.compressor.dynamic_quantise(F.relu(net.a(x))))
+
+    graph = graph_of(Net(forward, a=conv(3, 4), b=conv(4, 4)))
+    before = graph.fingerprint()
+    outcome = equalise(graph, QLINEAR, (), data_of(graph), context(graph))
+    assert graph.fingerprint() == before
+    assert outcome.declines[0].reason.startswith("an operator has no derivative")
+    quantised(graph, Int8(sqnr=20.0))  # a budget is kept all the same
 
 
 # ---------------------------------------------------------------- rounding
