@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 CONTRIB = "com.microsoft"
 
@@ -56,7 +57,7 @@ def integer_products(model: onnx_ir.Model) -> None:
             node.graph, last, old, [made], [last.outputs[0]], [made.outputs[0]]
         )
         model.opset_imports[CONTRIB] = 1
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
 
 
 def sums(model: onnx_ir.Model) -> None:
