@@ -216,6 +216,8 @@ def macs(graph: Graph) -> int:
 def node_macs(node: Node) -> int:
     """Multiply-accumulates of one operator for one sample (dynamic axes other than the batch as in the example)."""
     which = kind(node)
+    if which == "integer_matmul":
+        return math.prod(sizes(node)) * int(arguments(node)["ins"])
     if which not in CONTRACTIONS or not is_tensor(node):
         return 0
     bound = arguments(node)

@@ -16,6 +16,7 @@ from compressor.data import open_data
 from compressor.emit import emit
 from compressor.errors import UsageError
 from compressor.ir import Graph
+from compressor.ops import node_macs
 from compressor.pipeline import Context, Outcome
 from passes.int4 import Int4
 from targets.cpu import CPU
@@ -72,6 +73,7 @@ def test_onnx_runtime_reads_what_was_meant(tmp_path, config):
     graph = mlp()
     after, outcome = compiled(graph, config)
     assert len(outcome.rewrites) == 2 and [d.reason for d in outcome.declines] == ["32 columns are too few"]
+    assert sum(map(node_macs, after.nodes)) == sum(map(node_macs, graph.nodes))
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
     found = [n.op_type for n in onnx.load(file.path).graph.node]
     assert found.count("MatMulNBits") == 2 and file.integer
