@@ -73,4 +73,4 @@ def dequantise_blocks(
     outs, blocks, _ = packed.shape
     integers = unpack(packed, bits, block).float()
     zero = unpack(zeros.reshape(outs, -1), bits, blocks).float()
-    return ((integers - zero[..., None]) * scales.reshape(outs, blocks, 1)).flatten(1)[:, :ins]
+    return ((integers - zero[..., None]) * scales.float().reshape(outs, blocks, 1)).flatten(1)[:, :ins]

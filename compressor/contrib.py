@@ -48,7 +48,8 @@ def matmul_blocks(
     ins: int,
 ) -> Tensor:
     """x [..., ins] times the weight that these blocks are, and a bias [outs]."""
-    return torch.nn.functional.linear(x, dequantise_blocks(packed, scales, zeros, bits, block, ins), bias)
+    weight = dequantise_blocks(packed, scales, zeros, bits, block, ins)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
 @matmul_blocks.register_fake
@@ -63,8 +64,8 @@ def _declare() -> None:
     if defs.has("MatMulNBits", 1, DOMAIN):
         return
     schema, optional = defs.OpSchema, defs.OpSchema.FormalParameterOption.Optional
-    floats, bytes_, whole = "tensor(float)", "tensor(uint8)", defs.OpSchema.AttrType.INT
-    names = {"A": floats, "B": bytes_, "scales": floats}
+    bytes_, whole = "tensor(uint8)", defs.OpSchema.AttrType.INT
+    names = {"A": "T", "B": bytes_, "scales": "T"}
     defs.register_schema(
         schema(
             "MatMulNBits",
@@ -74,7 +75,8 @@ def _declare() -> None:
                 *(schema.FormalParameter(name, kind) for name, kind in names.items()),
                 schema.FormalParameter("zero_points", bytes_, param_option=optional),
             ],
-            outputs=[schema.FormalParameter("Y", floats)],
+            outputs=[schema.FormalParameter("Y", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
             attributes=[
                 schema.Attribute(name, whole, required=False)
                 for name in ("K", "N", "bits", "block_size", "accuracy_level")

@@ -23,7 +23,7 @@ from . import contrib  # noqa: F401  registers compressor::dynamic_quantise
 from .batches import Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
-from .ops import is_constant, kind
+from .ops import kind
 from .padding import Padding
 from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax, MovingAverage, entropy_range, mse_range
@@ -34,7 +34,6 @@ INT32_LIMIT = 2**31 - 1
 BIAS_LIMIT = 2**30  # leaves the accumulator as much room for the products
 TINIEST = 2.0**-60  # of scales: the product of two is still a normal float32
 SAMPLED = 1 << 16  # values of one batch that a histogram counts; its extremes are exact
-TABLE = 1 << 16  # numbers in a table of embeddings from which on it is stored as integers
 BYTES = "bytes"  # in the meta of a float value: it holds 0..255
 STRIDES = (1, 3, 7, 13, 31, 61, 127, 251, 509, 1021)  # primes: no axis of a tensor is sampled at fixed places
 
@@ -259,42 +258,6 @@ def insert_dynamic(plan: Placement) -> None:
         rounded = plan.graph.insert(torch.ops.compressor.dynamic_quantise.default, (value,), before=first)
         for user in users:
             redirect(plan.graph, user, value, rounded)
-
-
-def quantise_tables(graph: Graph, chosen: Collection[Node]) -> None:
-    """Tables of embeddings as int8, each row with a scale of its own; what is looked up is float again at once."""
-    aten = torch.ops.aten
-    for node in chosen:
-        table, places, *rest = node.args
-        weight = graph.tensor(table)  # type: ignore[arg-type]
-        peak = weight.detach().double().abs().amax(1, keepdim=True)
-        scales = torch.where(peak > 0, peak / 127, torch.ones_like(peak)).float()
-        integers = (weight / scales).round().clamp(-127, 127).to(torch.int8)
-        name = str(table.target)  # type: ignore[union-attr]
-        stored = graph.add_tensor(f"{name}_int8", integers), graph.add_tensor(f"{name}_scale", scales)
-        rows, factors = (
-            graph.insert(aten.embedding.default, (part, places, *rest), before=node) for part in stored
-        )
-        floats = graph.insert(aten.to.dtype, (rows, torch.float32), before=node)
-        made = graph.insert(aten.mul.Tensor, (floats, factors), before=node)
-        for user in list(node.users):
-            redirect(graph, user, node, made)
-        graph.erase(node)
-
-
-def tables(graph: Graph) -> list[Node]:
-    """Embeddings whose tables are worth storing as integers: large ones of float32 that nothing else reads."""
-    found = [
-        n for n in graph.nodes if operator_name(n) == "aten.embedding.default" and is_constant(n.args[0])
-    ]
-    return [
-        n
-        for n in found
-        if len(n.args[0].users) == 1  # type: ignore[union-attr]
-        and graph.tensor(n.args[0]).dtype == torch.float32  # type: ignore[arg-type]
-        and graph.tensor(n.args[0]).numel() >= TABLE  # type: ignore[arg-type]
-        and bool(torch.isfinite(graph.tensor(n.args[0])).all())  # type: ignore[arg-type]
-    ]
 
 
 def _quantise_operands(

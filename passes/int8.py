@@ -31,7 +31,7 @@ from compressor.noise import Slopes
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
-from compressor.place import Placement, Range, listed, place, under
+from compressor.place import Placement, Range, listed, place
 from compressor.quantize import (
     AVERAGE,
     ENTROPY,
@@ -42,13 +42,14 @@ from compressor.quantize import (
     insert_pairs,
     mse,
     percentile,
-    quantise_tables,
-    tables,
 )
 from compressor.rounding import round_weights
+from compressor.tables import store_tables
 from compressor.target import QuantSpec
+from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
+BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
 REWRITES: dict[str, Callable[[Graph, QuantSpec, Data | None], Iterator[Match | Decline]]] = {
@@ -68,7 +69,8 @@ class Int8(Pass):
     outliers are cut off (`percentile`: 99.9995 cuts 5 values in a million off either end), or the range that keeps the
     values best (`mse`) or their distribution (`entropy`).
     scheme: `dynamic` needs no data: matrix products find the scale of what they read in every run, everything else
-    stays float. It is what models of matrix products get where there is no calibration data.
+    stays float. It is what models of matrix products get where there is no calibration data. `weight` needs none
+    either: weights of matrix products, block by block, and tables of embeddings are integers, for size.
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
@@ -84,7 +86,7 @@ class Int8(Pass):
     after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
-    scheme: Literal["static", "dynamic"] = "static"
+    scheme: Literal["static", "dynamic", "weight"] = "static"
     calibration: Literal["minmax", "average", "percentile", "mse", "entropy"] = "percentile"
     percentile: float = 99.9995
     equalise: bool = True
@@ -102,6 +104,9 @@ class Int8(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
         data, spec = ctx.calibration, self._spec(ctx)
+        if self.scheme == "weight":
+            yield store_weights(graph, ctx, 8, BLOCK, self.ignore)
+            return
         if self.scheme == "dynamic" or (data is None and _multiplies(graph)):
             yield self._dynamic(graph, spec, ctx)
             return
@@ -136,7 +141,7 @@ class Int8(Pass):
         if self.rounding == "adaptive" and plan.operators:
             scales, facts["rounded"] = round_weights(plan, ranges, data, ctx)
         insert_pairs(plan, ranges, scales)
-        self._store_tables(graph, outcome, left)
+        store_tables(graph, outcome, self.ignore, left)
         graph.clean()
         outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
         yield outcome
@@ -177,19 +182,9 @@ class Int8(Pass):
         why = "as asked" if self.scheme == "dynamic" else "there is no calibration data (--calib)"
         outcome.facts["scheme"] = f"dynamic: scales of activations are found in every run; {why}"
         insert_dynamic(plan)
-        self._store_tables(graph, outcome, ctx.limit)
+        store_tables(graph, outcome, self.ignore, ctx.limit)
         graph.clean()
         return outcome
-
-    def _store_tables(self, graph: Graph, outcome: Outcome, limit: int | None) -> None:
-        """Large tables of embeddings as integers, which saves bytes and no time."""
-        could = tables(graph)
-        wanted = [node for node in could if not any(under(node, pattern) for pattern in self.ignore)]
-        chosen = wanted[: None if limit is None else max(0, limit - len(outcome.rewrites))]
-        outcome.rewrites += [
-            Rewrite(site(node), "table stored as integers, a scale for each row") for node in chosen
-        ]
-        quantise_tables(graph, chosen)
 
     def _spec(self, ctx: Context) -> QuantSpec:
         spec = ctx.target.quant

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from compressor import runtime
 from compressor.blockwise import dequantise_blocks, pack, quantise_blocks, unpack
 from compressor.capture import capture
-from compressor.data import open_data
+from compressor.data import Data, open_data
 from compressor.emit import emit
 from compressor.errors import UsageError
 from compressor.ir import Graph
 from compressor.ops import node_macs
-from compressor.pipeline import Context, Outcome
+from compressor.pipeline import Context, Outcome, Pass
+from passes.fp16 import Fp16
 from passes.int4 import Int4
+from passes.int8 import Int8
 from targets.cpu import CPU
 
 
@@ -33,10 +35,14 @@ def mlp() -> Graph:
     return capture(net.eval(), torch.randn(2, 5, 160))
 
 
-def compiled(graph: Graph, config: Int4 | None = None, **options) -> tuple[Graph, Outcome]:
+def held_out(graph: Graph) -> Data:
+    return open_data([(torch.cat([graph.example[0]] * 2),)], graph.inputs)
+
+
+def compiled(graph: Graph, config: Pass | None = None, **options) -> tuple[Graph, Outcome]:
     copy = graph.copy()
-    held = open_data([(torch.randn(4, *graph.example[0].shape[1:]),)], graph.inputs)
-    outcome = (config or Int4()).run(copy, Context(CPU, held, **options))
+    made = (config or Int4()).run(copy, Context(CPU, held_out(graph), **options))
+    (outcome,) = [made] if isinstance(made, Outcome) else made
     copy.check()
     return copy, outcome
 
@@ -96,12 +102,59 @@ def test_what_stays_float(tmp_path):
     def twice(net, x):
         return net.one(x) + F.linear(x, net.one.weight)
 
-    tied = capture(Net(twice, one=nn.Linear(128, 128)).eval(), torch.randn(2, 128))
-    same, outcome = compiled(tied)
-    assert same.fingerprint() == tied.fingerprint()
+    shared = capture(Net(twice, one=nn.Linear(128, 128)).eval(), torch.randn(2, 128))
+    once, outcome = compiled(shared)
+    assert len(outcome.rewrites) == 2 and sum(t.dtype == torch.uint8 for t in once.tensors.values()) == 2
+    square = capture(
+        Net(lambda n, x: n.one(x) + n.one.weight.sum(), one=nn.Linear(128, 128)).eval(), torch.randn(2, 128)
+    )
+    same, outcome = compiled(square)
+    assert same.fingerprint() == square.fingerprint()
     assert {d.reason for d in outcome.declines} == {"its weight is read by others, too"}
     pictures = capture(Net(lambda net, x: net.a(x), a=conv(3, 8)).eval(), torch.randn(2, 3, 8, 8))
     assert not compiled(pictures)[1].rewrites
+
+
+def test_a_head_that_is_the_table_of_embeddings_is_stored_by_each_use(tmp_path):
+    def forward(net, ids):
+        return F.linear(net.up(net.words(ids)).relu(), net.words.weight)
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1024, (2, 6))
+    graph = capture(Net(forward, words=nn.Embedding(1024, 128), up=nn.Linear(128, 128)).eval(), ids)
+    after, outcome = compiled(graph)
+    assert [r.site for r in outcome.rewrites if "table" in r.what] == ["words"]
+    assert not any(t.dtype == torch.float32 and t.numel() >= 1024 * 128 for t in after.tensors.values())
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
+    assert file.bytes < 1024 * 128 * 2
+    (seen,) = runtime.run(runtime.session(file.path, threads=1), [ids.numpy()])
+    assert noise(after.run(ids)[0], torch.from_numpy(seen)) > 35
+    assert noise(graph.run(ids)[0], after.run(ids)[0]) > 15
+    kept, _ = compiled(graph, Int4(ignore=("words",)))
+    assert "words.weight" in kept.tensors
+
+
+def test_activations_may_be_half(tmp_path):
+    graph = mlp()
+    after, _ = compiled(graph)
+    outcome = Fp16().run(after, Context(CPU, held_out(graph)))
+    after.clean()
+    after.check()
+    assert outcome.facts["half"] > 2
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
+    read = {t.name: t.data_type for t in onnx.load(file.path).graph.initializer}
+    products = [n for n in onnx.load(file.path).graph.node if n.op_type == "MatMulNBits"]
+    assert len(products) == 2 and {read[n.input[2]] for n in products} == {onnx.TensorProto.FLOAT16}
+    (seen,) = runtime.run(runtime.session(file.path, threads=1), [graph.example[0].numpy()])
+    assert noise(after.run(graph.example[0])[0], torch.from_numpy(seen)) > 35
+
+
+def test_int8_of_weights_alone_needs_no_data():
+    graph = mlp()
+    after, outcome = compiled(graph, Int8(scheme="weight"))
+    assert (
+        len(outcome.rewrites) == 2 and after.fingerprint() == compiled(graph, Int4(bits="8"))[0].fingerprint()
+    )
 
 
 def test_a_block_has_a_size_that_kernels_know():
