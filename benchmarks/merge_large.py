@@ -32,10 +32,10 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # ------------------------------------------------------------------------- the model
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(config: dict[str, Any] = CONFIG) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight, in order."""
-    width, inner, words = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
-    keys = width * CONFIG["num_key_value_heads"] // CONFIG["num_attention_heads"]
+    width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = width * config["num_key_value_heads"] // config["num_attention_heads"]
     attention = {
         "q_proj": (width, width),
         "k_proj": (keys, width),
@@ -44,7 +44,7 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     }
     mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
     yield "model.embed_tokens.weight", (words, width)
-    for i in range(CONFIG["num_hidden_layers"]):
+    for i in range(config["num_hidden_layers"]):
         yield from ((f"model.layers.{i}.self_attn.{name}.weight", shape) for name, shape in attention.items())
         yield from ((f"model.layers.{i}.mlp.{name}.weight", shape) for name, shape in mlp.items())
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -53,26 +53,29 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (words, width)
 
 
-def build(folder: Path) -> int:
-    """The base model, a shard at a time; answers the bytes of its weights."""
+def build(folder: Path, config: dict[str, Any] = CONFIG) -> int:
+    """A model of random weights, a shard at a time; answers the bytes of its weights."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
+    dtype = getattr(torch, config["dtype"])
     shards: list[list[tuple[str, torch.Size]]] = [[]]
     total = held = 0
-    for name, shape in shapes():
+    for name, shape in shapes(config):
         size = torch.Size(shape)
-        if held and held + 4 * size.numel() > SHARD:
+        taken = dtype.itemsize * size.numel()
+        if held and held + taken > SHARD:
             shards.append([])
             held = 0
         shards[-1].append((name, size))
-        held, total = held + 4 * size.numel(), total + 4 * size.numel()
+        held, total = held + taken, total + taken
     files: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         drawn = {n: torch.ones(s) if len(s) == 1 else torch.randn(s).mul_(0.02) for n, s in shard}
+        drawn = {n: t.to(dtype) for n, t in drawn.items()}
         save_file(drawn, folder / file, metadata={"format": "pt"})
         files |= {name: file for name, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": files}
@@ -115,13 +118,13 @@ import compressor
 print("imported", flush=True)
 sys.stdin.readline()
 words = json.loads(sys.argv[1])
-report = compressor.compress(words.pop("model"), passes="merge", **words).report
+report = compressor.compress(words.pop("model"), **{"passes": "merge"} | words).report
 print(json.dumps({k: report[k] for k in ("emitted", "rows", "seconds", "steps")}, default=str))
 """
 
 
-def merge(**words: Any) -> tuple[dict[str, Any], Any]:
-    """The report of one run in a process of its own, and the watch over it."""
+def run(**words: Any) -> tuple[dict[str, Any], Any]:
+    """The report of one run in a process of its own, a merge if no passes are named, and the watch over it."""
     from compressor.measure import MemoryWatch
 
     child = subprocess.Popen(
@@ -147,8 +150,8 @@ def main() -> int:
         folder = Path(scratch)
         size = build(folder / "base")
         count = adapt(folder / "lora")
-        merged, watch = merge(model=folder / "base", adapter=str(folder / "lora"), output=folder / "merged")
-        merge(model=folder / "base", output=folder / "plain", measure=False)
+        merged, watch = run(model=folder / "base", adapter=str(folder / "lora"), output=folder / "merged")
+        run(model=folder / "base", output=folder / "plain", measure=False)
         speed = ratio(folder / "plain" / "model.onnx", folder / "merged" / "model.onnx")
     mb = size / 2**20
     own = watch.anonymous - watch.start

@@ -76,11 +76,18 @@ def _cannot_write(output: Path, error: OSError) -> OutputError:
 
 
 def deliver(
-    graph: Graph, target: Target, folder: Path, metadata: Mapping[str, str], fixed: Mapping[str, int]
+    graph: Graph,
+    target: Target,
+    folder: Path,
+    metadata: Mapping[str, str],
+    fixed: Mapping[str, int],
+    *,
+    beside: bool = False,
 ) -> Emitted:
     """model.onnx (and model.ort where the target wants it) in `folder`, loaded once by ONNX Runtime.
 
-    Where the exporter's optimiser produced a file that does not load, it is emitted again without it.
+    Where the exporter's optimiser produced a file that does not load, it is emitted again without it. beside: weights
+    in a file of their own.
     """
     path = folder / "model.onnx"
     options: dict[str, Any] = {
@@ -89,6 +96,7 @@ def deliver(
         "fixed": fixed,
         "metadata": metadata,
         "dialect": target.dialect,
+        "beside": beside,
     }
     emitted = emit(graph, path, **options)
     try:

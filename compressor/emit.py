@@ -58,10 +58,12 @@ def emit(
     metadata: Mapping[str, str] | None = None,
     optimize: bool = True,
     dialect: Collection[str] = (),
+    beside: bool = False,
 ) -> Emitted:
     """Writes `graph` to `path`. fixed: sizes for dynamic axes by name ({"batch": 1}); the others stay dynamic.
 
-    dialect: rules of `dialect.py`, for runtimes that know its words.
+    dialect: rules of `dialect.py`, for runtimes that know its words. beside: weights in a file of their own, mapped and
+    not read, whatever their size; from 1 GB on they are anyway.
     optimize=False leaves out the exporter's own optimiser, whose bugs show only when a runtime loads the file.
     UnsupportedError where an operator has no word in ONNX, with its module and line.
     """
@@ -80,7 +82,7 @@ def emit(
     companion = companion_of(path)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     total = 0
-    if size >= EXTERNAL_DATA_BYTES:
+    if beside or size >= EXTERNAL_DATA_BYTES:
         total = _write_weights(model, companion)
     onnx_ir.save(model, path)
     onnx.checker.check_model(str(path))

@@ -177,7 +177,9 @@ class Run:
             "target": self.target.name,
         }
         with self.step("emitting"):
-            emitted = delivery.deliver(graph, self.target, stage, metadata, self.fixed(graph))
+            emitted = delivery.deliver(
+                graph, self.target, stage, metadata, self.fixed(graph), beside=self.large
+            )
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
