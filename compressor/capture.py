@@ -7,7 +7,7 @@ operators where that is exact and functionalises the graph where it is not, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -144,7 +144,8 @@ def _graph_of(program: ExportedProgram, specs: tuple[Input, ...], notices: list[
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards the mode that the caller's module and each part of it was in."""
     training = [part for part in model.modules() if part.training]
-    model.eval()
+    with suppress(NotImplementedError):  # of an exported program, which knows one mode
+        model.eval()
     try:
         yield
     finally:
@@ -244,6 +245,10 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     _drop_settled_writes(flat)
     if not rename_in_place(flat.graph):
         culprit = next(n for n in flat.nodes if in_place(n))
+        if any("moving_avg_obs_fq" in operator_name(n) for n in flat.nodes):
+            raise unsupported(
+                culprit, "its fake quantisers still observe: convert the model first (convert_pt2e)"
+            )
         raise unsupported(culprit, "writes into the model's own state; a compiled model keeps none")
     lost = _dropouts(graph) - _dropouts(flat)
     graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters

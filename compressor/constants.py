@@ -48,8 +48,8 @@ def fold_constants(graph: Graph, max_bytes: int, limit: int | None = None) -> Fo
     """Replaces every largest subgraph that depends on tensors of the graph alone by one tensor.
 
     max_bytes: how much larger than the tensors it is made from a constant may be; a bigger one is left, with its
-    reason. limit: at most so many. Random operators, `dequantize`, uninitialised memory and whatever is not an
-    ATen operator are never folded, nor is a value that the graph returns.
+    reason. limit: at most so many. Random operators, dequantisers, fake quantisers, uninitialised memory and whatever
+    is not an ATen operator are never folded, nor is a value that the graph returns.
     """
     folding = Folding()
     constant = _foldable(graph, max_bytes, folding)
@@ -248,7 +248,7 @@ def is_pure(node: Node) -> bool:
         return True
     if not operator_name(node).startswith("aten.") or is_uninitialised(node):
         return False
-    return kind(node) not in ("dequantize", "assertion") and not is_random(node)
+    return kind(node) not in ("dequantize", "fake_quantize", "assertion") and not is_random(node)
 
 
 def _foldable(graph: Graph, max_bytes: int, folding: Folding) -> set[Node]:

@@ -115,6 +115,8 @@ _ROWS: dict[str, str] = {
     "create_like": """zeros_like.default ones_like.default full_like.default empty_like.default new_zeros.default
         new_ones.default new_full.default zero.default tril.default triu.default""",
     "size": "sym_size.int sym_numel.default",
+    "fake_quantize": """fake_quantize_per_tensor_affine.default fake_quantize_per_tensor_affine.tensor_qparams
+        fake_quantize_per_channel_affine.default""",
     "assertion": """_assert_tensor_metadata.default _assert_scalar.default _assert_async.msg
         sym_constrain_range_for_size.default sym_constrain_range.default""",
 }

@@ -90,9 +90,9 @@ def weight_scales(weight: Tensor, axis: int, spec: QuantSpec) -> Tensor:
 
 def quantise_weight(weight: Tensor, scales: Tensor, axis: int, spec: QuantSpec) -> Tensor:
     """int8 integers of a weight, with its scales along `axis`."""
-    limit = levels(spec)
+    limit = levels(spec)  # one more below 0, which scales that a model came with may use
     factors = scales.double().reshape([-1 if d == axis else 1 for d in range(weight.dim())])
-    return torch.round(weight.detach().double() / factors).clamp(-limit, limit).to(torch.int8)
+    return torch.round(weight.detach().double() / factors).clamp(-limit - 1, limit).to(torch.int8)
 
 
 def levels(spec: QuantSpec) -> int:
@@ -225,13 +225,18 @@ def tapped(plan: Placement) -> tuple[Graph, dict[Node, Node]]:
 
 
 def insert_pairs(
-    plan: Placement, ranges: Mapping[Node, Range], scales: Mapping[Node, Tensor] | None = None
+    plan: Placement,
+    ranges: Mapping[Node, Range],
+    scales: Mapping[Node, Tensor] | None = None,
+    known: Mapping[Node, Params] | None = None,
 ) -> None:
     """Writes a placement into its graph: integer weights and biases, and a Q/DQ pair behind every value.
 
-    scales: weight -> those of its integers, where they are not to be read from its extremes.
+    scales: weight -> those of its integers, where they are not to be read from its extremes. known: value -> its
+    integers, where they are not to be made from its range.
     """
     params = {owner: tensor_params(*ranges[owner], plan.spec) for owner in plan.owner.values()}
+    params |= {owner: own for owner, own in (known or {}).items() if owner in params}
     readers = {value: plan.readers(value) for value in plan.owner}
     made: dict[tuple[Node, int], list[tuple[Tensor, Node]]] = {}
     for node in plan.operators:

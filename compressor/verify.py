@@ -231,7 +231,9 @@ def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] |
 
 
 def is_single(graph: Graph) -> bool:
-    """True where every float output is float32."""
+    """True where every float output is float32, and nothing on the way is rounded to integers, which floats are."""
+    if any(kind(node) == "quantize" for node in graph.nodes):
+        return False
     dtypes = {n.meta["val"].dtype for n in graph.results if is_tensor(n)}
     return {d for d in dtypes if d.is_floating_point} == {torch.float32}
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
 from torch.fx import Node
 
 from compressor.budgets import Budget, Goal
@@ -32,6 +31,7 @@ from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
 from compressor.pixels import pixels
 from compressor.place import Placement, Range, listed, place
+from compressor.quantised import Given, take_apart
 from compressor.quantize import (
     AVERAGE,
     ENTROPY,
@@ -49,6 +49,7 @@ from compressor.target import QuantSpec
 from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
+NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
@@ -74,6 +75,8 @@ class Int8(Pass):
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
+    A model that comes quantised (PT2E's Q/DQ pairs, fake quantisers) keeps its scales, and needs no data where it has
+    all of them; nothing is then equalised or rounded anew.
     sqnr, max_drop: as many operators stay float as it takes for outputs so many dB above their noise on calibration
     data, or for a metric (--eval) that falls by no more; the loudest for their work go first.
     ignore: modules that stay float (`int8(ignore=head+layer1.*)`).
@@ -107,47 +110,72 @@ class Int8(Pass):
         if self.scheme == "weight":
             yield store_weights(graph, ctx, 8, BLOCK, self.ignore)
             return
-        if self.scheme == "dynamic" or (data is None and _multiplies(graph)):
+        given = take_apart(graph) if self.scheme == "static" else Given()
+        if given:
+            yield given.outcome()
+        if self.scheme == "dynamic" or (data is None and not given and _multiplies(graph)):
             yield self._dynamic(graph, spec, ctx)
             return
-        if data is None:
-            raise UsageError(
-                "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-            )
-        timed = ctx if self.measure else dataclasses.replace(ctx, measure=None)
+        if data is None and not given:
+            raise UsageError(NO_DATA)
+        timed = ctx if self.measure and not given else dataclasses.replace(ctx, measure=None)
         chosen, facts = _worthwhile(graph, timed, spec, self.ignore)
         if chosen is None:
             slower = f"{facts['int8_ms']:.3g} ms in integers, {facts['float_ms']:.3g} ms in floats ({ctx.timed_on})"
             reason = f"it is not faster: {slower}; int8(measure=false) quantises it anyway"
             yield Outcome(declines=[Decline("the model", reason)], facts=facts)
             return
-        prepared = _rewrite(graph, spec, data, chosen, ctx.limit)
+        prepared = _rewrite(graph, spec, data, chosen, ctx.limit, given)
         yield prepared
         left = None if ctx.limit is None else ctx.limit - len(prepared.rewrites)
-        if self.equalise and left != 0:
+        if self.equalise and left != 0 and not given and data is not None:
             scaled = equalise(graph, spec, self.ignore, data, ctx)
             yield scaled
             left = None if left is None else left - len(scaled.rewrites)
-        with ctx.progress("calibrating int8", data.samples) as advance:
-            candidates = place(graph, spec, None, self.ignore, left).owner
-            ranges = calibrate(graph, candidates, data, self.observer(spec), advance)
+        ranges = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
-        if self.sqnr is not None or self.max_drop is not None:
-            floats, found = self._within(graph, spec, ranges, data, ctx)
+        if data is not None and (self.sqnr is not None or self.max_drop is not None):
+            floats, found = self._within(graph, spec, ranges, given, data, ctx)
             facts |= found
         plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
-        scales: Mapping[Node, Tensor] = {}
-        if self.rounding == "adaptive" and plan.operators:
+        scales, known = given.fitting(spec)
+        if self.rounding == "adaptive" and plan.operators and not given and data is not None:
             scales, facts["rounded"] = round_weights(plan, ranges, data, ctx)
-        insert_pairs(plan, ranges, scales)
+        insert_pairs(plan, ranges, scales, known)
         store_tables(graph, outcome, self.ignore, left)
         graph.clean()
-        outcome.facts |= facts | {"calibration": f"{self._method} of {data.samples} samples"}
+        outcome.facts |= facts
+        if data is not None:
+            outcome.facts["calibration"] = f"{self._method} of {data.samples} samples"
         yield outcome
 
+    def _ranges(
+        self, graph: Graph, spec: QuantSpec, given: Given, data: Data | None, left: int | None, ctx: Context
+    ) -> dict[Node, Range]:
+        """Those that the model came with, and of all other values that get a quantiser those of the data."""
+        owner = place(graph, spec, None, self.ignore, left).owner
+        given.spread(owner)
+        ranges = given.ranges()
+        ranges |= {node: ranges[source] for node, source in owner.items() if source in ranges}
+        wanted = [node for node in owner if node not in ranges]
+        if wanted and data is None:
+            raise UsageError(
+                f"{NO_DATA}; the model has no range for {len(wanted)} values, {site(wanted[0])} for one"
+            )
+        if data is not None:
+            with ctx.progress("calibrating int8", data.samples) as advance:
+                ranges |= calibrate(graph, wanted, data, self.observer(spec), advance)
+        return ranges
+
     def _within(
-        self, graph: Graph, spec: QuantSpec, ranges: Mapping[Node, Range], data: Data, ctx: Context
+        self,
+        graph: Graph,
+        spec: QuantSpec,
+        ranges: Mapping[Node, Range],
+        given: Given,
+        data: Data,
+        ctx: Context,
     ) -> tuple[dict[Node, str], dict[str, Any]]:
         """The operators that stay float so that the budget holds, as few as do."""
         plan, goal = place(graph, spec, ranges, self.ignore), Goal({})
@@ -163,7 +191,8 @@ class Int8(Pass):
             twins = {node.name: node for node in copy.nodes}
             found = {twins[node.name]: limits for node, limits in ranges.items()}
             left = {twins[name]: KEPT for name in floating(share)}
-            insert_pairs(place(copy, spec, found, self.ignore, floats=left), found)
+            kept = place(copy, spec, found, self.ignore, floats=left)
+            insert_pairs(kept, found, *given.of(twins).fitting(spec))
             copy.clean()
             return copy
 
@@ -171,9 +200,9 @@ class Int8(Pass):
             share = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8").measured(
                 goal, graph, ctx, 0.0, trial
             )
-        kept = set(floating(share))
-        facts = goal.facts | {"kept_float": [site(node) for node in order if node.name in kept]}
-        return {node: KEPT for node in order if node.name in kept}, facts
+        chosen = set(floating(share))
+        kept = [node for node in order if node.name in chosen]
+        return dict.fromkeys(kept, KEPT), goal.facts | {"kept_float": [site(node) for node in kept]}
 
     def _dynamic(self, graph: Graph, spec: QuantSpec, ctx: Context) -> Outcome:
         """Integer weights, and scales of activations that every run finds for itself."""
@@ -249,7 +278,12 @@ def _outcome(graph: Graph, plan: Placement) -> Outcome:
 
 
 def _rewrite(
-    graph: Graph, spec: QuantSpec, data: Data | None, names: Collection[str], limit: int | None
+    graph: Graph,
+    spec: QuantSpec,
+    data: Data | None,
+    names: Collection[str],
+    limit: int | None,
+    given: Given | None = None,
 ) -> Outcome:
     """Makes the named exact rewrites, `limit` of them at most."""
     outcome = Outcome(contract=EXACT, step="exact rewrites")
@@ -258,7 +292,9 @@ def _rewrite(
             if isinstance(found, Decline):
                 outcome.declines.append(found)
             elif limit is None or len(outcome.rewrites) < limit:
-                graph.replace_uses(found.node, found.build())
+                graph.replace_uses(found.node, made := found.build())
+                if given is not None:
+                    given.move(found.node, made)
                 outcome.rewrites.append(Rewrite(site(found.node), found.what))
     graph.clean()
     return outcome

@@ -73,7 +73,7 @@ TIERS = [
     ["measure"],
     ["pipeline", "delivery"],
     ["budgets", "survey", "stopwatch", "identities", "watch", "forms", "equalise"],
-    ["rebuild", "splits", "pixels", "mixed", "tables"],
+    ["rebuild", "splits", "pixels", "mixed", "tables", "quantised"],
     ["rounding", "weight_only"],
     ["passes", "targets"],
     ["report", "registry", "opening"],
