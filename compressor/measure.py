@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -333,11 +334,10 @@ def _tree_mb(pid: int, field: str) -> float | None:
 
 def _tree(pid: int) -> list[int]:
     children: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children += map(int, task.read_text().split())
-        except OSError:  # the thread ended
-            continue
+    with suppress(OSError):  # the process ended while it was looked at
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):  # or the thread
+                children += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return [pid, *(one for child in children for one in _tree(child))]
 
 

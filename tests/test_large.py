@@ -284,6 +284,15 @@ def test_the_watch_sees_a_peak_that_is_gone_and_children():
 
 
 @needs_proc
+def test_a_process_that_ends_while_it_is_looked_at_is_no_error(monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(measure.os, "listdir", gone)
+    assert measure.MemoryWatch().look().anonymous is not None
+
+
+@needs_proc
 def test_a_child_that_has_not_begun_is_not_counted_twice(monkeypatch):
     sizes = {1: 500_000.0, 2: 500_100.0, 3: 20_000.0}
     monkeypatch.setattr(measure, "_tree", lambda pid: [1, 2, 3])
