@@ -91,14 +91,21 @@ def _nearest(matrix: Tensor, steps: Tensor, limit: int) -> Tensor:
     return (matrix / steps).round().clamp(-limit, limit) * steps
 
 
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U with U'U = inverse of gram, which is not formed: it has digits left where that has none."""
+    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    return torch.linalg.solve_triangular(lower, torch.eye(len(gram), dtype=gram.dtype), upper=False).flip(
+        0, 1
+    )
+
+
 def rounded(matrix: Tensor, gram: Tensor, steps: Tensor, limit: int) -> Tensor:
     """A matrix [O, F] on the multiples, up to `limit`, of steps [O, 1], near to `matrix` on rows of Gram matrix [F, F].
 
     float64. gram must be positive definite (`elimination.ridged`). The columns that the layer reads most of go first.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.linalg.inv(gram[order][:, order])
-    factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    factor = _inverse_factor(gram[order][:, order])
     left, made = matrix[:, order].clone(), torch.zeros_like(matrix)
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))

@@ -230,8 +230,9 @@ class Run:
         for row in rows:
             if row.status == "not proved":
                 self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
-            if "scheme" in row.facts:
-                self.notices.append(f"{row.config}: {row.facts['scheme']}")
+            self.notices += [
+                f"{row.config}: {row.facts[key]}" for key in ("scheme", "few") if key in row.facts
+            ]
             if "latency" in row.facts:
                 one = row.facts["latency"]
                 self.notices.append(

@@ -281,6 +281,12 @@ def entropy_range(histogram: Histogram, levels: int = 256) -> tuple[float, float
     return found
 
 
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a'b in float64; multiplied in its own type unless that overflows."""
+    made = (a.T @ b).double()
+    return made if bool(made.isfinite().all()) else a.double().T @ b.double()
+
+
 class Gram:
     """Running X'X [features, features], X'Y [features, targets] and the sum of X over all rows.
 
@@ -302,8 +308,8 @@ class Gram:
             raise ValueError(f"{len(rows)} rows of inputs need as many of targets [{self.xy.shape[1]}]")
         size = max(256, _BLOCK // max(rows.shape[1], 1))
         for a, b in zip(rows.split(size), aims.split(size), strict=True):
-            self.xx += (a.T @ a).double()
-            self.xy += (a.T @ b).double()
+            self.xx += _products(a, a)
+            self.xy += _products(a, b)
             self.total += a.sum(0, dtype=torch.float64)
             self.target_total += b.sum(0, dtype=torch.float64)
         self.count += len(rows)

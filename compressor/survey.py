@@ -101,17 +101,27 @@ def _shift(layer: Layer, place: Anchor) -> Node | None:
 
 
 class Moments:
-    """Gram matrices of what a layer reads, one for every block, and of what its outputs should change by."""
+    """Gram matrices of what a layer reads, one for every block, and of what its outputs should change by.
+
+    Where deviations from means are asked for, rows are taken from the mean of the first of them: a feature that is all
+    but constant would have no digits left.
+    """
 
     def __init__(self, reading: Reading, aims: bool = False) -> None:
         self.reading = reading
         self.aimed = aims and reading.parts == 1
         outs = reading.layer.outs // reading.layer.groups if self.aimed else 0
         self.grams = [Gram(reading.columns, outs) for _ in range(reading.blocks)]
+        self.origin: Tensor | None = None
 
     def update(self, rows: Tensor, aims: Tensor | None = None) -> None:
         """rows [R, groups, features], aims [R, outs]."""
-        parts = rows.reshape(len(rows), self.reading.blocks, self.reading.columns).unbind(1)
+        each = rows.reshape(len(rows), self.reading.blocks, self.reading.columns)
+        if self.reading.shift is not None and len(rows):
+            if self.origin is None:
+                self.origin = each.mean(0, dtype=torch.float64).to(each.dtype)
+            each = each - self.origin
+        parts = each.unbind(1)
         wanted = (
             aims.unflatten(1, (len(parts), -1)).unbind(1)
             if aims is not None and self.aimed
@@ -132,7 +142,8 @@ class Moments:
     def mean(self, i: int) -> tuple[Tensor, Tensor]:
         """Means of u [F] and of e [O]."""
         gram, count = self.grams[i], max(self.grams[i].count, 1)
-        return gram.total / count, gram.target_total / count
+        mean = gram.total / count
+        return mean if self.origin is None else mean + self.origin[i].double(), gram.target_total / count
 
 
 class Sampler:

@@ -50,6 +50,7 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
+FEW = 16  # samples up to which a notice says that they are few
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
@@ -148,6 +149,10 @@ class Int8(Pass):
         outcome.facts |= facts
         if data is not None:
             outcome.facts["calibration"] = f"{self._method} of {data.samples} samples"
+            if data.samples < FEW:
+                outcome.facts["few"] = (
+                    f"ranges and rounding know {data.samples} samples; 100 to 500 are plenty"
+                )
         yield outcome
 
     def _ranges(

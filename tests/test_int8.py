@@ -16,7 +16,7 @@ from compressor import runtime
 from compressor.capture import capture
 from compressor.data import Data, open_data
 from compressor.emit import emit
-from compressor.errors import UsageError
+from compressor.errors import DataError, UsageError
 from compressor.forms import Match
 from compressor.ir import Graph, operator_name
 from compressor.ops import kind
@@ -483,3 +483,79 @@ def test_tables_of_embeddings_are_stored_as_integers(tmp_path):
     assert noise(graph.run(ids)[0], after.run(ids)[0]) > 30
     kept, _ = compiled(graph, Int8(ignore=("words",)), Context(CPU, held, None))
     assert "words.weight" in kept.tensors
+
+
+# ---------------------------------------------------------------- data and weights as they should not be
+
+
+def small() -> Net:
+    def forward(net, x):
+        return net.head(F.relu(net.b(F.relu(net.a(x)))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Net(forward, a=conv(3, 8), b=conv(8, 8), head=nn.Linear(8, 5)).eval()
+
+
+def constant_channel(net, x):
+    x[:, 1] = 0.5
+
+
+def nothing(net, x):
+    x.zero_()
+
+
+def tiny(net, x):
+    x *= 1e-38
+
+
+def all_dead(net, x):
+    net.a.bias.fill_(-1e3)
+
+
+def dead_channels(net, x):
+    net.a.weight[2], net.a.bias[2] = 0, 0
+    net.a.weight[3] *= 1e-30
+
+
+def huge_inside(net, x):
+    net.a.weight *= 1e12
+    net.b.weight *= 1e-12
+
+
+def one_sample(net, x):
+    x.resize_(1, *x.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "spoil", [constant_channel, nothing, tiny, all_dead, dead_channels, huge_inside, one_sample]
+)
+def test_odd_data_and_odd_weights_give_finite_numbers(tmp_path, spoil):
+    net, x = small(), torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        spoil(net, x)
+    graph = capture(net, torch.randn(4, 3, 16, 16))
+    samples = open_data([(x,)], graph.inputs)
+    ctx, plain = Context(CPU, samples, samples), {"rounding": "nearest", "equalise": False}
+    after, (*_, outcome) = compiled(graph, ctx=ctx)
+    seen, _ = in_runtime(after, tmp_path, x)
+    assert seen.isfinite().all() and noise(after.run(x)[0], seen) > 100
+    assert ("few" in outcome.facts) == (len(x) == 1)
+    others = [Int8(calibration=m, **plain) for m in ("percentile", "minmax", "average", "mse", "entropy")]
+    for made in (after, *(compiled(graph, config, ctx)[0] for config in others)):
+        assert (
+            noise(graph.run(x)[0], made.run(x)[0]) > 25
+        )  # of rounding to 8 bits; a wrong scale would leave none
+
+
+def test_data_and_weights_without_a_number_are_named():
+    graph = capture(small(), torch.randn(4, 3, 16, 16))
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(16, 3, 16, 16)
+        x[3, 0, 0, 0] = value
+        with pytest.raises(DataError, match="input 'x' holds NaN or infinite"):
+            open_data([(x,)], graph.inputs)
+    net = small()
+    with torch.no_grad():
+        net.a.weight *= 1e37
+    with pytest.raises(DataError, match="samples 0 to .* give NaN or infinite values at avg_pool2d"):
+        compiled(capture(net, torch.randn(4, 3, 16, 16)))
