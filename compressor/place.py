@@ -3,7 +3,8 @@
 A target's `QuantSpec` lists what the provider fuses. Weighted operators are the anchors: their inputs are quantised,
 and their outputs where the provider needs it. From there integers spread forward through operators that fuse and
 operators that pass integers through. Every value has one quantiser, whoever reads it; a value that was only passed
-through keeps the scale of its source, so that the provider sees one tensor of integers and not two.
+through keeps the scale of its source, so that the provider sees one tensor of integers and not two. What no layer
+reads in integers any more stays float: boxes, scores and logits are decoded there, and none shares another's scale.
 """
 
 from __future__ import annotations
@@ -107,16 +108,17 @@ def place(
     for node in graph.nodes:
         if not listed(node, spec.weighted):
             continue
-        reason = left.get(node) or _refuse(node)
+        reason = left.get(node) or _refuse(node, spec)
         if reason:
             plan.declines.append((node, reason))
         elif limit is None or len(plan.operators) < limit:
             _take(plan, node)
+    useful = _read_by_layers(plan)
     for node in graph.nodes:
         if _pass_on(plan, node) or node in left or not listed(node, spec.fuses):
             continue
         if limit is None or len(plan.operators) < limit:
-            _fuse(plan, node, ranges)
+            _fuse(plan, node, ranges, node in useful)
     _prune(plan)
     return plan
 
@@ -135,6 +137,17 @@ def _take(plan: Placement, node: Node) -> None:
         plan.floating.add(node)
 
 
+def _read_by_layers(plan: Placement) -> set[Node]:
+    """Operators whose results come to a weighted one as integers, as far as kinds of operators tell."""
+    spec, found = plan.spec, set[Node]()
+    for node in reversed(plan.graph.nodes):
+        for user in node.users:
+            carries = any(listed(user, names) for names in (spec.fuses, spec.transparent, spec.absorbed))
+            if user in plan.operators or ((carries or kind(user) == "getitem") and user in found):
+                found.add(node)
+    return found
+
+
 def _pass_on(plan: Placement, node: Node) -> bool:
     """True where `node` holds the integers of another value unchanged; it then has that value's scale."""
     if node in plan.operators:
@@ -148,9 +161,12 @@ def _pass_on(plan: Placement, node: Node) -> bool:
     return True
 
 
-def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None) -> None:
+def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None, useful: bool) -> None:
     """An operator becomes integer because all its operands are quantised."""
     if not any(s in plan.owner and plan.is_integer(s) for s in node.all_input_nodes):
+        return
+    if not useful:
+        plan.declines.append((node, "no layer reads its result in integers"))
         return
     float_operand = next((s for s in node.all_input_nodes if s not in plan.owner), None)
     if float_operand is not None:
@@ -223,11 +239,16 @@ def _clips_at_zero(node: Node) -> bool:
     return plain or bound.get("min_val", bound.get("min")) == 0
 
 
-def _refuse(node: Node) -> str:
+def _refuse(node: Node, spec: QuantSpec) -> str:
     """Why a weighted operator stays float; empty where it need not."""
     bound = operands(node)
     if bound is None:
         return "no integer form of it is known"
+    source = bound.input
+    while listed(source, spec.transparent) and is_tensor(source):
+        source = source.all_input_nodes[0]
+    if kind(source) == "softmax":
+        return "it averages over a distribution, whose small shares would be rounded to nothing"
     if kind(bound.weight) == "dequantize":
         return "its weight is quantised already"
     if not is_constant(bound.weight):

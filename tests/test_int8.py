@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from nets import Net, conv, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yolo import Yolo
+from zoo import with_power
 
 from compressor import runtime
 from compressor.capture import capture
@@ -18,7 +21,7 @@ from compressor.data import Data, open_data
 from compressor.emit import emit
 from compressor.errors import DataError, UsageError
 from compressor.forms import Match
-from compressor.ir import Graph, operator_name
+from compressor.ir import Graph, operator_name, site
 from compressor.ops import kind
 from compressor.pipeline import BOUNDED, EXACT, Context, Decline, Outcome, Pipeline, parse
 from compressor.target import QLINEAR, Target
@@ -126,13 +129,29 @@ def test_boxes_and_scores_keep_their_own_scales(tmp_path):
     seen, operators = in_runtime(after, tmp_path, inputs)
     assert operators["Concat"] == 1 and "QLinearConcat" not in operators
     assert operators["QLinearConv"] == 3 and operators["QLinearMul"] == 1
-    assert any("with one scale the narrower would keep few levels" in d.reason for d in outcome.declines)
+    assert "no layer reads its result in integers" in [d.reason for d in outcome.declines]
     for part in (slice(0, 4), slice(4, 84)):
         assert noise(expected[:, part], seen[:, part]) > 27
     step = float(expected.max() - expected.min()) / 255  # what one scale would have done
     shared = torch.round(expected / step) * step
     assert noise(expected, shared) > 30 and noise(expected[:, 4:], shared[:, 4:]) < 10
     assert noise(simulated, seen) > 30
+
+
+def test_a_detector_decodes_in_floats(tmp_path):
+    model = with_power(Yolo(classes=5, width=8).eval(), torch.randn(2, 3, 64, 64))
+    graph = capture(model, torch.randn(2, 3, 64, 64))
+    Fold().run(graph, context(graph))
+    after, (*_, outcome) = compiled(graph, Int8(rounding="nearest", equalise=False))
+    declined = [d.reason for d in outcome.declines if d.site.startswith("head")]
+    assert sum("averages over a distribution" in reason for reason in declined) == 1
+    assert sum(reason == "no layer reads its result in integers" for reason in declined) == 3
+    file = emit(after, tmp_path / "model.onnx").path
+    decoding = [op for op, _ in runtime.optimized_nodes(file)][-12:]
+    assert "Softmax" in decoding and not any(op.startswith("QLinear") for op in decoding)
+    quantisers = [n for n in after.nodes if kind(n) == "quantize"]
+    ends = [n.args[1:3] for n in quantisers if re.fullmatch(r"head\.cv[23]\.\d\.2", site(n.args[0]))]
+    assert len(ends) == len(set(ends)) == 6  # distributions and scores of three scales
 
 
 # ---------------------------------------------------------------- exact rewrites

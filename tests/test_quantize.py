@@ -253,21 +253,45 @@ def test_a_split_hands_on_its_parts():
     assert len({plan.owner[n] for n in plan.owner}) == 3
 
 
+def test_what_no_layer_reads_stays_float():
+    def forward(net, x):
+        joined = torch.cat([net.a(x), net.b(x)], 1)
+        return torch.cat([joined.sigmoid(), net.a(x) + net.b(x)], 1), net.c(torch.cat([net.a(x), x], 1))
+
+    _, plan = quantised(graph_of(Net(forward, a=conv(3, 4), b=conv(3, 4), c=conv(7, 2))))
+    assert integers(plan).count("cat") == 1
+    assert (
+        sum(why == "no layer reads its result in integers" for _, why in plan.declines) == 2
+    )  # a cat and a sum
+
+
+def test_a_mean_over_a_distribution_stays_float():
+    def forward(net, x):
+        shares = net.a(x).flatten(2).unflatten(1, (2, 4)).transpose(1, 2).softmax(1)
+        return net.bins(shares)
+
+    _, plan = quantised(graph_of(Net(forward, a=conv(3, 8), bins=conv(4, 1, 1))))
+    assert integers(plan) == ["conv2d"] and "averages over a distribution" in plan.declines[0][1]
+
+
 @pytest.mark.parametrize(("factor", "shared"), [(1.0, True), (4.0, True), (40.0, False)])
 def test_a_concat_shares_one_scale_unless_its_operands_differ_too_much(factor, shared):
-    model = Net(lambda net, x: torch.cat([net.a(x), net.b(x)], 1), a=conv(3, 4), b=conv(3, 4))
-    graph = graph_of(model)
+    def forward(net, x):
+        joined = torch.cat([net.a(x), net.b(x)], 1)
+        return joined, net.c(joined)
+
+    graph = graph_of(Net(forward, a=conv(3, 4), b=conv(3, 4), c=conv(8, 2)))
     for name in ("a_weight", "a_bias"):
         graph.set_tensor(graph.node(name), graph.tensor(graph.node(name)) * factor)
     after, plan = quantised(graph)
     assert ("cat" in integers(plan)) == shared
     assert any("their" in why or "span" in why for _, why in plan.declines) == (not shared)
-    (expected,), (seen,) = graph.run(*graph.example), after.run(*graph.example)
+    (expected, _), (seen, _) = graph.run(*graph.example), after.run(*graph.example)
     assert noise(expected[:, 4:], seen[:, 4:]) > 25  # the narrow part
     if not shared:
         ranges = calibrate(graph, place(graph, QLINEAR).owner, [Batch(graph.example)])
         insert_pairs(place(graph, QLINEAR), ranges)  # the placement that does not look at ranges
-        (ruined,) = graph.run(*graph.example)
+        ruined, _ = graph.run(*graph.example)
         assert noise(expected[:, 4:], ruined[:, 4:]) < 15 and noise(expected, ruined) > 30
 
 
