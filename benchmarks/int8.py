@@ -317,7 +317,7 @@ def vision(folder: Path) -> None:
         model, _ = models[name]()
         measured(model, images[:PICTURES])
         graph = capture(model, images[:2])
-        samples = data.open_data([(images[:PICTURES],)], graph.inputs)
+        samples = data.open_data([(images[:PICTURES],)], graph.inputs, batch_size=data.batch_for(graph))
         graph, _ = applied(Fold(), graph, samples)
         files: Files = {"float": emit(graph, folder / "float.onnx", dialect=CPU.dialect).path}
         after, seconds = applied(Int8(), graph, samples)
@@ -365,7 +365,7 @@ def calibration(folder: Path) -> None:
 def _our_ranges(folder: Path, name: str) -> tuple[float, float, float]:
     model, images = torch.load(folder / "resnet50.pt", weights_only=False)
     graph = capture(model, images[:2])
-    samples = data.open_data([(images,)], graph.inputs)
+    samples = data.open_data([(images,)], graph.inputs, batch_size=data.batch_for(graph))
     graph, _ = applied(Fold(), graph, samples)
     nodes = place(graph, CPU.quant).owner
     with measure.MemoryWatch() as memory:

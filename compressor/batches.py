@@ -17,6 +17,8 @@ from .errors import DataError
 from .ir import DTYPE_NAMES, Input
 from .sources import LABELS, Column, Key, Source, as_tensor
 
+BATCH = 32  # samples in a batch at most
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -170,7 +170,14 @@ def streams(
         made = data.synthetic(graph.inputs, graph.example, samples=SAMPLES, seed=opt.seed, table_sizes=sizes)
         return None, None, made
     text = reading(graph, loaded, opt, sizes)
-    opened = data.open_data(source, graph.inputs, preprocess=opt.preprocess, text=text, limit=opt.calib_limit)
+    opened = data.open_data(
+        source,
+        graph.inputs,
+        preprocess=opt.preprocess,
+        text=text,
+        limit=opt.calib_limit,
+        batch_size=data.batch_for(graph),
+    )
     _check_indices(opened, graph)
     statistics, held_out = data.split(opened, seed=opt.seed)
     return opened, statistics, held_out.limited(CHECKED)

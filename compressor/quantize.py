@@ -8,7 +8,7 @@ Source: Jacob et al. 2018 (arXiv:1712.05877), sections 2.1 to 2.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from . import contrib  # noqa: F401  registers compressor::dynamic_quantise
-from .batches import Batch
+from .batches import BATCH, Batch
 from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
-from .ops import kind
+from .ops import is_constant, kind, shape
 from .padding import Padding
 from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax, MovingAverage, entropy_range, mse_range
@@ -33,7 +33,7 @@ LEVELS = {"u8": (0, 255, torch.uint8), "s8": (-128, 127, torch.int8)}
 INT32_LIMIT = 2**31 - 1
 BIAS_LIMIT = 2**30  # leaves the accumulator as much room for the products
 TINIEST = 2.0**-60  # of scales: the product of two is still a normal float32
-SAMPLED = 1 << 16  # values of one batch that a histogram counts; its extremes are exact
+SAMPLED = 1 << 16  # values of a whole batch that a histogram counts; its extremes are exact
 BYTES = "bytes"  # in the meta of a float value: it holds 0..255
 STRIDES = (1, 3, 7, 13, 31, 61, 127, 251, 509, 1021)  # primes: no axis of a tensor is sampled at fixed places
 
@@ -172,18 +172,23 @@ def calibrate(
     Padding counts nowhere. advance is told of every sample.
     DataError on no data, and on NaN and infinite values, with the first tensor that holds them.
     """
-    wanted, padding = set(nodes), Padding(graph)
+    names, padding = {node.name: node for node in nodes}, Padding(graph)
+    quick: Graph | None = None
     seen: dict[Node, MinMax | MovingAverage | Histogram] = {}
     samples = 0
     for batch in batches:
         real, size = padding.of(batch.inputs), len(batch.inputs[0])
-        for node, whole in graph.values(*batch.inputs):
-            value = real.values(node, whole) if node in wanted else None
-            if value is None or not value.numel():
+        quick = _channels_last(graph, batch.inputs) if quick is None else quick
+        for twin, whole in quick.values(*batch.inputs):
+            node = names.get(twin.name)
+            if node is None:
+                continue
+            value = _as_stored(real.values(node, whole))
+            if not value.numel():
                 continue
             if node not in seen:
                 made = method.statistic
-                seen[node] = Histogram(stride=_stride(value.numel())) if made is None else made()
+                seen[node] = Histogram(stride=_stride(value.numel(), size)) if made is None else made()
             seen[node].update(value)
             if seen[node].dropped:
                 raise DataError(
@@ -197,12 +202,37 @@ def calibrate(
     # a tensor that never held a value gets (0, 0)
     return {
         node: (0.0, 255.0) if is_bytes(node) else method.range_of(seen[node]) if node in seen else (0.0, 0.0)
-        for node in wanted
+        for node in nodes
     }
 
 
-def _stride(count: int) -> int:
-    return next((s for s in STRIDES if count // s <= SAMPLED), STRIDES[-1])
+def _channels_last(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
+    """A copy whose convolutions keep channels together, which takes a sixth off their time, or the graph itself.
+
+    Itself where some `view` would not have that; the last digits of values are others.
+    """
+    weights = [b.weight for n in graph.nodes if kind(n) == "conv" and (b := operands(n)) is not None]
+    copy = graph.copy()
+    for weight in weights:
+        if is_constant(weight) and len(shape(weight)) == 4:
+            held = graph.tensor(weight).contiguous(memory_format=torch.channels_last)
+            copy.tensors[str(weight.target)] = held
+    try:
+        copy.run(*inputs)
+    except (RuntimeError, IndexError):
+        return graph
+    return copy
+
+
+def _as_stored(value: Tensor) -> Tensor:
+    """The same numbers in the order of memory."""
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return value.permute(0, 2, 3, 1)
+    return value
+
+
+def _stride(count: int, samples: int) -> int:
+    return next((s for s in STRIDES if BATCH * count <= s * samples * SAMPLED), STRIDES[-1])
 
 
 # -------------------------------------------------------------------- Q/DQ pairs

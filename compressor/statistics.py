@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 22  # elements of one float64 temporary: 32 MB
+_RUN = 16  # values that are sampled together: a line of a processor's cache
 _FINEST = 100  # bins are never narrower than 2**-100, so that 2**100 * x stays finite in float32
 _PRECISION = 30  # nor narrower than 2**-30 of the largest value: bin indices stay small integers
 _FACTORS = [float(2.0 ** (-i / 12)) for i in range(97)]  # shares of a range that clipping searches try
@@ -120,7 +121,7 @@ class Histogram:
     exactly (floor(floor(x/w)/2) = floor(x/2w)), and the final width depends on the extremes alone, so any
     order of batches, and any merge, gives the same counts. Between bins/2 and bins of them span the data,
     unless all values lie within 2**-30 of their magnitude.
-    stride: count every stride-th value only, over the stream laid end to end (low and high still see all).
+    stride: count every stride-th run of 16 values only, over the stream laid end to end (low and high still see all).
     Choose a prime, or an axis of the tensor is sampled at the same places each time.
     """
 
@@ -138,12 +139,11 @@ class Histogram:
 
     def update(self, tensor: Tensor) -> None:
         flat = tensor.detach().reshape(-1)
-        offset = -self._seen % self.stride
+        sample = _floating(_every(flat, self._seen, self.stride))
         self._seen += flat.numel()
         before = self._range.dropped
         self._range.update(flat)
         self.dropped += self._range.dropped - before
-        sample = _floating(flat[offset :: self.stride])
         if self._range.dropped > before:
             sample = sample[torch.isfinite(sample)]
         self._coarsen()
@@ -228,6 +228,18 @@ class Histogram:
         total[self._start - start :][: self._counts.size] += self._counts
         total[first - start :][: counts.size] += counts
         self._start, self._counts = start, total
+
+
+def _every(flat: Tensor, seen: int, stride: int) -> Tensor:
+    """Every stride-th run of a stream of which `seen` values went by; single ones, far apart, would be slow to read."""
+    if stride == 1:
+        return flat
+    step, begun = _RUN * stride, seen % (_RUN * stride)
+    first = (step - begun) % step
+    parts = [flat[: _RUN - begun]] if 0 < begun < _RUN else []
+    whole = flat[first:].unfold(0, _RUN, step) if len(flat) - first >= _RUN else flat.new_empty(0, _RUN)
+    last = first + len(whole) * step
+    return torch.cat([*parts, whole.reshape(-1), flat[last : last + _RUN]])
 
 
 def mse_range(histogram: Histogram, levels: int = 256, symmetric: bool = False) -> tuple[float, float]:

@@ -151,8 +151,10 @@ def test_stride_samples_the_stream_however_it_is_cut():
     data = torch.randn(10_007, generator=torch.Generator().manual_seed(2))
     whole_stream = filled([data], stride=17)
     cut = filled(data.split(123), stride=17)
-    np.testing.assert_array_equal(whole_stream.counts, cut.counts)
-    expected, _ = np.histogram(data[::17].double().numpy(), np.append(cut.edges[:-1], np.inf))
+    for size in (1, 16, 1000, 9_999):
+        np.testing.assert_array_equal(whole_stream.counts, filled(data.split(size), stride=17).counts)
+    sampled = data[torch.arange(len(data)) // 16 % 17 == 0]
+    expected, _ = np.histogram(sampled.double().numpy(), np.append(cut.edges[:-1], np.inf))
     np.testing.assert_array_equal(cut.counts, expected)
     assert (cut.low, cut.high) == (float(data.min()), float(data.max()))
     assert not np.array_equal(cut.counts, filled([data[1:]], stride=17).counts)
