@@ -34,7 +34,6 @@ SPECS = {
     "int4": "int4",
     "int4, blocks of 128": "int4(block=128)",
     "8 bits, weights alone": "int8(scheme=weight)",
-    "8 bits, dynamic": "int8(scheme=dynamic)",
     "int4, then fp16": "int4,fp16",
 }
 

@@ -74,3 +74,12 @@ def dequantise_blocks(
     integers = unpack(packed, bits, block).float()
     zero = unpack(zeros.reshape(outs, -1), bits, blocks).float()
     return ((integers - zero[..., None]) * scales.float().reshape(outs, blocks, 1)).flatten(1)[:, :ins]
+
+
+def round_blocks(x: Tensor, block: int) -> Tensor:
+    """What is left of x [..., ins] after a round trip through int8, a symmetric scale for every block of columns."""
+    ins = x.shape[-1]
+    wide = torch.nn.functional.pad(x.float(), (0, -ins % block)).unflatten(-1, (-1, block))
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    rounded = (wide / torch.where(scale > 0, scale, torch.ones_like(scale))).round() * scale
+    return rounded.flatten(-2)[..., :ins].to(x.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blockwise import dequantise_blocks
+from .blockwise import dequantise_blocks, round_blocks
 
 NAMESPACE, DOMAIN = "compressor", "com.microsoft"
 
@@ -47,9 +47,12 @@ def matmul_blocks(
     block: int,
     ins: int,
 ) -> Tensor:
-    """x [..., ins] times the weight that these blocks are, and a bias [outs]."""
+    """x [..., ins], rounded to 8 bits block by block, times the weight that these blocks are, and a bias [outs].
+
+    Source: MatMulNBits with accuracy_level 4, whose rounding of x this is.
+    """
     weight = dequantise_blocks(packed, scales, zeros, bits, block, ins)
-    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    return torch.nn.functional.linear(round_blocks(x, block), weight.to(x.dtype), bias)
 
 
 @matmul_blocks.register_fake

@@ -1,4 +1,4 @@
-"""Weights as integers of few bits, in blocks, that matrix products widen as they read them; activations stay float.
+"""Weights as integers of few bits, in blocks, that matrix products read; between products, activations stay float.
 
 What is bound by memory gains: a language model that answers token by token reads every weight once for each of them.
 """

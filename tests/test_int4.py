@@ -85,7 +85,7 @@ def test_onnx_runtime_reads_what_was_meant(tmp_path, config):
     assert found.count("MatMulNBits") == 2 and file.integer
     (seen,) = runtime.run(runtime.session(file.path, threads=1), [graph.example[0].numpy()])
     simulated = after.run(graph.example[0])[0]
-    assert noise(simulated, torch.from_numpy(seen)) > 35
+    assert noise(simulated, torch.from_numpy(seen)) > 100
     assert noise(graph.run(graph.example[0])[0], simulated) > (40 if config.bits == "8" else 15)
     assert outcome.facts["mb_after"] < outcome.facts["mb_before"] / (3 if config.bits == "8" else 5)
 
@@ -128,7 +128,7 @@ def test_a_head_that_is_the_table_of_embeddings_is_stored_by_each_use(tmp_path):
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
     assert file.bytes < 1024 * 128 * 2
     (seen,) = runtime.run(runtime.session(file.path, threads=1), [ids.numpy()])
-    assert noise(after.run(ids)[0], torch.from_numpy(seen)) > 35
+    assert noise(after.run(ids)[0], torch.from_numpy(seen)) > 100
     assert noise(graph.run(ids)[0], after.run(ids)[0]) > 15
     kept, _ = compiled(graph, Int4(ignore=("words",)))
     assert "words.weight" in kept.tensors
