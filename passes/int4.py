@@ -19,9 +19,9 @@ class Int4(Pass):
     """Weights of matrix products become integers of 4 bits, or 8, with a scale for every block of a row.
 
     It needs no data: every block keeps the range that its weights lose least by. ONNX Runtime's processor kernels round
-    what a product reads to 8 bits, block by block, as well, and the numbers of the report are with that. Tables of embeddings become integers
-    of 8 bits with a scale for every row; convolutions stay float. block: columns that share a scale. ignore: modules
-    that stay float (`int4(ignore=lm_head)`).
+    what a product reads to 8 bits, block by block, as well, and the numbers of the report are with that. Tables of
+    embeddings become integers of 8 bits with a scale for every row; convolutions stay float. block: columns that share
+    a scale. ignore: modules that stay float (`int4(ignore=lm_head)`).
     """
 
     name: ClassVar[str] = "int4"
