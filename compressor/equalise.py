@@ -7,7 +7,8 @@ costs. With the squared slopes of `noise.py`,
              + sum over rows of weights    (max of |W| / s)^2 / (12 * 127^2) * sum over columns of power * s^2
 
 is a posynomial in s: convex in log s, so that one descent finds the balance between activations and weights for all
-layers together. Where nothing above can be scaled, a product in front of a matrix product can (smoothing).
+layers together. Where nothing above can be scaled, a product in front of a matrix product can (smoothing). Slopes speak
+of small noise: where a tenth of the outputs would be noise even so, channels stay as they are.
 Sources: Nagel et al. 2019 (arXiv:1906.04721), section 4.1; Xiao et al. 2022 (arXiv:2211.10438).
 """
 
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 STEPS, RATE = 300, 0.05  # of the descent, in log s
 WIDEST = math.log(64)  # scales lie between 1/64 and 64
 ROWS = 128  # of a weight that stand for all of them
+LOUD = 0.1  # share of the outputs' energy: where the slopes foresee more noise, they are no guide
 GAIN = 0.005  # share of all noise that a product in front of a matrix product must take away
 
 
@@ -194,6 +196,11 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
     before = float(problem.noise(torch.zeros(problem.count, dtype=torch.float64)))
     logs = problem.solve()
     least, useless = float(problem.noise(logs)), []
+    if least > LOUD:
+        _drop(graph, products)
+        foreseen = f"at {_decibels(least):g} dB the outputs are no longer as the slopes foresee"
+        outcome.declines.append(Decline("the model", f"{foreseen}: scaling could as well do harm"))
+        return outcome
     for product in products:
         alone = logs.clone()
         alone[classes[labels.of[product].reshape(-1)]] = 0

@@ -50,7 +50,7 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-FEW = 16  # samples up to which a notice says that they are few
+FEW = 64  # samples under which a notice says that they are few
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
@@ -107,18 +107,22 @@ class Int8(Pass):
         Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
-        data, spec = ctx.calibration, self._spec(ctx)
+        given = take_apart(graph) if self.scheme == "static" else Given()
+        no_ranges = ctx.calibration is None and not given
         if self.scheme == "weight":
             yield store_weights(graph, ctx, 8, BLOCK, self.ignore)
-            return
-        given = take_apart(graph) if self.scheme == "static" else Given()
+        elif self.scheme == "dynamic" or (no_ranges and _multiplies(graph)):
+            yield self._dynamic(graph, self._spec(ctx), ctx)
+        elif no_ranges:
+            raise UsageError(NO_DATA)
+        else:
+            yield from self._static(graph, self._spec(ctx), given, ctx)
+
+    def _static(self, graph: Graph, spec: QuantSpec, given: Given, ctx: Context) -> Iterator[Outcome]:
+        """Integer weights and activations, whose scales are known when the model is written."""
+        data = ctx.calibration
         if given:
             yield given.outcome()
-        if self.scheme == "dynamic" or (data is None and not given and _multiplies(graph)):
-            yield self._dynamic(graph, spec, ctx)
-            return
-        if data is None and not given:
-            raise UsageError(NO_DATA)
         timed = ctx if self.measure and not given else dataclasses.replace(ctx, measure=None)
         chosen, facts = _worthwhile(graph, timed, spec, self.ignore)
         if chosen is None:

@@ -137,6 +137,12 @@ def test_a_model_too_large_for_one_file_has_its_data_beside_it(graph, tmp_path, 
     delivery.check_emitted(graph, emitted, [Batch((torch.randn(4, 3, 8, 8),))])
 
 
+def test_weights_lie_beside_a_small_model_on_request(graph, tmp_path):
+    emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {}, beside=True)
+    assert (tmp_path / "model.onnx.data").stat().st_size == 8 * 3 * 3 * 3 * 4
+    delivery.check_emitted(graph, emitted, [Batch((torch.randn(4, 3, 8, 8),))])
+
+
 def test_staging_leaves_the_old_output_whole(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
