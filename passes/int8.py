@@ -50,7 +50,7 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-FEW = 64  # samples under which a notice says that they are few
+FEW = 128  # samples under which a notice says that they are few
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
