@@ -176,7 +176,7 @@ def open_data(
 def batch_for(graph: Graph) -> int:
     """Samples that are best run at once: as many as keep every value in blocks that memory hands out again and again.
 
-    Larger ones, which the system maps and clears anew each time, cost ResNet-50 on 32 pictures a third of its time.
+    Larger blocks are mapped and cleared anew each time.
     """
     values = [node for node in graph.nodes if is_tensor(node) and not is_constant(node)]
     largest = max((math.prod(sizes_of(node)) for node in values), default=1)

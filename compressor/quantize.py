@@ -207,7 +207,7 @@ def calibrate(
 
 
 def _channels_last(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
-    """A copy whose convolutions keep channels together, which takes a sixth off their time, or the graph itself.
+    """A copy whose convolutions keep channels together, which is faster, or the graph itself.
 
     Itself where some `view` would not have that; the last digits of values are others.
     """

@@ -155,7 +155,7 @@ class Int8(Pass):
             outcome.facts["calibration"] = f"{self._method} of {data.samples} samples"
             if data.samples < FEW:
                 outcome.facts["few"] = (
-                    f"ranges and rounding know {data.samples} samples; 100 to 500 are plenty"
+                    f"ranges and rounding know {data.samples} samples; some hundreds are better"
                 )
         yield outcome
 

@@ -190,6 +190,16 @@ def test_a_model_that_no_output_depends_on_smoothly_is_left_as_it_is():
     assert graph.fingerprint() == before and not outcome.rewrites
 
 
+def test_slopes_are_no_guide_where_noise_is_loud(monkeypatch):
+    graph = graph_of(Net(lambda net, x: net.b(F.relu(net.a(x))), a=conv(3, 4), b=conv(4, 4)))
+    assert equalise(graph.copy(), QLINEAR, (), data_of(graph), context(graph)).rewrites
+    monkeypatch.setattr("compressor.equalise.LOUD", 0.0)
+    before = graph.fingerprint()
+    outcome = equalise(graph, QLINEAR, (), data_of(graph), context(graph))
+    assert graph.fingerprint() == before and not outcome.rewrites
+    assert "no longer as the slopes foresee" in outcome.declines[0].reason
+
+
 def test_an_operator_without_a_derivative_is_named():
     def forward(net, x):
         return net.b(torch.ops.compressor.dynamic_quantise(F.relu(net.a(x))))

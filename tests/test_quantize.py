@@ -10,8 +10,10 @@ from nets import Net, conv, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor import quantize
 from compressor.batches import Batch
 from compressor.capture import capture
+from compressor.data import batch_for
 from compressor.errors import DataError, UnsupportedError, UsageError
 from compressor.ir import Graph, operator_name
 from compressor.ops import kind
@@ -383,3 +385,24 @@ def test_a_provider_that_quantises_inputs_only():
     assert all(n.args[2] == 0 and n.args[5] == torch.int8 for n in after.nodes if kind(n) == "quantize")
     assert kind(after.node("add").args[1]) == "dequantize"  # the shortcut is read through its quantiser
     assert "a.bias" in after.tensors
+
+
+def test_channels_stay_together_where_no_view_forbids_it():
+    net = Net(lambda net, x: net.b(net.a(x).relu()).sum((2, 3)), a=conv(3, 8), b=conv(8, 4))
+    graph = graph_of(net)
+    quick = quantize._channels_last(graph, graph.example)
+    assert quick is not graph and quick.tensors["b.weight"].is_contiguous(memory_format=torch.channels_last)
+    nodes = place(graph, QLINEAR).owner
+    found = calibrate(graph, nodes, [Batch(graph.example)])
+    for node, value in graph.values(*graph.example):
+        if node in found:
+            assert found[node] == pytest.approx((float(value.min()), float(value.max())), abs=1e-5)
+    viewed = graph_of(Net(lambda net, x: net.a(x).view(x.shape[0], -1), a=conv(3, 8)))
+    assert quantize._channels_last(viewed, viewed.example) is viewed
+
+
+def test_batches_are_small_where_values_are_large():
+    graph = graph_of(Net(lambda net, x: net.a(x), a=conv(3, 8)))
+    assert batch_for(graph) == 32
+    wide = capture(Net(lambda net, x: net.a(x), a=conv(3, 8)).eval(), torch.randn(2, 3, 256, 256))
+    assert batch_for(wide) == (1 << 24) // (4 * 8 * 256 * 256)
