@@ -138,13 +138,18 @@ def _widen(graph: Graph, node: Node, given: Given) -> None:
 def _name_weight(
     graph: Graph, node: Node, weight: Any, scale: Any, zero: Any, axis: Sequence[Any], given: Given
 ) -> None:
-    """Notes the scales of a weight where they are those of symmetric integers; who read `node` reads the weight."""
+    """Notes the scales of a weight where they are those of symmetric integers; who read `node` reads the weight.
+
+    A weight that is rounded in two ways stays behind the second.
+    """
     scales, zeros = _tensor(graph, scale).detach().float().reshape(-1), _tensor(graph, zero or 0)
     bounds = [operands(user) for user in node.users]
     if not bool(zeros.any()) and all(b is not None and b.weight is node for b in bounds):
         axes = {b.axis for b in bounds if b is not None}
         if len(axes) == 1 and set(axis) <= axes:
-            given.scales[weight] = scales.expand(shape(weight)[axes.pop()]).contiguous()
+            known = scales.expand(shape(weight)[axes.pop()]).contiguous()
+            if not torch.equal(given.scales.setdefault(weight, known), known):
+                return
     for user in list(node.users):
         redirect(graph, user, node, weight)
 

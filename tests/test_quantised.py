@@ -187,6 +187,17 @@ def test_a_value_that_is_rounded_in_two_ways_keeps_the_second():
     assert sum(kind(n) == "quantize" and n.args[1] == SCALES["out"][0] for n in after.nodes) == 1
 
 
+def test_a_weight_that_is_rounded_in_two_ways_keeps_the_second():
+    def forward(net, x):
+        a, b = (torch.fake_quantize_per_tensor_affine(net.w.weight, s, 0, -128, 127) for s in (0.01, 0.02))
+        return F.linear(x.mean((2, 3)), a) + F.linear(x.amax((2, 3)), b)
+
+    graph = capture(Net(forward, w=nn.Linear(3, 5)).eval(), inputs(4))
+    after, (apart, *_) = compiled(graph, calibrated=True)
+    assert len(apart.rewrites) == 1 and sum(kind(n) == "fake_quantize" for n in after.nodes) == 1
+    assert noise(graph.run(inputs(4))[0], after.run(inputs(4))[0]) > 30
+
+
 def test_an_exported_program_has_one_mode():
     class Exported(nn.Module):
         def __init__(self):
