@@ -22,6 +22,7 @@ from .target import QuantSpec
 
 aten = torch.ops.aten
 _END = 2**31  # an end beyond this slices to the end of the axis
+_GATES = {"aten.silu.default": aten.sigmoid.default, "aten.hardswish.default": aten.hardsigmoid.default}
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,14 @@ def _strided(value: Node) -> tuple[Node, list[int]]:
 
 
 def gates(graph: Graph, spec: QuantSpec, data: Data | None = None) -> Iterator[Match | Decline]:
-    """SiLU behind a convolution as x * sigmoid(x): integer kernels exist for these two."""
+    """SiLU and hard swish behind a convolution as x times its gate: integer kernels exist for these two."""
     for node in graph.nodes:
-        if operator_name(node) == "aten.silu.default" and listed(node.args[0], spec.closed):  # type: ignore[arg-type]
-            yield Match(node, "silu as x * sigmoid(x)", partial(_gate, graph, node))
+        gate = _GATES.get(operator_name(node))
+        if gate is not None and listed(node.args[0], spec.closed):  # type: ignore[arg-type]
+            what = f"{short_name(node)} as x * {gate._schema.name.removeprefix('aten::')}(x)"
+            yield Match(node, what, partial(_gate, graph, node, gate))
 
 
-def _gate(graph: Graph, node: Node) -> Node:
-    gate = graph.insert(aten.sigmoid.default, (node.args[0],), before=node)
-    return graph.insert(aten.mul.Tensor, (node.args[0], gate), before=node)
+def _gate(graph: Graph, node: Node, gate: Callable[..., Any]) -> Node:
+    factor = graph.insert(gate, (node.args[0],), before=node)
+    return graph.insert(aten.mul.Tensor, (node.args[0], factor), before=node)

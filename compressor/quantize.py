@@ -277,6 +277,28 @@ def insert_pairs(
         pair = _pair(plan.graph, value, params[plan.owner[value]])
         for user in users:
             redirect(plan.graph, user, value, pair)
+    for node in plan.operators:
+        if operator_name(node) == "aten.hardsigmoid.default":
+            _as_sum(plan.graph, node)
+
+
+def _as_sum(graph: Graph, node: Node) -> None:
+    """A hard sigmoid between quantisers as x / 6 + 1/2, of integers, where the quantiser behind it ends at 0 and 1 too.
+
+    The integers of x / 6 are those of x, at a sixth of the scale.
+    """
+    source: Any = node.args[0]
+    integers, scale, *rest = source.args
+    for user in list(node.users):
+        if kind(user) != "quantize":
+            continue
+        _, step, zero, low, high, _ = user.args
+        if zero != low or (high - zero) * step > 1 + torch.finfo(torch.float32).eps:  # type: ignore[operator]
+            continue
+        sixth = graph.insert(source.target, (integers, scale / 6, *rest), before=node)
+        one = graph.add_tensor(f"{node.name}_half", torch.ones(1, dtype=rest[-1]))
+        half = graph.insert(source.target, (one, 0.5, 0, *rest[1:]), before=node)
+        redirect(graph, user, node, graph.insert(torch.ops.aten.add.Tensor, (sixth, half), before=node))
 
 
 def insert_dynamic(plan: Placement) -> None:

@@ -17,13 +17,13 @@ class QuantSpec:
     weighted: operators with a constant weight that the provider computes in integers.
     closed: those of them that need their own output quantised for it; the others may give float.
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
-    fuses: operators that become integer when every operand and their output are quantised.
+    fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
     transparent: operators that pass integers through; their output has the input's scale.
     everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
     rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as an average pool), `selection` (a
-    strided slice with padded channels as a 1x1 convolution), `gate` (SiLU as a product with a sigmoid), `pixels` (a
-    normalised picture as its bytes).
+    strided slice with padded channels as a 1x1 convolution), `gate` (SiLU and hard swish as a product with a
+    sigmoid), `pixels` (a normalised picture as its bytes).
     timed: those of them that add work; where it is not small, they stay only if the model is not slower with them.
     """
 
@@ -78,7 +78,17 @@ _PARTS = ("slice", "select", "split", "chunk", "unbind")
 QLINEAR = QuantSpec(
     weighted=frozenset({"conv", "linear", "addmm", "matmul"}),
     closed=frozenset({"conv"}),
-    fuses=frozenset({"add.Tensor", "mul.Tensor", "cat", "avg_pool", "sigmoid.default", "leaky_relu.default"}),
+    fuses=frozenset(
+        {
+            "add.Tensor",
+            "mul.Tensor",
+            "cat",
+            "avg_pool",
+            "sigmoid.default",
+            "hardsigmoid.default",
+            "leaky_relu.default",
+        }
+    ),
     absorbed=frozenset(
         {"relu.default", "relu6.default", "hardtanh.default", "clamp.default", "clamp_min.default"}
     ),

@@ -24,6 +24,8 @@ from compressor.forms import Match
 from compressor.ir import Graph, operator_name, site
 from compressor.ops import kind
 from compressor.pipeline import BOUNDED, EXACT, Context, Decline, Outcome, Pipeline, parse
+from compressor.place import place
+from compressor.quantize import insert_pairs
 from compressor.target import QLINEAR, Target
 from passes.fold import Fold
 from passes.int8 import REWRITES, Int8
@@ -249,11 +251,44 @@ def test_a_slice_that_starts_later_is_left_in_front_of_the_selection():
     assert same(graph, after) and any(kind(n) == "slice" for n in after.nodes)
 
 
-def test_silu_behind_a_convolution_becomes_a_product():
-    graph = graph_of(Net(lambda net, x: F.silu(net.a(x)) + F.silu(x), a=conv(3, 3)))
+@pytest.mark.parametrize("gated", [F.silu, F.hardswish])
+def test_a_gate_behind_a_convolution_becomes_a_product(gated):
+    graph = graph_of(Net(lambda net, x: gated(net.a(x)) + gated(x), a=conv(3, 3)))
     after, found = rewritten(graph, "gate")
     assert len(found) == 1 and same(graph, after)
-    assert sum(operator_name(n) == "aten.silu.default" for n in after.nodes) == 1
+    assert sum(operator_name(n) == f"aten.{gated.__name__}.default" for n in after.nodes) == 1
+
+
+def test_hard_swishes_and_squeeze_excitation_are_all_integer(tmp_path):
+    def forward(net, x):
+        x = F.hardswish(net.a(x))
+        x = x * F.hardsigmoid(net.up(F.relu(net.down(x.mean((2, 3), keepdim=True)))))
+        return net.b(x)
+
+    graph = graph_of(Net(forward, a=conv(3, 16), down=conv(16, 4, 1), up=conv(4, 16, 1), b=conv(16, 8)))
+    constants = {n.target: n for n in graph.nodes if n.op == "get_attr"}
+    graph.set_tensor(
+        constants["a.weight"], graph.tensors["a.weight"] * 12
+    )  # beyond where it clips, at either end
+    after, (*_, outcome) = compiled(graph, Int8(rounding="nearest", equalise=False))
+    (inputs,) = next(iter(data(graph, 64))).inputs
+    (expected,), (simulated,) = graph.run(inputs), after.run(inputs)
+    seen, operators = in_runtime(after, tmp_path, inputs)
+    assert not runtime.float_operators_inside(tmp_path / "model.onnx")
+    assert (operators["QLinearConv"], operators["QLinearMul"], operators["QLinearAdd"]) == (4, 2, 2)
+    assert noise(expected, simulated) > 30 and noise(simulated, seen) > 35
+    assert outcome.facts["integer"]["hardsigmoid"] == 2 and not outcome.facts["float"]
+
+
+def test_a_hard_sigmoid_clips_itself_where_its_quantiser_goes_further():
+    graph = graph_of(Net(lambda net, x: net.b(F.hardsigmoid(net.a(x))), a=conv(3, 4), b=conv(4, 4)))
+    for top, clips in ((1.0, False), (0.5, False), (1.5, True)):
+        copy = graph.copy()
+        plan = place(copy, CPU.quant)
+        ranges = {n: (0.0, top) if "hardsigmoid" in n.name else (-9.0, 9.0) for n in plan.owner}
+        insert_pairs(plan, ranges)
+        copy.clean()
+        assert any(operator_name(n) == "aten.hardsigmoid.default" for n in copy.nodes) == clips
 
 
 def test_the_stopwatch_decides_where_the_table_cannot():
