@@ -12,6 +12,8 @@ import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 CONTRIB = "com.microsoft"
+# ONNX Runtime moves dequantisers behind these
+_MOVERS = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def speak(model: onnx_ir.Model, dialect: Collection[str]) -> None:
@@ -68,7 +70,43 @@ def sums(model: onnx_ir.Model) -> None:
             added.op_type = "Sum"
 
 
-RULES: dict[str, Callable[[onnx_ir.Model], None]] = {"integer_products": integer_products, "sums": sums}
+def islands(model: onnx_ir.Model) -> None:
+    """A sum of one operand in front of floats that stand between integers.
+
+    ONNX Runtime (1.21 and newer, `weight_bias_quantization.cc`) makes a float operator that reads a dequantiser and is
+    read by a quantiser an integer one on its own, and its weight has one scale for all channels then.
+    """
+    for node in list(model.graph.all_nodes()):
+        weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
+        if weight is None or weight.const_value is None or not _is_requantised(node):
+            continue
+        source = node.inputs[0]
+        while (mover := source.producer() if source is not None else None) and mover.op_type in _MOVERS:
+            source = mover.inputs[0]
+        if _producer(source, "DequantizeLinear") is None:
+            continue
+        kept = onnx_ir.node("Sum", [node.inputs[0]], metadata_props=dict(node.metadata_props))
+        assert isinstance(node.graph, onnx_ir.Graph)
+        node.graph.insert_before(node, kept)
+        node.replace_input_with(0, kept.outputs[0])
+
+
+def _is_requantised(node: onnx_ir.Node) -> bool:
+    """Whether a quantiser alone reads an operator, right behind it or behind what clips."""
+    while True:
+        uses = list(node.outputs[0].uses())
+        if len(uses) != 1 or node.outputs[0].is_graph_output():
+            return False
+        node = uses[0].node
+        if node.op_type not in ("Relu", "Clip"):
+            return node.op_type == "QuantizeLinear"
+
+
+RULES: dict[str, Callable[[onnx_ir.Model], None]] = {
+    "integer_products": integer_products,
+    "islands": islands,
+    "sums": sums,
+}
 
 
 def _is_plain(gemm: onnx_ir.Node) -> bool:

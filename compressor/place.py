@@ -258,11 +258,20 @@ def _refuse(node: Node, spec: QuantSpec) -> str:
         return f"it computes in {DTYPE_NAMES.get(dtype, dtype)}; integers are made from f32"
     if kind(node) != "conv" and len(shape(bound.weight)) != 2:
         return f"its weight has {len(shape(bound.weight))} axes, not 2"
+    if kind(node) == "conv" and (width := _narrow(node, bound.weight, spec)):
+        return f"its groups of {width} channels are slower in integers"
     if bound.bias is not None and not (is_constant(bound.bias) and len(shape(bound.bias)) == 1):
         return "its bias is no constant vector"
     if any(arguments(node).get(factor, 1) != 1 for factor in ("alpha", "beta")):
         return "it scales its operands by alpha or beta"
     return ""
+
+
+def _narrow(node: Node, weight: Node, spec: QuantSpec) -> int:
+    """Channels a group of a convolution that are too few for integers; 0 where they are not."""
+    outs, width = shape(weight)[:2]
+    groups = arguments(node)["groups"]
+    return 0 if groups == 1 or (width == 1 and outs == groups) or width >= spec.group_width else width
 
 
 def _ignored(graph: Graph, spec: QuantSpec, patterns: Collection[str]) -> set[Node]:

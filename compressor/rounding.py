@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .data import Data
+from .elimination import ridged
 from .ops import sizes
 from .pipeline import Context
 from .place import Placement, Range, operands, selected
@@ -30,6 +31,7 @@ from .survey import Reading, reading_of
 
 HELD = 1 << 28  # numbers of one value over all samples that are read at most
 FEWEST = 32  # samples that are read at least
+RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)  # on top of a ridged Gram matrix
 BLOCK = 64  # columns whose errors are handed on together
 
 
@@ -92,8 +94,14 @@ def _nearest(matrix: Tensor, steps: Tensor, limit: int) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular U with U'U = inverse of gram, which is not formed: it has digits left where that has none."""
-    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    """Upper triangular U with U'U = inverse of gram, which is not formed: it has digits left where that has none.
+
+    Products of float32 can outweigh the ridge where one direction holds nearly everything: more is added then.
+    """
+    for ridge in RIDGES:
+        lower, failed = torch.linalg.cholesky_ex(ridged(gram, ridge).flip(0, 1))
+        if not failed:
+            break
     return torch.linalg.solve_triangular(lower, torch.eye(len(gram), dtype=gram.dtype), upper=False).flip(
         0, 1
     )
@@ -102,7 +110,7 @@ def _inverse_factor(gram: Tensor) -> Tensor:
 def rounded(matrix: Tensor, gram: Tensor, steps: Tensor, limit: int) -> Tensor:
     """A matrix [O, F] on the multiples, up to `limit`, of steps [O, 1], near to `matrix` on rows of Gram matrix [F, F].
 
-    float64. gram must be positive definite (`elimination.ridged`). The columns that the layer reads most of go first.
+    float64. gram is a ridged one (`elimination.ridged`). The columns that the layer reads most of go first.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(gram[order][:, order])

@@ -16,6 +16,8 @@ class QuantSpec:
     bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
     weighted: operators with a constant weight that the provider computes in integers.
     closed: those of them that need their own output quantised for it; the others may give float.
+    group_width: input channels that a group of a convolution has at least, for integers to be faster; depthwise ones with
+    one output a channel have a kernel of their own.
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
@@ -32,6 +34,7 @@ class QuantSpec:
     bias: str = "i32"
     weighted: frozenset[str] = frozenset()
     closed: frozenset[str] = frozenset()
+    group_width: int = 1
     float_bias_rank: int = 3
     fuses: frozenset[str] = frozenset()
     absorbed: frozenset[str] = frozenset()
@@ -67,7 +70,7 @@ class Target:
 
 
 # Measured with ONNX Runtime 1.31 (dialect.py).
-ONNXRUNTIME = frozenset({"integer_products", "sums"})
+ONNXRUNTIME = frozenset({"integer_products", "islands", "sums"})
 
 _RESHAPES = ("view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand")
 _PARTS = ("slice", "select", "split", "chunk", "unbind")

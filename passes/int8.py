@@ -50,7 +50,8 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-FEW = 128  # samples under which a notice says that they are few
+FEW = 128  # samples that know the tails of what a convolution reads: percentiles and scaled channels need them
+FEW_TEXTS = 8  # that know the outliers of transformers, which stand in the same channels at every position
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 
@@ -69,7 +70,8 @@ class Int8(Pass):
     Weights are symmetric with one scale an output channel. Activations have one scale a tensor, found on the
     calibration data: the extremes (`minmax`), their average over the batches (`average`), what is left when a few
     outliers are cut off (`percentile`: 99.9995 cuts 5 values in a million off either end), or the range that keeps the
-    values best (`mse`) or their distribution (`entropy`).
+    values best (`mse`) or their distribution (`entropy`); `auto` takes percentiles, and extremes where there are fewer
+    than 128 samples, which do not know the outliers.
     scheme: `dynamic` needs no data: matrix products find the scale of what they read in every run, everything else
     stays float. It is what models of matrix products get where there is no calibration data. `weight` needs none
     either: weights of matrix products, block by block, and tables of embeddings are integers, for size.
@@ -91,7 +93,7 @@ class Int8(Pass):
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
     scheme: Literal["static", "dynamic", "weight"] = "static"
-    calibration: Literal["minmax", "average", "percentile", "mse", "entropy"] = "percentile"
+    calibration: Literal["auto", "minmax", "average", "percentile", "mse", "entropy"] = "auto"
     percentile: float = 99.9995
     equalise: bool = True
     rounding: Literal["nearest", "adaptive"] = "adaptive"
@@ -134,7 +136,7 @@ class Int8(Pass):
         yield prepared
         left = None if ctx.limit is None else ctx.limit - len(prepared.rewrites)
         if self.equalise and left != 0 and not given and data is not None:
-            scaled = equalise(graph, spec, self.ignore, data, ctx)
+            scaled = _equalised(graph, spec, self.ignore, data, ctx)
             yield scaled
             left = None if left is None else left - len(scaled.rewrites)
         ranges = self._ranges(graph, spec, given, data, left, ctx)
@@ -152,7 +154,7 @@ class Int8(Pass):
         graph.clean()
         outcome.facts |= facts
         if data is not None:
-            outcome.facts["calibration"] = f"{self._method} of {data.samples} samples"
+            outcome.facts["calibration"] = f"{self._words(data.samples)} of {data.samples} samples"
             if data.samples < FEW:
                 outcome.facts["few"] = (
                     f"ranges and rounding know {data.samples} samples; some hundreds are better"
@@ -174,7 +176,7 @@ class Int8(Pass):
             )
         if data is not None:
             with ctx.progress("calibrating int8", data.samples) as advance:
-                ranges |= calibrate(graph, wanted, data, self.observer(spec), advance)
+                ranges |= calibrate(graph, wanted, data, self.observer(spec, data.samples), advance)
         return ranges
 
     def _within(
@@ -230,17 +232,23 @@ class Int8(Pass):
             spec if self.reduce_range is None else dataclasses.replace(spec, reduce_range=self.reduce_range)
         )
 
-    def observer(self, spec: QuantSpec) -> Method:
-        """How ranges are found."""
-        if self.calibration == "percentile":
+    def observer(self, spec: QuantSpec, samples: int) -> Method:
+        """How ranges are found from so many samples."""
+        name = self._name(samples)
+        if name == "percentile":
             return percentile(self.percentile)
-        return {"minmax": MINMAX, "average": AVERAGE, "mse": mse(spec), "entropy": ENTROPY}[self.calibration]
+        return {"minmax": MINMAX, "average": AVERAGE, "mse": mse(spec), "entropy": ENTROPY}[name]
 
-    @property
-    def _method(self) -> str:
+    def _name(self, samples: int) -> str:
+        if self.calibration != "auto":
+            return self.calibration
+        return "minmax" if samples < FEW else "percentile"
+
+    def _words(self, samples: int) -> str:
         cut = f"{self.percentile:g} % percentiles" if self.percentile < 100 else "extremes"
         words = {"minmax": "extremes", "average": "moving averages of extremes", "percentile": cut}
-        return words.get(self.calibration, f"{self.calibration} ranges")
+        name = self._name(samples)
+        return words.get(name, f"{name} ranges")
 
 
 def dynamic(spec: QuantSpec) -> QuantSpec:
@@ -255,6 +263,17 @@ def dynamic(spec: QuantSpec) -> QuantSpec:
         absorbed=nothing,
         transparent=nothing,
     )
+
+
+def _equalised(
+    graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data, ctx: Context
+) -> Outcome:
+    """Channels scaled for rounding, where the samples know how far each of them goes."""
+    enough = FEW_TEXTS if _multiplies(graph) else FEW
+    if data.samples >= enough:
+        return equalise(graph, spec, ignore, data, ctx)
+    unknown = f"{data.samples} samples do not know how far each channel goes, {enough} do: none was scaled"
+    return Outcome(contract=EXACT, step="equalisation", declines=[Decline("the model", unknown)])
 
 
 def _multiplies(graph: Graph) -> bool:

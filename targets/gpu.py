@@ -22,5 +22,6 @@ GPU = Target(
     providers=("TensorrtExecutionProvider", "CUDAExecutionProvider"),
     elsewhere=True,
     recipe="merge,fold,fp16",
+    dialect=frozenset({"islands"}),
     quant=TENSORRT,
 )

@@ -80,6 +80,47 @@ def test_weights_that_others_read_too_are_stored_once(tmp_path):
     assert noise(graph.run(graph.example[0])[0], torch.from_numpy(seen)) > 40
 
 
+@pytest.mark.parametrize("middle", ["conv", "gray", "transposed", "gemm"])
+def test_what_stays_float_between_integers_is_float(tmp_path, middle):
+    """ONNX Runtime would quantise it by itself, with one scale for all channels of its weight."""
+
+    def forward(net, x):
+        x = F.relu(net.middle(F.relu(net.first(x))))
+        return net.last(x)
+
+    def flat(net, x):
+        return net.last(F.relu(net.middle(F.relu(net.first(x)).flatten(1))))
+
+    layers = {
+        "conv": nn.Conv2d(8, 8, 3, padding=1),
+        "gray": nn.Conv2d(1, 8, 3, padding=1),
+        "transposed": nn.ConvTranspose2d(8, 8, 3, padding=1),
+        "gemm": nn.Linear(8 * 64, 8),
+    }
+    torch.manual_seed(0)
+    net = Net(
+        flat if middle == "gemm" else forward,
+        first=nn.Conv2d(3, 1 if middle == "gray" else 8, 3, padding=1),
+        middle=layers[middle],
+        last=nn.Linear(8, 8) if middle == "gemm" else nn.Conv2d(8, 8, 3),
+    )
+    with torch.no_grad():
+        net.middle.weight.select(1 if middle == "transposed" else 0, 0).mul_(200)
+        net.middle.bias[0] = -1e4  # a channel that is dead, and whose weights are large
+    graph = capture(net.eval(), torch.randn(4, 3, 8, 8))
+    samples = open_data([(torch.randn(32, 3, 8, 8),)], graph.inputs)
+    kept = Int8(rounding="nearest", ignore=() if middle == "transposed" else ("middle",))
+    list(kept.run(graph, Context(CPU, samples, samples)))
+    assert "middle.weight" in graph.tensors
+    inputs = graph.example[0]
+    heard = {}
+    for name, dialect in (("plain", ()), ("said", ONNXRUNTIME)):
+        file = emit(graph, tmp_path / f"{name}.onnx", dialect=dialect).path
+        (seen,) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+        heard[name] = noise(graph.run(inputs)[0], torch.from_numpy(seen))
+    assert heard["plain"] < 20 < 40 < heard["said"]
+
+
 def test_floats_are_said_plainly(tmp_path):
     graph = capture(nn.Linear(8, 8).eval(), torch.randn(2, 4, 8))
     said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path

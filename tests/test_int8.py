@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def graph_of(model: nn.Module, *shape: int, dynamic: bool = True) -> Graph:
     return capture(model.eval(), torch.randn(shape or (8, 3, 16, 16)), dynamic=dynamic)
 
 
-def data(graph: Graph, count: int = 32) -> Data:
+def data(graph: Graph, count: int = 128) -> Data:
     draw = torch.Generator().manual_seed(1)
     shape = (count, *graph.example[0].shape[1:])
     return open_data([(torch.randn(shape, generator=draw),)], graph.inputs)
@@ -280,6 +281,26 @@ def test_hard_swishes_and_squeeze_excitation_are_all_integer(tmp_path):
     assert outcome.facts["integer"]["hardsigmoid"] == 2 and not outcome.facts["float"]
 
 
+def test_narrow_groups_stay_float(tmp_path):
+    layers = {"narrow": (16, 32, 16), "wide": (32, 32, 2), "depthwise": (32, 32, 32)}
+    net = Net(
+        lambda net, x: net.last(
+            F.relu(net.depthwise(F.relu(net.wide(F.relu(net.narrow(F.relu(net.first(x))))))))
+        ),
+        first=conv(3, 16),
+        last=conv(32, 4),
+        **{name: nn.Conv2d(i, o, 3, padding=1, groups=g) for name, (i, o, g) in layers.items()},
+    )
+    graph = graph_of(net)
+    after, (*_, outcome) = compiled(graph)
+    assert [(d.site, d.reason) for d in outcome.declines] == [
+        ("narrow (aten.conv2d.default)", "its groups of 1 channels are slower in integers")
+    ]
+    file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
+    operators = runtime.optimized_operators(file)
+    assert operators["QLinearConv"] == 4 and operators["Conv"] == 1
+
+
 def test_a_hard_sigmoid_clips_itself_where_its_quantiser_goes_further():
     graph = graph_of(Net(lambda net, x: net.b(F.hardsigmoid(net.a(x))), a=conv(3, 4), b=conv(4, 4)))
     for top, clips in ((1.0, False), (0.5, False), (1.5, True)):
@@ -357,10 +378,16 @@ def test_options_do_what_they_say():
     graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
     default, _ = compiled(graph)
     extremes, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
+    assert "few" not in outcome.facts
     cut, _ = compiled(graph, Int8(percentile=99.0))
+    few = dataclasses.replace(context(graph), calibration=data(graph, 32))
+    _, (_, equalised, *_, outcome) = compiled(graph, ctx=few)
+    assert outcome.facts["calibration"] == "extremes of 32 samples" and "few" in outcome.facts
+    assert "32 samples do not know how far each channel goes" in equalised.declines[0].reason
+    _, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
     scales = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (cut, default, extremes)]
     assert all(a < b <= c for a, b, c in zip(*scales, strict=True))
-    assert outcome.facts["calibration"] == "extremes of 32 samples"
+    assert outcome.facts["calibration"] == "extremes of 128 samples"
     seven, _ = compiled(graph, Int8(reduce_range=True))
     assert [g.tensors["a.weight_int8"].abs().max() for g in (default, seven)] == [127, 64]
     old, _ = compiled(graph, ctx=context(graph, TARGETS["cpu-avx2"]))
