@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from .channels import Algebra, Group
 from .data import Batch, Data
-from .elimination import eliminate, ridged
+from .elimination import RIDGE, eliminate, ridged
 from .ir import Graph, as_declared, last_uses, site
 from .masked_norms import Removed, mask_norms
 from .ops import arguments, is_constant, kind
@@ -38,6 +38,9 @@ from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 Change = Callable[[Any], Any]
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
 TRUSTED = 8
+SHRINKAGE = (
+    0.1  # ridge, of the mean diagonal, by the columns that there are for a row: few rows know few directions
+)
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
 
@@ -288,7 +291,12 @@ class _Repair:
                 matrices[i] + torch.linalg.solve(ridged(gram), trust * aim).T if learns else matrices[i]
             )
         if node in self.fits:
-            solved = self._formed(reading, self.fits[node], grams, wanted)
+            ridge = (
+                RIDGE
+                if self.heal
+                else max(RIDGE, SHRINKAGE * reading.columns / max(1, moments.grams[0].count))
+            )
+            solved = self._formed(reading, self.fits[node], [ridged(gram, ridge) for gram in grams], wanted)
         else:
             for i in sorted(self.open.intersection(mine)):
                 self.chosen[i] = self._choose(reading, i, grams, torch.stack(wanted))
@@ -343,7 +351,7 @@ class _Repair:
         """New matrices of another form; where a layer is solved in parts, those of the survey."""
         if reading.blocks > 1 and fit.whole is not None:
             return reading.matrices(fit.whole)
-        return torch.stack([fit.matrix(ridged(grams[i]), wanted[i], i) for i in range(reading.blocks)])
+        return torch.stack([fit.matrix(grams[i], wanted[i], i) for i in range(reading.blocks)])
 
     def _set(self, reading: Reading, moments: Moments, matrices: Tensor, solved: Tensor) -> None:
         """Puts new matrices in, and the shift that goes with them."""

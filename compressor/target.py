@@ -16,8 +16,8 @@ class QuantSpec:
     bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
     weighted: operators with a constant weight that the provider computes in integers.
     closed: those of them that need their own output quantised for it; the others may give float.
-    group_width: input channels that a group of a convolution has at least, for integers to be faster; depthwise ones with
-    one output a channel have a kernel of their own.
+    group_width: input channels that a group of a convolution has at least, for integers to be faster; depthwise ones
+    with one output a channel have a kernel of their own.
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.

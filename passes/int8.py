@@ -50,7 +50,9 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-FEW = 128  # samples that know the tails of what a convolution reads: percentiles and scaled channels need them
+FEW = (
+    128  # samples that know the tails of what a convolution reads: percentiles and scaled channels need them
+)
 FEW_TEXTS = 8  # that know the outliers of transformers, which stand in the same channels at every position
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
@@ -265,9 +267,7 @@ def dynamic(spec: QuantSpec) -> QuantSpec:
     )
 
 
-def _equalised(
-    graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data, ctx: Context
-) -> Outcome:
+def _equalised(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data, ctx: Context) -> Outcome:
     """Channels scaled for rounding, where the samples know how far each of them goes."""
     enough = FEW_TEXTS if _multiplies(graph) else FEW
     if data.samples >= enough:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from compressor.target import ONNXRUNTIME, QLINEAR, Target
 
-# Integer convolutions multiply group by group, floats do not: with 4 channels a group of 32 integers take 2.3 times as
-# long between quantisers, with 8 as long, with 16 less (ONNX Runtime 1.31, 28 by 28 and 14 by 14 positions).
+# Integer convolutions multiply group by group: under 8 channels floats are faster (benchmarks/results/conv_groups.md).
 _QUANT = replace(QLINEAR, group_width=8)
 
 # Convolutions of floats run in blocks of 16 channels on AVX-512 and of 8 on AVX2; a width between two blocks costs what
