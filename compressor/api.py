@@ -58,6 +58,7 @@ def compress(
     """
     opt = Options.of(options)
     where = target if isinstance(target, Target) else registry.target(target)
+    where = where.speaking(opt.opset, opt.min_ort)
     run = Run(opt, where, passes or where.recipe)
     with run.memory:
         with run.step("reading the model"):

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from . import apart, measure, runtime, verify
+from . import apart, handover, measure, runtime, verify
 from .data import Batch
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
@@ -27,7 +27,7 @@ from .target import Target
 from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
-COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
+COMPANIONS = {"model.onnx.data", "model.ort", *handover.COMPANIONS}  # beside model.onnx, and not of every run
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -63,10 +63,19 @@ def _publish(folder: Path, output: Path) -> None:
         return
     fresh: set[str] = set()
     for file in sorted(folder.iterdir(), key=lambda f: f.name == "report.json"):
+        if file.is_dir():
+            _remove(output / file.name)
         os.replace(file, output / file.name)
         fresh.add(file.name)
     for name in COMPANIONS - fresh:  # of an earlier run: they belong to a model that is no longer there
-        (output / name).unlink(missing_ok=True)
+        _remove(output / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
@@ -252,6 +261,21 @@ def _window(tensor: Tensor, spec: Input, sizes: Mapping[str, int], starts: Mappi
     return tensor
 
 
+def sample(
+    graph: Graph, emitted: Emitted, batches: Sequence[Batch]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Inputs by name, one sample of each, and what the emitted model makes of them."""
+    whole = next(part for batch in batches for part in _pieces(graph.inputs, emitted.inputs, batch.inputs))
+    with opened(emitted.path) as session:
+        for part in (_first(emitted.inputs, whole), whole):
+            inputs = feeds(emitted.inputs, part)
+            try:
+                return inputs, dict(zip(emitted.outputs, runtime.run(session, inputs), strict=True))
+            except TargetError:  # a model may want more than one sample
+                continue
+    raise TargetError(f"{emitted.path.name} does not run on a sample that it was verified with")
+
+
 def judge_emitted(graph: Graph, checks: Sequence[Check]) -> None:
     """ContractError where the file's numbers are not the graph's."""
     rounded = is_integer(graph) or any(t.dtype in verify.HALF for t in graph.tensors.values())
@@ -397,11 +421,14 @@ def latencies(
 
 def _single(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[np.ndarray]:
     """The first sample of the example, in order of the inputs."""
-    one = [
+    return list(feeds(inputs, _first(inputs, example)).values())
+
+
+def _first(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[Tensor]:
+    return [
         t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t
         for s, t in zip(inputs, example, strict=True)
     ]
-    return list(feeds(inputs, one).values())
 
 
 def sha256(path: Path) -> str:

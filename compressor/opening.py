@@ -40,7 +40,8 @@ class Options:
     preprocess: how images become inputs. image_input: `uint8,nhwc,bgr`, the pixels that the compiled model takes;
     layout, channel order and the normalisation of `preprocess` become part of it, and integers in data are such pixels.
     Example inputs stay those of the model itself. text_field, label_field: what to read of files of texts, the latter
-    for `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target.
+    for `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target. opset, min_ort: of the
+    emitted file, and the oldest release of ONNX Runtime that must load it (`1.17`).
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
     `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
@@ -61,6 +62,8 @@ class Options:
     label_field: str = "label"
     calib_limit: int = 1024
     dynamic: bool | None = None
+    opset: int | None = None
+    min_ort: str | None = None
     seed: int = 0
     tolerance: float | None = None
     measure: bool = True

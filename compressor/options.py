@@ -80,6 +80,12 @@ compiling = _all(
         default=None,
         help="Leave the batch axis free, or fix it; default: the target's.",
     ),
+    click.option("--opset", type=int, metavar="N", help="Opset of model.onnx; default: the target's."),
+    click.option(
+        "--min-ort",
+        metavar="VERSION",
+        help="Write a file that this release of ONNX Runtime still loads, for example 1.15; default: 1.17.",
+    ),
     click.option(
         "--seed", type=click.IntRange(0), metavar="N", help="Seed of all that is random; default: 0."
     ),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, __version__, delivery, emit, measure, program, receipt, registry, report
+from . import TESTED_TORCH, __version__, delivery, emit, handover, measure, program, receipt, registry, report
 from . import verify as contracts
 from .camera import Camera
 from .data import Batch, Data
@@ -183,14 +183,16 @@ class Run:
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
-        (stage / "signature.json").write_text(
-            json.dumps(_signature(graph, emitted, loaded, self.facts, self.opt.preprocess), indent=1) + "\n"
-        )
+        with self.step("writing what an app needs"):
+            self.hand_over(graph, stage, emitted, batches, loaded)
         samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
         made: dict[str, Any] = {
             "file": emitted.path.name,
             "bytes": emitted.bytes,
             "sha256": delivery.sha256(emitted.path),
+            "opset": self.target.opset,
+            "ir_version": self.target.ir_version,
+            "oldest_runtime": self.target.oldest,
             "provider": provider,
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
@@ -224,6 +226,18 @@ class Run:
                     "leave out the pass that does not pay"
                 )
         return made
+
+    def hand_over(
+        self, graph: Graph, stage: Path, emitted: Emitted, batches: list[Batch], loaded: Loaded
+    ) -> None:
+        """Everything beside the model that an app needs: see `handover`."""
+        signature = _signature(graph, emitted, loaded, self.facts, self.opt.preprocess)
+        signature["files"] = handover.copy_files(stage, _folders(loaded, self.opt.preprocess), loaded.labels)
+        (stage / "signature.json").write_text(json.dumps(signature, indent=1) + "\n")
+        ort_file = "ort" in self.target.formats
+        text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file)
+        (stage / handover.USAGE).write_text(text, encoding="utf-8")
+        handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
 
     def warn(self, rows: Sequence[Row]) -> None:
         """Notices about what a user should look at before the model ships."""
@@ -350,6 +364,12 @@ def _progress_bar(console: Any) -> Any:
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _folders(loaded: Loaded, how: Any) -> list[Path | None]:
+    """Where the files of a tokenizer and a preprocessor may stand."""
+    named = Path(how) if isinstance(how, (str, Path)) else None
+    return [loaded.tokenizer, loaded.path, named.parent if named is not None and named.is_file() else named]
 
 
 def _latency_table(path: str | Path | None) -> dict[str, list[float]]:

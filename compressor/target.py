@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,55 @@ class Target:
     recipe: str = "merge,fold"
     dialect: frozenset[str] = frozenset()
     quant: QuantSpec = field(default_factory=QuantSpec)
+
+    @property
+    def oldest(self) -> str:
+        """The first release of ONNX Runtime that reads files of this opset and IR version."""
+        return next(
+            name for name, (opset, ir) in RELEASES.items() if opset >= self.opset and ir >= self.ir_version
+        )
+
+    def speaking(self, opset: int | None = None, min_ort: str | None = None) -> Target:
+        """The same target, with files of this opset, or that this release of ONNX Runtime (`1.17`) still loads.
+
+        UsageError where there are no such files.
+        """
+        newest = _newest_opset(min_ort) if min_ort is not None else max(_IR_VERSIONS)
+        wanted = min(self.opset, newest) if opset is None else opset
+        if wanted not in _IR_VERSIONS and opset is not None:
+            raise UsageError(f"--opset {opset}: files have opset {min(_IR_VERSIONS)} to {max(_IR_VERSIONS)}")
+        if wanted > newest:
+            raise UsageError(f"--opset {opset}: ONNX Runtime {min_ort} reads opsets up to {newest}")
+        return self if wanted == self.opset else replace(self, opset=wanted, ir_version=_IR_VERSIONS[wanted])
+
+
+# Release of ONNX Runtime -> the newest opset and IR version that it reads. Source: its page "Compatibility".
+RELEASES = {
+    "1.14": (18, 8),
+    "1.15": (19, 9),
+    "1.17": (20, 9),
+    "1.18": (21, 10),
+    "1.21": (22, 10),
+    "1.22": (23, 11),
+}
+_IR_VERSIONS = dict(RELEASES.values())
+
+
+def _newest_opset(release: str) -> int:
+    found = [opset for name, (opset, _) in RELEASES.items() if _numbers(name) <= _numbers(release)]
+    if not found:
+        raise UsageError(
+            f"--min-ort {release}: the oldest that files can be written for is {next(iter(RELEASES))}"
+        )
+    return found[-1]
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """`1.17.3` -> (1, 17)."""
+    parts = release.split(".")[:2]
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise UsageError(f"--min-ort {release}: a release of ONNX Runtime is written 1.17")
+    return int(parts[0]), int(parts[1])
 
 
 # Measured with ONNX Runtime 1.31 (dialect.py).

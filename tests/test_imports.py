@@ -33,6 +33,7 @@ TIERS = [
         "pytrees",
         "standins",
         "contrib",
+        "handover",
     ],
     ["ops", "spec", "receipt", "sources", "camera", "pickles", "architecture", "device"],
     ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],

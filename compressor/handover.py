@@ -1,0 +1,161 @@
+"""What an app needs beside the model: how to call it, a sample with its results, and the files of its tokenizer.
+
+`usage.md` calls this model, by its names and shapes, from Python, Kotlin, C++ and JavaScript. `test_data_set_0/` is
+ONNX's own layout: `input_0.pb`, `output_0.pb` and so on are TensorProtos, so that a test of the app can check on the
+device what was checked here. Labels, the tokenizer's files and those of the preprocessor are copied as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from keyword import kwlist
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import onnx.numpy_helper
+
+USAGE, LABELS, SAMPLE = "usage.md", "labels.txt", "test_data_set_0"
+
+# Files that say how texts and pictures become tensors; names of sentencepiece models end in .model.
+COPIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "image_processor_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+COMPANIONS = frozenset({USAGE, LABELS, SAMPLE, *COPIED})  # what an earlier run may have left
+# words of the four languages that models take for names, and the names in the examples
+_RESERVED = {
+    "bool",
+    "char",
+    "double",
+    "float",
+    "int",
+    "long",
+    "new",
+    "object",
+    "short",
+    "string",
+    "this",
+    "val",
+    "var",
+}
+_RESERVED |= {
+    "env",
+    "input_names",
+    "inputs",
+    "memory",
+    "np",
+    "ort",
+    "output_names",
+    "results",
+    "session",
+    *kwlist,
+}
+_EXAMPLE = 8  # of a dynamic axis that is not the batch, in the examples
+
+
+@dataclass(frozen=True)
+class Words:
+    """How languages say one dtype. kotlin: its buffer, and the OnnxJavaType where that does not tell."""
+
+    numpy: str
+    javascript: tuple[str, str]
+    kotlin: tuple[str, str]
+    cpp: str
+
+
+WORDS = {
+    "f32": Words("float32", ("float32", "Float32Array"), ("FloatBuffer", ""), "float"),
+    "f64": Words("float64", ("float64", "Float64Array"), ("DoubleBuffer", ""), "double"),
+    "f16": Words("float16", ("float16", "Uint16Array"), ("ShortBuffer", "FLOAT16"), "Ort::Float16_t"),
+    "bf16": Words("uint16", ("bfloat16", "Uint16Array"), ("ShortBuffer", "BFLOAT16"), "Ort::BFloat16_t"),
+    "i64": Words("int64", ("int64", "BigInt64Array"), ("LongBuffer", ""), "int64_t"),
+    "i32": Words("int32", ("int32", "Int32Array"), ("IntBuffer", ""), "int32_t"),
+    "i16": Words("int16", ("int16", "Int16Array"), ("ShortBuffer", ""), "int16_t"),
+    "i8": Words("int8", ("int8", "Int8Array"), ("ByteBuffer", "INT8"), "int8_t"),
+    "u8": Words("uint8", ("uint8", "Uint8Array"), ("ByteBuffer", "UINT8"), "uint8_t"),
+    "bool": Words("bool", ("bool", "Uint8Array"), ("ByteBuffer", "BOOL"), "bool"),
+}
+
+
+def usage(signature: Mapping[str, Any], *, integer: bool = False, ort_file: bool = False) -> str:
+    """usage.md for a model with this signature (`signature.json`). integer: it computes on integers.
+
+    ort_file: model.ort stands beside it.
+    """
+    loader = jinja2.PackageLoader("compressor", "templates")
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    taken: set[str] = set()
+    inputs = [_described(one, taken) for one in signature["inputs"]]
+    outputs = [_described(one, taken) for one in signature["outputs"]]
+    axes = sorted({size for one in inputs for size in one["shape"] if isinstance(size, str)})
+    return environment.get_template("usage.md.j2").render(
+        signature,
+        inputs=inputs,
+        outputs=outputs,
+        axes=axes,
+        integer=integer,
+        ort_file=ort_file,
+        sample=SAMPLE,
+        files={"labels": LABELS if signature.get("labels") else "", "tokenizer": signature.get("files", ())},
+    )
+
+
+def _described(one: Mapping[str, Any], taken: set[str]) -> dict[str, Any]:
+    """An input or output, with a name that is one in every language, and sizes that it may have."""
+    stem = re.sub(r"\W+", "_", one["name"]).strip("_") or "value"
+    stem = f"t{stem}" if stem[0].isdigit() or stem in _RESERVED else stem
+    variable, count = stem, 1
+    while variable in taken:
+        variable, count = f"{stem}_{count}", count + 1
+    taken.add(variable)
+    sizes = [s if isinstance(s, int) else 1 if i == 0 else _EXAMPLE for i, s in enumerate(one["shape"])]
+    return {
+        **one,
+        "variable": variable,
+        "sizes": sizes,
+        "count": int(np.prod(sizes, dtype=np.int64)),
+        "words": WORDS[one["dtype"]],
+    }
+
+
+def write_sample(folder: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    """`test_data_set_0/` in a folder."""
+    place = folder / SAMPLE
+    place.mkdir()
+    for kind, values in (("input", inputs), ("output", outputs)):
+        for i, (name, array) in enumerate(values.items()):
+            proto = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+            (place / f"{kind}_{i}.pb").write_bytes(proto.SerializeToString())
+
+
+def copy_files(folder: Path, sources: Iterable[Path | None], labels: Sequence[str]) -> list[str]:
+    """Copies what stands in the source folders beside the model; the names of the copies."""
+    made = []
+    for name in COPIED:
+        found = next((s / name for s in sources if s is not None and (s / name).is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+            made.append(name)
+    if labels:
+        (folder / LABELS).write_text("".join(f"{' '.join(label.split())}\n" for label in labels))
+    return made
