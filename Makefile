@@ -4,6 +4,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+# Old releases of ONNX Runtime that emitted files are tried in; where one cannot be installed, its tests are skipped.
+RELEASES ?= 1.15.1 1.17.3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check test bench docs demo clean
@@ -18,7 +20,7 @@ check: $(VENV)/.dev ## lint, formatting and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-test: $(VENV)/.dev ## run the test suite
+test: $(VENV)/.dev $(RELEASES:%=$(VENV)/onnxruntime-%/.done) ## run the test suite
 	$(PYTHON) -m pytest -n $(WORKERS) -q
 
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
@@ -44,6 +46,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(PYTHON)
 	@echo "installing the project into $(VENV) (a few minutes the first time)"
 	$(INSTALL) --editable '.[demo]'
 	@touch $@
+
+$(VENV)/onnxruntime-%/.done: | $(PYTHON)
+	@$(PYTHON) -m venv $(@D) && \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==$* 'numpy<2' && touch $@ || \
+	    { rm -rf $(@D); echo "ONNX Runtime $* cannot be installed here: its tests are skipped"; }
 
 # The first Python 3.10 or newer on the path. (Order-only above: an updated system Python reinstalls nothing.)
 $(PYTHON):

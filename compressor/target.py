@@ -94,7 +94,7 @@ class Target:
 # Release of ONNX Runtime -> the newest opset and IR version that it reads. Source: its page "Compatibility".
 RELEASES = {
     "1.14": (18, 8),
-    "1.15": (19, 9),
+    "1.16": (19, 9),
     "1.17": (20, 9),
     "1.18": (21, 10),
     "1.21": (22, 10),
