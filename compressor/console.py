@@ -69,7 +69,7 @@ def show_targets(registry: Mapping[str, Any], console: Console) -> None:
         settings = [
             f"{field.name}={_value(getattr(target, field.name))}"
             for field in dataclasses.fields(target)
-            if field.name not in ("name", "summary", "quant")
+            if field.name not in ("name", "summary", "quant", "lacks")
         ]
         made.add_row(escape(name), escape(target.summary), escape(", ".join(settings)))
     console.print(made)

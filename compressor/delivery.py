@@ -22,7 +22,7 @@ from . import apart, handover, measure, runtime, verify
 from .data import Batch
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
-from .ir import Graph, Input
+from .ir import DTYPE_NAMES, Graph, Input
 from .target import Target
 from .verify import Check, Comparison, Observer
 
@@ -108,6 +108,7 @@ def deliver(
         "beside": beside,
     }
     emitted = emit(graph, path, **options)
+    require_kernels(graph, emitted, target)
     try:
         _load(path)
     except TargetError:
@@ -125,6 +126,26 @@ def deliver(
     if "ort" in target.formats:
         _write_ort(emitted, folder / "model.ort")
     return emitted
+
+
+def require_kernels(graph: Graph, emitted: Emitted, target: Target) -> None:
+    """TargetError for an operator, or an end of the model, that the target's runtime lacks."""
+    other = "or choose a target that has it (--target cpu)"
+    for operator, name in emitted.nodes:
+        if operator in target.lacks:
+            where = name.rpartition("/")[0] or "the model itself"
+            raise TargetError(
+                f"{name}: the runtime of target {target.name} has no kernel for {operator}; replace it in {where}, "
+                f"{other}"
+            )
+    made = [n.meta["val"].dtype for n in graph.results]
+    ends = [*((i.name, i.dtype) for i in emitted.inputs), *zip(emitted.outputs, made, strict=True)]
+    for name, dtype in ends:
+        if (said := DTYPE_NAMES.get(dtype, "")) in target.lacks:
+            raise TargetError(
+                f"{name} is {said}, which the runtime of target {target.name} neither takes nor gives; convert the "
+                f"model with .float() or .half(), {other}"
+            )
 
 
 def is_large(path: Path) -> bool:

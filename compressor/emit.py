@@ -38,7 +38,7 @@ _PAGE = 1 << 12
 class Emitted:
     """What was written: the file, its inputs (axes fixed as asked), and its size with external data in bytes.
 
-    integer: whether it computes on integers.
+    integer: whether it computes on integers. nodes: operator (`Conv`, `com.microsoft::QGemm`) and name of each node.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Emitted:
     outputs: tuple[str, ...]
     bytes: int
     integer: bool = False
+    nodes: tuple[tuple[str, str], ...] = ()
 
 
 def emit(
@@ -86,7 +87,10 @@ def emit(
         total = _write_weights(model, companion)
     onnx_ir.save(model, path)
     onnx.checker.check_model(str(path))
-    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size, is_integer(graph))
+    nodes = tuple(
+        (f"{n.domain}::{n.op_type}".removeprefix("::"), n.name or "") for n in model.graph.all_nodes()
+    )
+    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size, is_integer(graph), nodes)
 
 
 def companion_of(path: Path) -> Path:

@@ -95,10 +95,12 @@ WORDS = {
 }
 
 
-def usage(signature: Mapping[str, Any], *, integer: bool = False, ort_file: bool = False) -> str:
+def usage(
+    signature: Mapping[str, Any], *, integer: bool = False, ort_file: bool = False, data_file: str = ""
+) -> str:
     """usage.md for a model with this signature (`signature.json`). integer: it computes on integers.
 
-    ort_file: model.ort stands beside it.
+    ort_file: model.ort stands beside it. data_file: the name of the file that holds a large model's weights.
     """
     loader = jinja2.PackageLoader("compressor", "templates")
     environment = jinja2.Environment(
@@ -115,6 +117,7 @@ def usage(signature: Mapping[str, Any], *, integer: bool = False, ort_file: bool
         axes=axes,
         integer=integer,
         ort_file=ort_file,
+        data_file=data_file,
         sample=SAMPLE,
         files={"labels": LABELS if signature.get("labels") else "", "tokenizer": signature.get("files", ())},
     )

@@ -9,6 +9,7 @@ reads in integers any more stays float: boxes, scores and logits are decoded the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -260,6 +261,8 @@ def _refuse(node: Node, spec: QuantSpec) -> str:
         return f"its weight has {len(shape(bound.weight))} axes, not 2"
     if kind(node) == "conv" and (width := _narrow(node, bound.weight, spec)):
         return f"its groups of {width} channels are slower in integers"
+    if kind(node) == "conv" and (products := math.prod(shape(bound.weight)[1:])) < spec.products:
+        return f"a sum of {products} products is slower in integers"
     if bound.bias is not None and not (is_constant(bound.bias) and len(shape(bound.bias)) == 1):
         return "its bias is no constant vector"
     if any(arguments(node).get(factor, 1) != 1 for factor in ("alpha", "beta")):

@@ -235,7 +235,8 @@ class Run:
         signature["files"] = handover.copy_files(stage, _folders(loaded, self.opt.preprocess), loaded.labels)
         (stage / "signature.json").write_text(json.dumps(signature, indent=1) + "\n")
         ort_file = "ort" in self.target.formats
-        text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file)
+        large = companion_of(emitted.path).name if delivery.is_large(emitted.path) else ""
+        text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file, data_file=large)
         (stage / handover.USAGE).write_text(text, encoding="utf-8")
         handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
 

@@ -20,6 +20,7 @@ class QuantSpec:
     closed: those of them that need their own output quantised for it; the others may give float.
     group_width: input channels that a group of a convolution has at least, for integers to be faster; depthwise ones
     with one output a channel have a kernel of their own.
+    products: how many one output of a convolution sums at least, for integers to be faster, depthwise ones included.
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
@@ -37,6 +38,7 @@ class QuantSpec:
     weighted: frozenset[str] = frozenset()
     closed: frozenset[str] = frozenset()
     group_width: int = 1
+    products: int = 1
     float_bias_rank: int = 3
     fuses: frozenset[str] = frozenset()
     absorbed: frozenset[str] = frozenset()
@@ -55,6 +57,8 @@ class Target:
     batches are fixed to by default, None to leave them dynamic. elsewhere: it runs on another machine than the one
     that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
     passes of `compress MODEL` without `--passes`. dialect: rules of `dialect.py` that its runtime profits from.
+    lacks: operators that its runtime has no kernel for (`Conv`, `com.microsoft::QGemm`), and dtypes (`bf16`) that its
+    inputs and outputs cannot have: a model with one is refused.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Target:
     formats: tuple[str, ...] = ("onnx",)
     recipe: str = "merge,fold"
     dialect: frozenset[str] = frozenset()
+    lacks: frozenset[str] = frozenset()
     quant: QuantSpec = field(default_factory=QuantSpec)
 
     @property

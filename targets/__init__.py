@@ -5,5 +5,6 @@ from compressor.target import Target
 from .cpu import CPU, CPU_AVX2
 from .gpu import GPU
 from .mobile import MOBILE
+from .web import WEB
 
-TARGETS: dict[str, Target] = {t.name: t for t in (CPU, MOBILE, GPU, CPU_AVX2)}
+TARGETS: dict[str, Target] = {t.name: t for t in (CPU, MOBILE, GPU, WEB, CPU_AVX2)}

@@ -89,6 +89,17 @@ def test_usage_has_words_for_every_dtype(dtype):
     assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
 
 
+def test_browsers_are_told_of_the_second_file(tmp_path):
+    one = {"name": "x", "dtype": "f32", "shape": [1]}
+    signature = {"model": "model.onnx", "inputs": [one], "outputs": [one]}
+    (plain,) = blocks(handover.usage(signature), "javascript")
+    assert 'create("model.onnx");' in plain and "externalData" not in plain
+    (script,) = blocks(handover.usage(signature, data_file="model.onnx.data"), "javascript")
+    assert (
+        'externalData: [{ path: "model.onnx.data", data: "model.onnx.data" }]' in script and "});" in script
+    )
+
+
 def test_names_are_names_in_every_language():
     names = ["x", "x", "class", "1", "session", "out.0", "", "out_0"]
     described = [{"name": n, "dtype": "f32", "shape": [2]} for n in names]

@@ -33,6 +33,7 @@ from passes.int8 import REWRITES, Int8
 from targets import TARGETS
 from targets.cpu import CPU
 from targets.gpu import GPU
+from targets.web import WEB
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -299,6 +300,31 @@ def test_narrow_groups_stay_float(tmp_path):
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
     operators = runtime.optimized_operators(file)
     assert operators["QLinearConv"] == 4 and operators["Conv"] == 1
+
+
+def test_sums_of_few_products_stay_float(tmp_path):
+    """Where rounding an output costs much, as in browsers: depthwise and thin convolutions; a sum of 128 is integer."""
+    net = Net(
+        lambda net, x: net.last(F.relu(net.depthwise(F.relu(net.wide(F.relu(net.first(x))))))),
+        first=conv(3, 16),
+        wide=conv(16, 128),
+        depthwise=nn.Conv2d(128, 128, 3, padding=1, groups=128),
+        last=conv(128, 4, 1),
+    )
+    graph = graph_of(net)
+    after, (*_, outcome) = compiled(graph, Int8(measure=False), context(graph, WEB))
+    assert [(d.site, d.reason) for d in outcome.declines] == [
+        ("first (aten.conv2d.default)", "a sum of 27 products is slower in integers"),
+        ("depthwise (aten.conv2d.default)", "a sum of 9 products is slower in integers"),
+    ]
+    file = emit(after, tmp_path / "model.onnx", dialect=WEB.dialect).path
+    operators = runtime.optimized_operators(file)
+    assert operators["QLinearConv"] == 2 and operators["Conv"] == 2
+    (inputs,) = next(iter(data(graph, 64))).inputs
+    (seen,) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    assert noise(graph.run(inputs)[0], torch.from_numpy(seen)) > 30
+    _, (*_, everything) = compiled(graph, Int8(measure=False))
+    assert not everything.declines
 
 
 def test_a_hard_sigmoid_clips_itself_where_its_quantiser_goes_further():
