@@ -89,7 +89,5 @@ def test_browsers_take_what_they_have_kernels_for(tmp_path: Path) -> None:
         bent(), torch.randn(2, 3, 8, 8), passes="fold", target="web", output=tmp_path / "out", measure=False
     )
     assert made.report["emitted"]["operators"]["GridSample"] == 1
-    assert (
-        made.report["inputs"][0]["shape"][0] == "batch" and made.report["emitted"]["oldest_runtime"] == "1.17"
-    )
+    assert made.report["emitted"]["oldest_runtime"] == "1.17"
     assert all(name == "bf16" or "::" in name for name in WEB.lacks)

