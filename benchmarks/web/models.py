@@ -213,7 +213,7 @@ def words() -> dict[str, Any]:
 
 
 def mobilenet() -> dict[str, Any]:
-    """MobileNetV2 (random weights, 8 pictures calibrate) in floats, in integers everywhere, and as the target has it."""
+    """MobileNetV2 (random weights, 8 pictures calibrate): float, all in integers, and as the target has it."""
     kinds = ("float", "integer everywhere", "integer")
     if not made("mobilenet"):
         import int8

@@ -2,8 +2,8 @@
 
     python benchmarks/web/operators.py        Markdown; what `lacks` of the target `web` is checked by
 
-For every kernel of the installed ONNX Runtime, a model of one operator; each is loaded by both, in node by the WASM build
-(`npm install` in this folder first). A kernel is lacking where WASM finds no implementation, or knows no such
+For every kernel of the installed ONNX Runtime, a model of one operator; each is loaded by both, in node by the WASM
+build (`npm install` in this folder first). A kernel is lacking where WASM finds no implementation, or knows no such
 operator.
 """
 
