@@ -106,7 +106,7 @@ def test_texts_calibrate_a_decoder_and_its_cache_stays_right(tmp_path):
         folder, task="text-generation", passes="int8(rounding=nearest)", calibration=tmp_path / "texts.txt",
         output=tmp_path / "out", measure=False,
     )  # fmt: skip
-    assert result.report["rows"][-1]["facts"]["integer"]["linear"] == 14
+    assert result.report["rows"][-1]["facts"]["integer"]["linear"] == 15
     assert result.report["data"]["facts"]["padding"] == "0.0% of positions"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     generator = Generator(result.onnx)
