@@ -145,7 +145,7 @@ def read(
         for name, rows in made.items():
             tokens[name] += [rows[i] for i in kept]
         labels += [label for label in (chunk[i][1] for i in kept) if label is not None]
-    _check(tokens, texts, how, where)
+    _check(tokens, texts, how, where, _MADE if len(texts) < len(inputs) else (_MASK,))
     lengths = [len(ids) for ids in tokens["input_ids"]]
     groups = _groups(lengths, inputs, fixed, how.seed)
     if not groups:
@@ -221,12 +221,16 @@ def _encoded(
 
 
 def _check(
-    tokens: Mapping[str, Sequence[np.ndarray]], inputs: Sequence[Input], how: Reading, where: str
+    tokens: Mapping[str, Sequence[np.ndarray]],
+    inputs: Sequence[Input],
+    how: Reading,
+    where: str,
+    made: Sequence[str],
 ) -> None:
-    """Every input is one that texts have, and its ids are rows of the model's table."""
+    """Every input is one that texts have, or that is made from their lengths; ids are rows of the model's table."""
     for spec in inputs:
         name = _last(spec)
-        if len(spec.shape) != 2 or not (tokens.get(name) or name in _MADE or not tokens["input_ids"]):
+        if len(spec.shape) != 2 or not (tokens.get(name) or name in made or not tokens["input_ids"]):
             raise DataError(
                 f"{where}: no tokenizer makes the input {spec}; give its data as .npz (arrays named like the inputs)"
             )
@@ -359,7 +363,8 @@ def _facts(corpus: Corpus, lengths: Sequence[int], longest: int) -> dict[str, An
     cut = sum(length >= longest for length in lengths)
     if cut:
         facts["cut"] = f"{cut} of {len(lengths)} texts have {longest} tokens or more, where they are cut"
-    sizes = {spec.shape[1] for spec in corpus.inputs if isinstance(spec.shape[1], int)}
+    texts = [spec for spec in corpus.inputs if not is_cached(spec)]
+    sizes = {spec.shape[1] for spec in texts if isinstance(spec.shape[1], int)}
     if sizes:
         facts["sequence"] = (
             f"texts are padded or cut to {max(sizes)} tokens, which is all that the model takes"
