@@ -63,7 +63,7 @@ VISION = (
     "convnext_tiny",
 )
 VISION += ("swin_t", "vit_b_16")
-PICTURES, SCORED = 256, 32  # of 224 pixels: calibrate, and score
+PICTURES, SCORED = 128, 32  # of 224 pixels: calibrate, and score
 Files = dict[str, Path]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import images
 from .camera import Camera, Preprocessing
+from .decoding import is_cached
 from .errors import DataError
 from .ir import DTYPE_NAMES, Input
 from .sources import LABELS, Column, Key, Source, as_tensor
@@ -199,7 +200,7 @@ def _shaped(value: Tensor, spec: Input, batched: bool, seen: str) -> Tensor:
     fits = len(want) == len(have) and all(
         i in free or isinstance(w, str) or w == h for i, (w, h) in enumerate(zip(want, have, strict=True))
     )
-    if fits and 0 not in have:
+    if fits and (0 not in have or is_cached(spec)):
         return value
     hint = ""
     if fits:

@@ -40,6 +40,11 @@ def _spelled(node: Node) -> tuple[Any, tuple] | None:
             for a in node.args[1:3]
         )
         return aten.permute.default, (node.args[0], _moved(_rank(node.args[0]), source, destination))
+    if name == "aten.cat.default":
+        parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+        kept = [part for part in parts if _rank(part) == _rank(node)]  # torch skips an empty vector
+        if 0 < len(kept) < len(parts):
+            return aten.cat.default, (kept, *node.args[1:])
     if name in ("aten.tensor_split.sections", "aten.tensor_split.indices"):
         axis = arguments(node)["dim"]
         sizes = [part.shape[axis] for part in node.meta["val"]]

@@ -22,7 +22,7 @@ from . import apart, handover, measure, runtime, verify
 from .data import Batch
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
-from .ir import DTYPE_NAMES, Graph, Input
+from .ir import DTYPE_NAMES, Graph, Input, terms
 from .target import Target
 from .verify import Check, Comparison, Observer
 
@@ -370,22 +370,27 @@ def _bfloat16(array: np.ndarray) -> Tensor:
 
 
 def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
-    """The batches, and the first one with every dynamic axis cut to 1 and to one less."""
+    """The batches, and the first one with every dynamic axis cut to 1 and to one less.
+
+    Where an axis has no size in them (a cache that is still empty), also the example.
+    """
     for batch in batches:
         yield batch.inputs
     first = batches[0].inputs
-    names = {s for spec in graph.inputs for s in spec.shape if isinstance(s, str)}
-    for name in sorted(names):
-        sizes = {
-            t.shape[a]
-            for t, s in zip(first, graph.inputs, strict=True)
-            for a, n in enumerate(s.shape)
-            if n == name
-        }
-        for size in {1, max(sizes) - 1} - sizes - {0}:
-            if not _possible(graph, name, size):
-                continue
-            yield tuple(_cut(t, spec, name, size) for t, spec in zip(first, graph.inputs, strict=True))
+    have = {
+        name: size
+        for tensor, spec in zip(first, graph.inputs, strict=True)
+        for name, size in zip(spec.shape, tensor.shape, strict=True)
+        if isinstance(name, str)
+    }
+    for name in sorted(have):
+        for size in {1, have[name] - 1}:
+            if 0 < size < have[name] and len(terms(name)) == 1 and _possible(graph, name, size):
+                sizes = have | {name: size}
+                sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
+                yield tuple(_cut(t, spec, sizes) for t, spec in zip(first, graph.inputs, strict=True))
+    if 0 in have.values():
+        yield graph.example
 
 
 def _possible(graph: Graph, name: str, size: int) -> bool:
@@ -406,10 +411,10 @@ def _possible(graph: Graph, name: str, size: int) -> bool:
     return True
 
 
-def _cut(tensor: Tensor, spec: Input, name: str, size: int) -> Tensor:
+def _cut(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
     for axis, label in enumerate(spec.shape):
-        if label == name:
-            tensor = tensor.narrow(axis, 0, min(size, tensor.shape[axis]))
+        if isinstance(label, str):
+            tensor = tensor.narrow(axis, 0, min(sizes[label], tensor.shape[axis]))
     return tensor.contiguous()
 
 

@@ -6,11 +6,13 @@ import contextlib
 import inspect
 import io
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -46,13 +48,52 @@ def reexport(graph: Graph, module: nn.Module | None = None) -> ExportedProgram:
         {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in graph.inputs
     )
-    with torch.no_grad(), quiet():
+    one = (module or graph.module).eval()
+    with torch.no_grad(), quiet(), _related(one, graph):
         return torch.export.export(
-            (module or graph.module).eval(),
-            tuple(t.clone() for t in graph.example),
-            dynamic_shapes=dynamic,
-            strict=False,
+            one, tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
         )
+
+
+@contextmanager
+def _related(module: nn.Module, graph: Graph) -> Iterator[None]:
+    """Tells the exporter which axes are one and which are sums of others, as the graph knows since it was captured.
+
+    It interprets a GraphModule node by node, without its hooks: the checks are nodes while the block runs.
+    """
+    if not isinstance(module, fx.GraphModule):
+        yield
+        return
+    entries = [node for node in module.graph.nodes if node.op == "placeholder"]
+    sizes = [
+        (entry, axis, size.node.expr)
+        for entry, known, spec in zip(entries, graph.placeholders, graph.inputs, strict=True)
+        for axis, size in enumerate(known.meta["val"].shape)
+        if isinstance(size, torch.SymInt) and isinstance(spec.shape[axis], str)
+    ]
+    first = {expr: (entry, axis) for entry, axis, expr in reversed(sizes) if expr.is_Symbol}
+    made: list[fx.Node] = []
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made.append(module.graph.call_function(target, args))
+        return made[-1]
+
+    with module.graph.inserting_before(next(n for n in module.graph.nodes if n.op == "call_function")):
+        for entry, axis, expr in sizes:
+            terms = expr.args if expr.is_Add else (expr,)
+            if (entry, axis) == first.get(expr) or not all(term in first for term in terms):
+                continue
+            known = [call(torch.ops.aten.sym_size.int, *first[term]) for term in terms]
+            total = reduce(lambda a, b: call(operator.add, a, b), known)
+            size = call(torch.ops.aten.sym_size.int, entry, axis)
+            call(torch._check, call(operator.eq, size, total))
+    module.recompile()
+    try:
+        yield
+    finally:
+        for node in reversed(made):
+            module.graph.erase_node(node)
+        module.recompile()
 
 
 def save_program(program: ExportedProgram, path: Path, extra: Mapping[str, str]) -> None:

@@ -19,6 +19,8 @@ import jinja2
 import numpy as np
 import onnx.numpy_helper
 
+from .ir import terms
+
 USAGE, LABELS, SAMPLE = "usage.md", "labels.txt", "test_data_set_0"
 
 # Files that say how texts and pictures become tensors; names of sentencepiece models end in .model.
@@ -109,7 +111,8 @@ def usage(
     taken: set[str] = set()
     inputs = [_described(one, taken) for one in signature["inputs"]]
     outputs = [_described(one, taken) for one in signature["outputs"]]
-    axes = sorted({size for one in inputs for size in one["shape"] if isinstance(size, str)})
+    named = (size for one in inputs for size in one["shape"] if isinstance(size, str))
+    axes = list(dict.fromkeys(size for size in named if len(terms(size)) == 1))
     return environment.get_template("usage.md.j2").render(
         signature,
         inputs=inputs,
@@ -131,7 +134,10 @@ def _described(one: Mapping[str, Any], taken: set[str]) -> dict[str, Any]:
     while variable in taken:
         variable, count = f"{stem}_{count}", count + 1
     taken.add(variable)
-    sizes = [s if isinstance(s, int) else 1 if i == 0 else _EXAMPLE for i, s in enumerate(one["shape"])]
+    sizes = [
+        s if isinstance(s, int) else 1 if i == 0 else _EXAMPLE * len(terms(s))
+        for i, s in enumerate(one["shape"])
+    ]
     return {
         **one,
         "variable": variable,

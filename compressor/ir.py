@@ -40,7 +40,10 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor input: path name (`batch.input_ids`), dtype, shape; a `str` in the shape names a dynamic axis."""
+    """One tensor input: path name (`batch.input_ids`), dtype, shape; a `str` in the shape names a dynamic axis.
+
+    An axis `a + b` is as long as the axes a and b together.
+    """
 
     name: str
     dtype: torch.dtype
@@ -48,6 +51,11 @@ class Input:
 
     def __str__(self) -> str:
         return f"{self.name}:{DTYPE_NAMES.get(self.dtype, self.dtype)}[{','.join(map(str, self.shape))}]"
+
+
+def terms(axis: str) -> list[str]:
+    """The axes that a dynamic axis is the sum of: itself as a rule."""
+    return axis.split(" + ")
 
 
 @dataclass

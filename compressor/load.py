@@ -24,7 +24,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import adapters, architecture, archive, folders, gate, huggingface, pickles, sentence, tasks, weights
+from . import (
+    adapters,
+    architecture,
+    archive,
+    decoding,
+    folders,
+    gate,
+    huggingface,
+    pickles,
+    sentence,
+    tasks,
+    weights,
+)
 from . import receipt as receipts
 from .blend import Combination, combination
 from .checkpoint import Contents, Weights, contents
@@ -214,6 +226,9 @@ def _load_folder(
         tokenizer=folders.tokenizer([*(one.folder for one in stack), path, root]),
     )
     loaded = _adapted(loaded, stack, how)
+    if task == "text-generation" and isinstance(loaded.model, nn.Module):
+        inputs, example = decoding.stepping(loaded.model.eval())
+        return replace(loaded, inputs=inputs, example=((), example))
     if pipeline is None or not isinstance(loaded.model, nn.Module):
         return loaded
     whole = sentence.SentenceEmbedding(loaded.model, pipeline.stages)

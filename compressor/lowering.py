@@ -29,6 +29,8 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
                 _four_dimensional(ready, node)
         if kind(node) == "unbind":
             _select(ready, node)
+        if operator_name(node) in ("aten.view.default", "aten._unsafe_view.default"):
+            _reshape(ready, node)
         if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
             _write_out_variance(ready, node)
     _separate_outputs(ready)
@@ -117,6 +119,12 @@ def _write_out_variance(graph: Graph, node: Node) -> None:
         made = graph.insert(aten.mul.Tensor, (made, count / (count - lost)), before=node)
     graph.replace_uses(node, made)
     graph.erase(node)
+
+
+def _reshape(graph: Graph, view: Node) -> None:
+    """A view may rely on the strides that an operator had when it was captured, and has not when it is translated."""
+    graph.replace_uses(view, graph.insert(aten.reshape.default, view.args, before=view))
+    graph.erase(view)
 
 
 def _select(graph: Graph, unbind: Node) -> None:

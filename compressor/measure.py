@@ -183,13 +183,13 @@ def random_feeds(
 ) -> dict[str, np.ndarray]:
     """Inputs that fit a session: normal floats, ones for integers and booleans (any table has row 1).
 
-    batch: size of a dynamic axis 0; free: size of every other dynamic axis.
+    batch: size of a dynamic axis 0; free: size of every other dynamic axis, and of each that one is the sum of.
     """
     generator = np.random.default_rng(seed)
     feeds: dict[str, np.ndarray] = {}
     for spec in session.get_inputs():
         shape = [
-            size if isinstance(size, int) else (batch if axis == 0 else free)
+            size if isinstance(size, int) else batch if axis == 0 else free * (1 + str(size).count(" + "))
             for axis, size in enumerate(spec.shape)
         ]
         kind = _NUMPY.get(spec.type)

@@ -133,7 +133,7 @@ def capture_model(loaded: Loaded, example: Any, opt: Options) -> Graph:
     args, kwargs = example, opt.kwargs
     if args is None and kwargs is None and not specs:
         args, kwargs = loaded.example or (None, None)
-        specs = [] if loaded.example else list(loaded.inputs)
+        specs = list(loaded.inputs)
     graph = capture(loaded.model, args, kwargs, inputs=specs)
     if loaded.continued is not None and isinstance(loaded.model, ExportedProgram) and not specs:
         rename(graph, loaded.continued.receipt)

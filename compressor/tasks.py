@@ -29,6 +29,7 @@ TASKS = {
     "semantic-segmentation": "AutoModelForSemanticSegmentation",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
     "token-classification": "AutoModelForTokenClassification",
 }
 _OF_ADAPTERS = {  # PEFT's word for it

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import sources
 from .architecture import explain
+from .decoding import empty, is_cached
 from .errors import DataError, FileError, UsageError
 from .ir import Input
 from .records import FILES, Record, records
@@ -31,7 +32,8 @@ _CLASSES = 2**31  # no model has more
 _UNKNOWN = 10**6  # lengths beyond this mean that a tokenizer knows no limit
 _NAMES = ("text", "sentence")  # of fields that are taken unasked
 _CHUNK = 256  # texts tokenised at once
-_MASK, _TYPES = "attention_mask", "token_type_ids"  # the first is made from the lengths
+_MASK, _TYPES, _POSITIONS = "attention_mask", "token_type_ids", "position_ids"
+_MADE = (_MASK, _POSITIONS)  # from the lengths, and not by the tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,16 @@ class Corpus:
             yield made | ({"y": torch.tensor([self.labels[i] for i in group])} if self.labels else {})
 
     def _table(self, spec: Input, group: Sequence[int], width: int) -> Tensor:
+        if is_cached(spec):
+            return empty(spec, len(group))
         name, size = _last(spec), spec.shape[1] if isinstance(spec.shape[1], int) else width
         table = np.full((len(group), size), self.pads.get(name, 0), np.int64)
         for row, i in zip(table, group, strict=True):
-            ids = np.ones_like(self.tokens["input_ids"][i]) if name == _MASK else self.tokens[name][i]
+            ids = self.tokens["input_ids"][i]
+            if name in _MADE:
+                ids = np.ones_like(ids) if name == _MASK else np.arange(len(ids))
+            elif name != "input_ids":
+                ids = self.tokens[name][i]
             start = size - len(ids) if self.left else 0
             row[start : start + len(ids)] = ids
         return torch.from_numpy(table).to(spec.dtype)
@@ -125,18 +133,19 @@ def read(
         for spec in inputs
     ]
     facts: dict[str, Any] = {"tokenizer": str(how.tokenizer)}
-    longest = _longest(tokenizer, inputs, how, how.tokenizer)
+    texts = [spec for spec in inputs if not is_cached(spec)]
+    longest = _longest(tokenizer, texts, how, how.tokenizer)
     tokens: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("input_ids", *map(_last, inputs)) if name != _MASK
+        name: [] for name in ("input_ids", *map(_last, texts)) if name not in _MADE
     }
     labels: list[int] = []
     stream = islice(_texts(paths, how, facts), limit)
     while chunk := list(islice(stream, _CHUNK)):
-        made, kept = _encoded(tokenizer, [texts for texts, _ in chunk], list(tokens), longest)
+        made, kept = _encoded(tokenizer, [words for words, _ in chunk], list(tokens), longest)
         for name, rows in made.items():
             tokens[name] += [rows[i] for i in kept]
         labels += [label for label in (chunk[i][1] for i in kept) if label is not None]
-    _check(tokens, inputs, how, where)
+    _check(tokens, texts, how, where, _MADE if len(texts) < len(inputs) else (_MASK,))
     lengths = [len(ids) for ids in tokens["input_ids"]]
     groups = _groups(lengths, inputs, fixed, how.seed)
     if not groups:
@@ -212,12 +221,16 @@ def _encoded(
 
 
 def _check(
-    tokens: Mapping[str, Sequence[np.ndarray]], inputs: Sequence[Input], how: Reading, where: str
+    tokens: Mapping[str, Sequence[np.ndarray]],
+    inputs: Sequence[Input],
+    how: Reading,
+    where: str,
+    made: Sequence[str],
 ) -> None:
-    """Every input is one that texts have, and its ids are rows of the model's table."""
+    """Every input is one that texts have, or that is made from their lengths; ids are rows of the model's table."""
     for spec in inputs:
         name = _last(spec)
-        if len(spec.shape) != 2 or not (tokens.get(name) or name == _MASK or not tokens["input_ids"]):
+        if len(spec.shape) != 2 or not (tokens.get(name) or name in made or not tokens["input_ids"]):
             raise DataError(
                 f"{where}: no tokenizer makes the input {spec}; give its data as .npz (arrays named like the inputs)"
             )
@@ -324,7 +337,8 @@ def _groups(lengths: Sequence[int], inputs: Sequence[Input], fixed: int | None, 
     order = list(range(len(lengths)))
     draw.shuffle(order)
     even = all(isinstance(spec.shape[1], int) for spec in inputs)  # all are padded or cut to one length
-    masked = any(_last(spec) == _MASK for spec in inputs)
+    # a mask over cached tokens, too, does not tell which of the new ones are padding
+    masked = any(_last(spec) == _MASK for spec in inputs) and not any(map(is_cached, inputs))
     if fixed is not None and (even or masked):
         order = order[: len(order) - len(order) % fixed]  # not the longest, which come last below
     if not even:
@@ -349,7 +363,8 @@ def _facts(corpus: Corpus, lengths: Sequence[int], longest: int) -> dict[str, An
     cut = sum(length >= longest for length in lengths)
     if cut:
         facts["cut"] = f"{cut} of {len(lengths)} texts have {longest} tokens or more, where they are cut"
-    sizes = {spec.shape[1] for spec in corpus.inputs if isinstance(spec.shape[1], int)}
+    texts = [spec for spec in corpus.inputs if not is_cached(spec)]
+    sizes = {spec.shape[1] for spec in texts if isinstance(spec.shape[1], int)}
     if sizes:
         facts["sequence"] = (
             f"texts are padded or cut to {max(sizes)} tokens, which is all that the model takes"

@@ -20,6 +20,10 @@ from compressor import measure  # noqa: E402
 
 OUT = HERE / "out"
 LEAST_DB, MOST = 30.0, 1e-4  # integers and halves, floats
+WASM = {
+    "onnxruntime-web/wasm": "ort-wasm-simd-threaded.wasm",
+    "onnxruntime-web": "ort-wasm-simd-threaded.jsep.wasm",
+}
 MEANT_TO_FAIL = {"two files, the second not named"}
 RESULTS: dict[str, Any] = json.loads((OUT / "results.json").read_text())
 JOBS = {job["name"]: job for job in json.loads((OUT / "jobs.json").read_text())}
@@ -130,6 +134,7 @@ def main() -> None:
     )
     models()
     print("\n## Which integers")
+    print("\nMobileNetV2 with random weights; MiniLM on a sentence of its own (words), rounded to nearest.")
     raced("mobilenet time", ["float", "int8, every convolution", "int8, from 128 products on"])
     raced("words time", JOBS["words time"]["labels"])
     print(
@@ -137,8 +142,11 @@ def main() -> None:
     )
     print("one output.")
     layers()
+    print("\nBesides the model a page loads, uncompressed:\n")
+    for name, file in WASM.items():
+        print(f"- `{name}`: {megabytes(f'/node_modules/onnxruntime-web/dist/{file}')} MB of WASM")
     print(
-        "\n## What else runs\n\nOne sample each, compared as above; the first are two small models by several passes."
+        "\n## What else runs\n\nOne sample each, compared as above. `picture` and `sentence` are small models, by several passes."
     )
     others()
     print(
