@@ -146,7 +146,7 @@ def main() -> None:
     for name, file in WASM.items():
         print(f"- `{name}`: {megabytes(f'/node_modules/onnxruntime-web/dist/{file}')} MB of WASM")
     print(
-        "\n## What else runs\n\nOne sample each, compared as above. `picture` and `sentence` are small models, by several passes."
+        "\n## What else runs\n\nOne sample each, compared as above. `picture`, `sentence`: small, by several passes."
     )
     others()
     print(
