@@ -1,9 +1,10 @@
-"""Small networks written as one function, and the noise of what came out of them."""
+"""Small networks written as one function, the noise of what came out of them, and the files of a folder."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -34,3 +35,9 @@ def noise(expected: Tensor, seen: Tensor) -> float:
     expected, seen = expected.detach().double(), seen.detach().double()
     share = float((expected - seen).square().sum() / expected.square().sum())
     return -10 * math.log10(share or 1e-30) if math.isfinite(share) else -math.inf
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -69,7 +69,9 @@ def test_the_whole_line(files, run):
     )
     assert code == 0, err
     folder = files / "net-compressed"
-    assert {p.name for p in folder.iterdir()} == {"model.onnx", "report.json", "signature.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "model.onnx", "report.json", "signature.json", "test_data_set_0", "usage.md",
+    }  # fmt: skip
     report = json.loads((folder / "report.json").read_text())
     assert [r["pass"] for r in report["rows"]] == ["input", "merge", "prune", "fold", "int8"]
     assert report["inserted"] == ["fold"]

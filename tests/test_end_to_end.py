@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import hears_ctrl_c
+from nets import contents
 from torch import nn
 
 from compressor.report import read_report
@@ -253,14 +254,14 @@ def test_bad_input(run: Run, here: Path, prepare: Callable[[Path], list[str]], c
     typed = prepare(here)
     if "--output" not in typed:
         typed += ["--output", "out"]
-    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
+    before = contents(here / "out")
     seen, out, err = run(*typed)
     assert (seen, out) == (code, ""), err
     lines = err.splitlines()
     assert lines[0].startswith("error: ") and words in err
     assert all(line.startswith("  ") for line in lines[1:]), "one line, and lists below it"
     assert "Traceback" not in err and "bug in compressor" not in err
-    assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == before
+    assert contents(here / "out") == before
 
 
 def test_the_same_words_without_the_fault_work(run: Run, here: Path) -> None:
@@ -271,7 +272,7 @@ def test_ctrl_c_leaves_the_output_as_it_was(here: Path) -> None:
     (here / "slow.py").write_text(
         "import time\ndef metric(run):\n    print('here', flush=True)\n    time.sleep(60)\n"
     )
-    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
+    before = contents(here / "out")
     words = ["model.pt2", "--passes", "fold", "--eval", "slow:metric", "--output", "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "compressor", *words],
@@ -281,7 +282,7 @@ def test_ctrl_c_leaves_the_output_as_it_was(here: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
-    assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == before
+    assert contents(here / "out") == before
     assert not [path.name for path in here.iterdir() if path.name.startswith(".out")]
 
 
