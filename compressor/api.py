@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import delivery, measure, registry, report, runtime
+from . import delivery, handover, measure, registry, report, runtime
 from . import verify as contracts
 from .adapters import found_in
 from .budgets import costs_of
@@ -27,7 +27,7 @@ from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import kind, macs
 from .receipt import Continued
 from .registry import passes, targets
-from .run import Result, Run, dtype_name, shape_of
+from .run import Result, Run
 from .target import Target
 from .trainable import Trainable
 from .trainable import trainable as as_module
@@ -175,7 +175,7 @@ def inspect(
         earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
     return facts | {
         "adapters": facts["adapters"] or found_in(graph.tensors),
-        "inputs": [shape_of(spec) for spec in graph.inputs],
+        "inputs": [handover.shape_of(spec) for spec in graph.inputs],
         "outputs": list(graph.outputs),
         "params": measure.parameters(graph),
         "macs": macs(graph),
@@ -248,7 +248,9 @@ def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, An
         "kind": found.summary() if found.places else found.kind,
         "architecture": found.architecture,
         "labels": list(found.labels),
-        "tensors": {name: f"{dtype_name(t.dtype)}{list(t.shape)}" for name, t in sorted(tensors.items())},
+        "tensors": {
+            name: f"{handover.dtype_name(t.dtype)}{list(t.shape)}" for name, t in sorted(tensors.items())
+        },
     }
 
 

@@ -60,6 +60,14 @@ def _(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
+def since(bits: int, half: bool) -> str:
+    """The release of ONNX Runtime that MatMulNBits of so many bits came with; half: whether it reads float16.
+
+    Those before 1.23 compute it from float16 as well, but with other numbers (14 dB).
+    """
+    return "1.23" if half else "1.22" if bits > 4 else "1.17"
+
+
 def _declare() -> None:
     """Tells onnx of MatMulNBits, which onnxscript writes only with a schema."""
     from onnx import defs

@@ -8,6 +8,7 @@ heads, cached tokens, width], `logits`, `present.0.key` and so on. The first ste
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,20 +28,45 @@ def stepping(model: nn.Module) -> tuple[tuple[Input, ...], dict[str, Any]]:
 
     UnsupportedError where what it caches is not one pair of keys and values a layer.
     """
-    kind = type(model).__name__
+    pairs = _cached(model)
+    inputs = [
+        Input("input_ids", torch.int64, (BATCH, SEQUENCE)),
+        Input("attention_mask", torch.int64, (BATCH, TOTAL)),
+    ]
+    if "position_ids" in inspect.signature(_own_forward(model)).parameters:
+        inputs.append(Input("position_ids", torch.int64, (BATCH, SEQUENCE)))
+    example: dict[str, Any] = {spec.name: _example(spec) for spec in inputs}
+    example[CACHE] = []
+    for i, pair in enumerate(pairs):
+        shapes = {name: (BATCH, t.shape[1], PAST, t.shape[3]) for name, t in pair.items()}
+        specs = {name: Input(f"{CACHE}.{i}.{name}", pair[name].dtype, s) for name, s in shapes.items()}
+        inputs += specs.values()
+        example[CACHE].append({name: _example(spec) for name, spec in specs.items()})
+    model.forward = _step(model.forward)
+    return tuple(inputs), example
+
+
+def _own_forward(model: Any) -> Callable[..., Any]:
+    """The forward that names its arguments: PEFT's takes anything and hands it on."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).forward  # type: ignore[no-any-return]
+
+
+def _cached(model: nn.Module) -> list[dict[str, Tensor]]:
+    """What a model caches of two tokens, layer by layer: key and value [1, heads, 2, width]."""
     with torch.no_grad():
         made = model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=True)
-    pairs = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None))
-        for layer in getattr(getattr(made, "past_key_values", None), "layers", ())
-    ]
-    if not pairs or not all(isinstance(t, Tensor) and t.dim() == 4 for pair in pairs for t in pair):
+    layers = getattr(getattr(made, "past_key_values", None), "layers", ())
+    pairs = [{"key": getattr(one, "keys", None), "value": getattr(one, "values", None)} for one in layers]
+    if not pairs or not all(isinstance(t, Tensor) and t.dim() == 4 for pair in pairs for t in pair.values()):
         raise UnsupportedError(
-            f"--task text-generation: {kind} does not cache a pair of keys and values a layer; --task causal-lm "
-            "compiles it without its cache"
+            f"--task text-generation: {type(model).__name__} does not cache a pair of keys and values a layer; --task "
+            "causal-lm compiles it without its cache"
         )
-    whole = model.forward
-    takes_positions = "position_ids" in inspect.signature(whole).parameters
+    return pairs  # type: ignore[return-value]
+
+
+def _step(whole: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """The forward of one step, by the model's own."""
 
     def step(
         input_ids: Tensor,
@@ -52,43 +78,21 @@ def stepping(model: nn.Module) -> tuple[tuple[Input, ...], dict[str, Any]]:
 
         (batch, new), past = input_ids.shape, past_key_values[0]["key"].shape[2]
         _same(attention_mask, (batch, past + new))
-        if position_ids is not None:
-            _same(position_ids, (batch, new))
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        for one in places.values():
+            _same(one, (batch, new))
         held = DynamicCache()
         for i, layer in enumerate(past_key_values):
-            for one in (layer["key"], layer["value"]):
+            for one in layer.values():
                 _same(one, (batch, None, past, None))
             held.update(layer["key"], layer["value"], i)
-        positions = {"position_ids": position_ids} if position_ids is not None else {}
         made = whole(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=held,
-            use_cache=True,
-            **positions,
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=held, use_cache=True, **places
         )
         grown = [{"key": layer.keys, "value": layer.values} for layer in made.past_key_values.layers]
         return {"logits": made.logits, "present": grown}
 
-    model.forward = step
-    ids = [
-        Input("input_ids", torch.int64, (BATCH, SEQUENCE)),
-        Input("attention_mask", torch.int64, (BATCH, TOTAL)),
-    ]
-    if takes_positions:
-        ids.append(Input("position_ids", torch.int64, (BATCH, SEQUENCE)))
-    cached = [
-        [Input(f"{CACHE}.{i}.{name}", t.dtype, (BATCH, t.shape[1], PAST, t.shape[3]))
-         for name, t in zip(("key", "value"), pair, strict=True)]
-        for i, pair in enumerate(pairs)
-    ]  # fmt: skip
-    example: dict[str, Any] = {spec.name: _example(spec) for spec in ids}
-    if takes_positions:
-        example["position_ids"] += _EXAMPLE[PAST] + torch.arange(_EXAMPLE[SEQUENCE])
-    example[CACHE] = [
-        {name: _example(spec) for name, spec in zip(("key", "value"), pair, strict=True)} for pair in cached
-    ]
-    return (*ids, *(spec for pair in cached for spec in pair)), example
+    return step
 
 
 def _same(tensor: Tensor, shape: tuple[Any, ...]) -> None:
@@ -102,11 +106,9 @@ def _example(spec: Input) -> Tensor:
     shape = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
-    return (
-        torch.zeros(shape, dtype=spec.dtype)
-        if "position" in spec.name
-        else torch.ones(shape, dtype=spec.dtype)
-    )
+    if spec.name == "position_ids":
+        return (_EXAMPLE[PAST] + torch.arange(shape[1])).expand(shape).clone()
+    return torch.ones(shape, dtype=spec.dtype)
 
 
 def is_cached(spec: Input) -> bool:

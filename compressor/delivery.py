@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor
 
 from . import apart, handover, measure, runtime, verify
 from .data import Batch
+from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
-from .ir import DTYPE_NAMES, Graph, Input, terms
+from .ir import DTYPE_NAMES, Graph, Input
 from .target import Target
 from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
-COMPANIONS = {"model.onnx.data", "model.ort", *handover.COMPANIONS}  # beside model.onnx, and not of every run
+COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -61,21 +61,19 @@ def _publish(folder: Path, output: Path) -> None:
         folder.chmod(0o755)
         os.replace(folder, output)
         return
-    fresh: set[str] = set()
-    for file in sorted(folder.iterdir(), key=lambda f: f.name == "report.json"):
-        if file.is_dir():
-            _remove(output / file.name)
+    fresh = sorted(folder.iterdir(), key=lambda f: f.name == "report.json")
+    # of an earlier run: they belong to a model that is no longer there
+    stale = (COMPANIONS | handover.copied_to(output)) - {file.name for file in fresh}
+    retired = folder / ".retired"
+    retired.mkdir()
+    for file in fresh:
+        if (
+            file.is_dir() and (output / file.name).exists()
+        ):  # a folder does not replace one that holds something
+            os.replace(output / file.name, retired / file.name)
         os.replace(file, output / file.name)
-        fresh.add(file.name)
-    for name in COMPANIONS - fresh:  # of an earlier run: they belong to a model that is no longer there
-        _remove(output / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    for name in stale:
+        (output / name).unlink(missing_ok=True)
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
@@ -367,55 +365,6 @@ def _bfloat16(array: np.ndarray) -> Tensor:
         .to(torch.uint16)
         .view(torch.bfloat16)
     )
-
-
-def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
-    """The batches, and the first one with every dynamic axis cut to 1 and to one less.
-
-    Where an axis has no size in them (a cache that is still empty), also the example.
-    """
-    for batch in batches:
-        yield batch.inputs
-    first = batches[0].inputs
-    have = {
-        name: size
-        for tensor, spec in zip(first, graph.inputs, strict=True)
-        for name, size in zip(spec.shape, tensor.shape, strict=True)
-        if isinstance(name, str)
-    }
-    for name in sorted(have):
-        for size in {1, have[name] - 1}:
-            if 0 < size < have[name] and len(terms(name)) == 1 and _possible(graph, name, size):
-                sizes = have | {name: size}
-                sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
-                yield tuple(_cut(t, spec, sizes) for t, spec in zip(first, graph.inputs, strict=True))
-    if 0 in have.values():
-        yield graph.example
-
-
-def _possible(graph: Graph, name: str, size: int) -> bool:
-    """False where the model was exported for other sizes of this axis: multiples, or a range that it is not in."""
-    for spec, node in zip(graph.inputs, graph.placeholders, strict=True):
-        for label, extent in zip(spec.shape, node.meta["val"].shape, strict=True):
-            if label != name or isinstance(extent, int):
-                continue
-            expr = extent.node.expr
-            bounds = extent.node.shape_env.bound_sympy(expr)
-            low = (
-                1 if bounds.lower == 2 else bounds.lower
-            )  # every exported axis starts at 2; 1 works nearly always
-            if not low <= size <= bounds.upper:
-                return False
-            if not expr.is_symbol and not any(r.is_integer for r in sympy.solve(expr - size)):
-                return False
-    return True
-
-
-def _cut(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
-    for axis, label in enumerate(spec.shape):
-        if isinstance(label, str):
-            tensor = tensor.narrow(axis, 0, min(sizes[label], tensor.shape[axis]))
-    return tensor.contiguous()
 
 
 def latencies(

@@ -21,12 +21,13 @@ from torch.fx import Node
 
 from . import dialect as dialect_
 from . import tidy
-from .contrib import translations
+from .contrib import since, translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
 from .ir import Graph, Input, as_declared, module_path, unsupported
 from .lowering import prepared
 from .ops import kind
+from .target import release
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf of this size is built in memory, twice; it cannot hold 2 GiB
 _INLINE_BYTES = 256  # smaller tensors stay in the model: shapes and scalars, from which shapes are inferred
@@ -39,6 +40,7 @@ class Emitted:
     """What was written: the file, its inputs (axes fixed as asked), and its size with external data in bytes.
 
     integer: whether it computes on integers. nodes: operator (`Conv`, `com.microsoft::QGemm`) and name of each node.
+    since: the release of ONNX Runtime that the newest of its own operators came with; empty where any has them.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Emitted:
     bytes: int
     integer: bool = False
     nodes: tuple[tuple[str, str], ...] = ()
+    since: str = ""
 
 
 def emit(
@@ -90,7 +93,19 @@ def emit(
     nodes = tuple(
         (f"{n.domain}::{n.op_type}".removeprefix("::"), n.name or "") for n in model.graph.all_nodes()
     )
-    return Emitted(path, ready.inputs, ready.outputs, total + path.stat().st_size, is_integer(graph), nodes)
+    size = total + path.stat().st_size
+    return Emitted(path, ready.inputs, ready.outputs, size, is_integer(graph), nodes, _since(model))
+
+
+def _since(model: onnx_ir.Model) -> str:
+    """See `Emitted.since`."""
+    found = set()
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            scales = node.inputs[2]
+            half = scales is not None and scales.dtype == onnx_ir.DataType.FLOAT16
+            found.add(since(node.attributes["bits"].as_int(), half))
+    return max(found, default="", key=release)
 
 
 def companion_of(path: Path) -> Path:

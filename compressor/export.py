@@ -78,7 +78,8 @@ def _related(module: nn.Module, graph: Graph) -> Iterator[None]:
         made.append(module.graph.call_function(target, args))
         return made[-1]
 
-    with module.graph.inserting_before(next(n for n in module.graph.nodes if n.op == "call_function")):
+    body = next(n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with module.graph.inserting_before(body):
         for entry, axis, expr in sizes:
             terms = expr.args if expr.is_Add else (expr,)
             if (entry, axis) == first.get(expr) or not all(term in first for term in terms):

@@ -7,6 +7,7 @@ device what was checked here. Labels, the tokenizer's files and those of the pre
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +19,13 @@ from typing import Any
 import jinja2
 import numpy as np
 import onnx.numpy_helper
+import torch
 
-from .ir import terms
+from .camera import Camera
+from .emit import Emitted
+from .ir import DTYPE_NAMES, Graph, Input, terms
 
-USAGE, LABELS, SAMPLE = "usage.md", "labels.txt", "test_data_set_0"
+SIGNATURE, USAGE, LABELS, SAMPLE = "signature.json", "usage.md", "labels.txt", "test_data_set_0"
 
 # Files that say how texts and pictures become tensors; names of sentencepiece models end in .model.
 COPIED = (
@@ -41,35 +45,23 @@ COPIED = (
     "vocab.json",
     "vocab.txt",
 )
-COMPANIONS = frozenset({USAGE, LABELS, SAMPLE, *COPIED})  # what an earlier run may have left
 # words of the four languages that models take for names, and the names in the examples
 _RESERVED = {
     "bool",
+    "case",
     "char",
+    "default",
+    "delete",
     "double",
     "float",
+    "function",
     "int",
     "long",
     "new",
     "object",
-    "short",
-    "string",
-    "this",
-    "val",
-    "var",
 }
-_RESERVED |= {
-    "env",
-    "input_names",
-    "inputs",
-    "memory",
-    "np",
-    "ort",
-    "output_names",
-    "results",
-    "session",
-    *kwlist,
-}
+_RESERVED |= {"short", "string", "switch", "template", "this", "val", "var", *kwlist}
+_RESERVED |= {"env", "input_names", "inputs", "memory", "np", "ort", "output_names", "results", "session"}
 _EXAMPLE = 8  # of a dynamic axis that is not the batch, in the examples
 
 
@@ -95,6 +87,54 @@ WORDS = {
     "u8": Words("uint8", ("uint8", "Uint8Array"), ("ByteBuffer", "UINT8"), "uint8_t"),
     "bool": Words("bool", ("bool", "Uint8Array"), ("ByteBuffer", "BOOL"), "bool"),
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype))
+
+
+def shape_of(spec: Input) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": list(spec.shape)}
+
+
+def signature(
+    graph: Graph, emitted: Emitted, labels: Sequence[str], preprocess: Any, how: Any
+) -> dict[str, Any]:
+    """What a program that calls the model must know: signature.json.
+
+    preprocess: what happens to pictures, as the report says it. how: the camera whose pixels the model takes, or any
+    other preprocessing.
+    """
+    camera = how if isinstance(how, Camera) else None
+    images = {
+        spec.name: {"layout": "NCHW"}
+        for spec in emitted.inputs
+        if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)
+    }
+    if camera is not None:
+        images[camera.name] = camera.signature()
+    fixed = {
+        size: spec.shape[a]
+        for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
+        for a, size in enumerate(old.shape)
+    }
+    axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
+    return {
+        "model": emitted.path.name,
+        "inputs": [shape_of(spec) | images.get(spec.name, {}) for spec in emitted.inputs],
+        "outputs": [
+            {
+                "name": name,
+                "dtype": dtype_name(node.meta["val"].dtype),
+                "shape": [
+                    s if isinstance(s, int) else axes.get(str(s), str(s)) for s in node.meta["val"].shape
+                ],
+            }
+            for name, node in zip(graph.outputs, graph.results, strict=True)
+        ],
+        "preprocess": preprocess if camera is None else camera.facts(),
+        "labels": list(labels),
+    }
 
 
 def usage(
@@ -166,5 +206,17 @@ def copy_files(folder: Path, sources: Iterable[Path | None], labels: Sequence[st
             shutil.copyfile(found, folder / name)
             made.append(name)
     if labels:
-        (folder / LABELS).write_text("".join(f"{' '.join(label.split())}\n" for label in labels))
+        (folder / LABELS).write_text(
+            "".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8"
+        )
     return made
+
+
+def copied_to(folder: Path) -> set[str]:
+    """What `copy_files` put into a folder, as the signature there says; another's files of these names are not ours."""
+    try:
+        found = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+        names = set(COPIED).intersection(found["files"])
+        return names | ({LABELS} if found["labels"] else set())
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import delivery, receipt, verify
 from .data import Batch
+from .edges import varied
 from .errors import CompressorError, ContractError, UnsupportedError
 from .export import explain, reexport, save_program
 from .ir import Graph
@@ -64,7 +65,7 @@ def check(graph: Graph, path: Path, batches: Sequence[Batch]) -> list[verify.Che
     if (again.inputs, again.outputs) != (graph.inputs, graph.outputs):
         now, before = (f"{[*map(str, one.inputs)]} -> {[*one.outputs]}" for one in (again, graph))
         raise ContractError(f"{path.name} takes and returns {now}, and the graph {before}")
-    samples = list(delivery.varied(graph, batches))
+    samples = list(varied(graph, batches))
     reference = [graph.run(*one) for one in samples]
     checks = verify.compare(graph, reference, [again.run(*one) for one in samples])
     for one in checks:

@@ -38,9 +38,7 @@ from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 Change = Callable[[Any], Any]
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
 TRUSTED = 8
-SHRINKAGE = (
-    0.1  # ridge, of the mean diagonal, by the columns that there are for a row: few rows know few directions
-)
+SHRINKAGE = 0.1
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
 
@@ -291,11 +289,7 @@ class _Repair:
                 matrices[i] + torch.linalg.solve(ridged(gram), trust * aim).T if learns else matrices[i]
             )
         if node in self.fits:
-            ridge = (
-                RIDGE
-                if self.heal
-                else max(RIDGE, SHRINKAGE * reading.columns / max(1, moments.grams[0].count))
-            )
+            ridge = RIDGE if self.heal else _ridge(moments.grams[0].count, reading.columns)
             solved = self._formed(reading, self.fits[node], [ridged(gram, ridge) for gram in grams], wanted)
         else:
             for i in sorted(self.open.intersection(mine)):
@@ -376,6 +370,11 @@ def _trust(rows: int, columns: int) -> float:
     What other layers got wrong is no function of what this one reads: too few rows let it learn them by heart.
     """
     return min(1.0, max(0.0, (rows / columns - 1) / (TRUSTED - 1)))
+
+
+def _ridge(rows: int, columns: int) -> float:
+    """Ridge of a Gram matrix, of its mean diagonal: few rows know few directions, and nothing of the others."""
+    return max(RIDGE, SHRINKAGE * columns / max(rows, 1))
 
 
 # -------------------------------------------------------------------- batch norms

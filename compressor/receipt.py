@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CompressorError
-from .ir import DTYPE_NAMES, Graph, Input
+from .ir import DTYPE_NAMES, Graph, Input, terms
 
 MEMBER = "compressor.json"  # name of the extra file in a .pt2
 FORMAT, VERSION = "compressor receipt", 1
@@ -243,6 +243,10 @@ def rename(graph: Graph, receipt: Mapping[str, Any]) -> None:
         graph.outputs = outputs
 
 
+def _is_axis(name: Any) -> bool:
+    return isinstance(name, str) and all(term.isidentifier() for term in terms(name))
+
+
 def _same_axes(spec: Input, sizes: Sequence[Any], axes: dict[str, str]) -> bool:
     """Equal fixed sizes, and dynamic axes that stand for the same ones everywhere (noted in `axes`)."""
     if len(sizes) != len(spec.shape):
@@ -251,6 +255,6 @@ def _same_axes(spec: Input, sizes: Sequence[Any], axes: dict[str, str]) -> bool:
         if isinstance(size, int):
             if size != name:
                 return False
-        elif not (isinstance(name, str) and name.isidentifier()) or axes.setdefault(size, name) != name:
+        elif not _is_axis(name) or axes.setdefault(size, name) != name:
             return False
     return True

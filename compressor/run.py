@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +16,17 @@ import torch
 
 from . import TESTED_TORCH, __version__, delivery, emit, handover, measure, program, receipt, registry, report
 from . import verify as contracts
-from .camera import Camera
 from .data import Batch, Data
 from .emit import Emitted, companion_of
 from .errors import TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator, evaluator
-from .ir import DTYPE_NAMES, Graph, Input
+from .ir import Graph
 from .load import Loaded
 from .opening import Options, capture_model, reading, require_finite, streams, take_pixels
 from .pipeline import Context, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
-from .target import Target
+from .target import Target, release
 from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
@@ -180,6 +179,7 @@ class Run:
             emitted = delivery.deliver(
                 graph, self.target, stage, metadata, self.fixed(graph), beside=self.large
             )
+        self.require_release(emitted)
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
@@ -192,7 +192,7 @@ class Run:
             "sha256": delivery.sha256(emitted.path),
             "opset": self.target.opset,
             "ir_version": self.target.ir_version,
-            "oldest_runtime": self.target.oldest,
+            "oldest_runtime": self.target.oldest(emitted.since),
             "provider": provider,
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
@@ -227,13 +227,24 @@ class Run:
                 )
         return made
 
+    def require_release(self, emitted: Emitted) -> None:
+        """TargetError where the release of --min-ort does not have the operators yet."""
+        asked = self.opt.min_ort
+        if asked is not None and emitted.since and release(asked) < release(emitted.since):
+            raise TargetError(
+                f"--min-ort {asked}: the weights of few bits in this model need ONNX Runtime {emitted.since}; leave "
+                f"out the pass that makes them, or ask for --min-ort {emitted.since}"
+            )
+
     def hand_over(
         self, graph: Graph, stage: Path, emitted: Emitted, batches: list[Batch], loaded: Loaded
     ) -> None:
         """Everything beside the model that an app needs: see `handover`."""
-        signature = _signature(graph, emitted, loaded, self.facts, self.opt.preprocess)
+        signature = handover.signature(
+            graph, emitted, loaded.labels, self.facts.get("preprocess"), self.opt.preprocess
+        )
         signature["files"] = handover.copy_files(stage, _folders(loaded, self.opt.preprocess), loaded.labels)
-        (stage / "signature.json").write_text(json.dumps(signature, indent=1) + "\n")
+        (stage / handover.SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n")
         ort_file = "ort" in self.target.formats
         large = companion_of(emitted.path).name if delivery.is_large(emitted.path) else ""
         text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file, data_file=large)
@@ -285,11 +296,11 @@ class Run:
             },
             "spec": ",".join(map(str, self.pipeline.passes)),
             "inserted": self.pipeline.inserted,
-            "inputs": [shape_of(spec) for spec in graph.inputs],
+            "inputs": [handover.shape_of(spec) for spec in graph.inputs],
             "outputs": [
                 {
                     "name": name,
-                    "dtype": dtype_name(node.meta["val"].dtype),
+                    "dtype": handover.dtype_name(node.meta["val"].dtype),
                     "shape": [str(s) for s in node.meta["val"].shape],
                 }
                 for name, node in zip(graph.outputs, graph.results, strict=True)
@@ -370,7 +381,8 @@ def _progress_bar(console: Any) -> Any:
 def _folders(loaded: Loaded, how: Any) -> list[Path | None]:
     """Where the files of a tokenizer and a preprocessor may stand."""
     named = Path(how) if isinstance(how, (str, Path)) else None
-    return [loaded.tokenizer, loaded.path, named.parent if named is not None and named.is_file() else named]
+    held = loaded.path if loaded.sha256 else None  # of a module in memory it is a name
+    return [loaded.tokenizer, held, named.parent if named is not None and named.is_file() else named]
 
 
 def _latency_table(path: str | Path | None) -> dict[str, list[float]]:
@@ -386,49 +398,5 @@ def _version_notice() -> Iterator[str]:
         yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return DTYPE_NAMES.get(dtype, str(dtype))
-
-
-def shape_of(spec: Input) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": list(spec.shape)}
-
-
 def _stream(stream: Data | None) -> dict[str, Any] | None:
     return None if stream is None else {"description": stream.description, "samples": stream.samples}
-
-
-def _signature(
-    graph: Graph, emitted: Emitted, loaded: Loaded, facts: Mapping[str, Any], how: Any
-) -> dict[str, Any]:
-    """What a program that calls the model must know."""
-    camera = how if isinstance(how, Camera) else None
-    images = {
-        spec.name: {"layout": "NCHW"}
-        for spec in emitted.inputs
-        if len(spec.shape) == 4 and spec.shape[1] in (1, 3, 4)
-    }
-    if camera is not None:
-        images[camera.name] = camera.signature()
-    fixed = {
-        size: spec.shape[a]
-        for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
-        for a, size in enumerate(old.shape)
-    }
-    axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
-    return {
-        "model": emitted.path.name,
-        "inputs": [shape_of(spec) | images.get(spec.name, {}) for spec in emitted.inputs],
-        "outputs": [
-            {
-                "name": name,
-                "dtype": dtype_name(node.meta["val"].dtype),
-                "shape": [
-                    s if isinstance(s, int) else axes.get(str(s), str(s)) for s in node.meta["val"].shape
-                ],
-            }
-            for name, node in zip(graph.outputs, graph.results, strict=True)
-        ],
-        "preprocess": facts.get("preprocess") if camera is None else camera.facts(),
-        "labels": list(loaded.labels),
-    }

@@ -75,12 +75,12 @@ class Target:
     lacks: frozenset[str] = frozenset()
     quant: QuantSpec = field(default_factory=QuantSpec)
 
-    @property
-    def oldest(self) -> str:
-        """The first release of ONNX Runtime that reads files of this opset and IR version."""
-        return next(
+    def oldest(self, since: str = "") -> str:
+        """The first release of ONNX Runtime that loads its files; since: the one that their operators came with."""
+        reads = next(
             name for name, (opset, ir) in RELEASES.items() if opset >= self.opset and ir >= self.ir_version
         )
+        return max(reads, since or reads, key=release)
 
     def speaking(self, opset: int | None = None, min_ort: str | None = None) -> Target:
         """The same target, with files of this opset, or that this release of ONNX Runtime (`1.17`) still loads.
@@ -96,9 +96,10 @@ class Target:
         return self if wanted == self.opset else replace(self, opset=wanted, ir_version=_IR_VERSIONS[wanted])
 
 
-# Release of ONNX Runtime -> the newest opset and IR version that it reads. Source: its page "Compatibility".
+# Release of ONNX Runtime -> the newest opset and IR version that it reads and has the kernels for. Source: its page
+# "Compatibility", but for the first two: 1.14 crashes on half precision, 1.15 lacks kernels of opset 19.
 RELEASES = {
-    "1.14": (18, 8),
+    "1.15": (18, 8),
     "1.16": (19, 9),
     "1.17": (20, 9),
     "1.18": (21, 10),
@@ -108,20 +109,20 @@ RELEASES = {
 _IR_VERSIONS = dict(RELEASES.values())
 
 
-def _newest_opset(release: str) -> int:
-    found = [opset for name, (opset, _) in RELEASES.items() if _numbers(name) <= _numbers(release)]
+def _newest_opset(wanted: str) -> int:
+    found = [opset for name, (opset, _) in RELEASES.items() if release(name) <= release(wanted)]
     if not found:
         raise UsageError(
-            f"--min-ort {release}: the oldest that files can be written for is {next(iter(RELEASES))}"
+            f"--min-ort {wanted}: the oldest that files can be written for is {next(iter(RELEASES))}"
         )
     return found[-1]
 
 
-def _numbers(release: str) -> tuple[int, ...]:
-    """`1.17.3` -> (1, 17)."""
-    parts = release.split(".")[:2]
+def release(name: str) -> tuple[int, int]:
+    """`1.17.3` -> (1, 17), which can be compared."""
+    parts = name.split(".")[:2]
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise UsageError(f"--min-ort {release}: a release of ONNX Runtime is written 1.17")
+        raise UsageError(f"--min-ort {name}: a release of ONNX Runtime is written 1.17")
     return int(parts[0]), int(parts[1])
 
 

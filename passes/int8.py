@@ -50,10 +50,8 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
-FEW = (
-    128  # samples that know the tails of what a convolution reads: percentiles and scaled channels need them
-)
-FEW_TEXTS = 8  # that know the outliers of transformers, which stand in the same channels at every position
+FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
+FEW_TEXTS = 8  # transformers have their outliers in the same channels everywhere, so that few texts know them
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressor import delivery, runtime
 from compressor.api import compress, verify
 from compressor.capture import capture
+from compressor.edges import possible
 from compressor.errors import TargetError, UnsupportedError, UsageError
 from compressor.ir import Input
 from compressor.pytrees import distinct
@@ -216,9 +217,9 @@ def test_sizes_that_a_program_excludes_are_not_tried() -> None:
     half = torch.export.Dim("half", min=1, max=8)
     even = torch.export.export(Model(), (torch.randn(4, 4),), dynamic_shapes=({0: 2 * half},))
     graph = capture(even)
-    assert [s for s in range(1, 20) if delivery._possible(graph, "batch", s)] == [4, 6, 8, 10, 12, 14, 16]
+    assert [s for s in range(1, 20) if possible(graph, "batch", s)] == [4, 6, 8, 10, 12, 14, 16]
     free = capture(Layer().linear, torch.randn(2, 4))
-    assert delivery._possible(free, "batch", 1) and delivery._possible(free, "batch", 7)
+    assert possible(free, "batch", 1) and possible(free, "batch", 7)
 
 
 # -------------------------------------------------------------------- what a check proves

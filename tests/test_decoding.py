@@ -126,8 +126,41 @@ def test_weights_of_few_bits_with_a_cache(tmp_path):
     result = compressor.compress(
         folder, task="text-generation", passes="int4", output=tmp_path / "out", measure=False
     )
-    assert result.report["emitted"]["operators"]["MatMulNBits"] > 1
+    # the other products read 64 columns, which are too few
+    assert result.report["emitted"]["operators"]["MatMulNBits"] == 2
     assert Generator(result.onnx).tokens(np.array([[5, 6, 7]])).shape == (1, TOKENS)
+
+
+def test_an_adapter_is_merged_and_the_program_goes_on_from_there(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    model, folder = folder_of(tmp_path / "model", "shared heads")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = compressor.compress(
+        folder, adapter=tmp_path / "adapter", task="text-generation", passes="merge,fold", emit="pt2",
+        output=tmp_path / "out", measure=False,
+    )  # fmt: skip
+    assert "model.layers.0.self_attn.q_proj.weight" in result.graph.tensors
+    assert not any("lora" in name for name in result.graph.tensors)
+    again = compressor.compress(
+        tmp_path / "out" / "model.pt2", passes="fold", output=tmp_path / "again", measure=False
+    )
+    ids = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = adapted.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    for one in (result, again):
+        generator = Generator(one.onnx)
+        assert generator.inputs["attention_mask"].shape == ["batch", "past_sequence + sequence"]
+        assert "position_ids" in generator.inputs
+        assert np.array_equal(generator.tokens(ids.numpy()), expected[:, 5:].numpy())
 
 
 def test_a_cache_that_is_not_keys_and_values_is_refused(tmp_path):

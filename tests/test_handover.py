@@ -143,14 +143,26 @@ def test_files_of_the_tokenizer_are_copied(tmp_path):
     assert (made / handover.LABELS).read_text() == "cat\nbig dog\n"
 
 
+@pytest.mark.parametrize("words", ["", "{", "[]", '{"files": 3}', '{"files": [3], "labels": 0}'])
+def test_a_signature_that_is_none_claims_no_files(tmp_path, words):
+    (tmp_path / handover.SIGNATURE).write_text(words)
+    assert handover.copied_to(tmp_path) == set() == handover.copied_to(tmp_path / "none")
+
+
 def test_another_run_replaces_what_lay_there(tmp_path):
     out = tmp_path / "out"
     compressor.compress(small(), torch.randn(4, 3, 8, 8), passes="fold", output=out, measure=False)
-    (out / "tokenizer.json").write_text("of the earlier run")
-    (out / handover.SAMPLE / "input_7.pb").write_text("too")
-    (out / "notes.txt").write_text("the user's")
+    signature = json.loads((out / handover.SIGNATURE).read_text())
+    (out / handover.SIGNATURE).write_text(
+        json.dumps(signature | {"files": ["tokenizer.json"], "labels": ["a"]})
+    )
+    for name in ("tokenizer.json", handover.LABELS, f"{handover.SAMPLE}/input_7.pb"):
+        (out / name).write_text("of the earlier run")
+    for name in ("notes.txt", "vocab.txt"):
+        (out / name).write_text("the user's")
     compressor.compress(small(), torch.randn(4, 3, 8, 8), passes="fold", output=out, measure=False)
-    assert not (out / "tokenizer.json").exists() and (out / "notes.txt").exists()
+    assert not (out / "tokenizer.json").exists() and not (out / handover.LABELS).exists()
+    assert (out / "notes.txt").exists() and (out / "vocab.txt").exists()
     assert sorted(f.name for f in (out / handover.SAMPLE).iterdir()) == ["input_0.pb", "output_0.pb"]
 
 
@@ -158,7 +170,7 @@ def test_another_run_replaces_what_lay_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("release", "opset", "version"), [("1.14", 18, 8), ("1.16.3", 19, 9), ("1.31", 20, 9)]
+    ("release", "opset", "version"), [("1.15.1", 18, 8), ("1.16.3", 19, 9), ("1.31", 20, 9)]
 )
 def test_a_file_for_an_old_release(tmp_path, release, opset, version):
     compressor.compress(
@@ -173,7 +185,7 @@ def test_a_file_for_an_old_release(tmp_path, release, opset, version):
     assert (model.opset_import[0].version, model.ir_version) == (opset, version)
     emitted = json.loads((tmp_path / "out" / "report.json").read_text())["emitted"]
     assert (emitted["opset"], emitted["ir_version"]) == (opset, version)
-    assert emitted["oldest_runtime"] == {18: "1.14", 19: "1.16", 20: "1.17"}[opset]
+    assert emitted["oldest_runtime"] == {18: "1.15", 19: "1.16", 20: "1.17"}[opset]
 
 
 def test_opsets_and_releases_that_do_not_fit_are_refused():
@@ -183,7 +195,7 @@ def test_opsets_and_releases_that_do_not_fit_are_refused():
     for opset, release, words in (
         (21, "1.17", "reads opsets up to 20"),
         (12, None, "opset 18 to 23"),
-        (None, "1.9", "the oldest that files can be written for is 1.14"),
+        (None, "1.9", "the oldest that files can be written for is 1.15"),
         (None, "new", "is written 1.17"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -404,16 +404,10 @@ def test_options_do_what_they_say():
     graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
     default, _ = compiled(graph)
     extremes, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
-    assert "few" not in outcome.facts
     cut, _ = compiled(graph, Int8(percentile=99.0))
-    few = dataclasses.replace(context(graph), calibration=data(graph, 32))
-    _, (_, equalised, *_, outcome) = compiled(graph, ctx=few)
-    assert outcome.facts["calibration"] == "extremes of 32 samples" and "few" in outcome.facts
-    assert "32 samples do not know how far each channel goes" in equalised.declines[0].reason
-    _, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
     scales = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (cut, default, extremes)]
     assert all(a < b <= c for a, b, c in zip(*scales, strict=True))
-    assert outcome.facts["calibration"] == "extremes of 128 samples"
+    assert outcome.facts["calibration"] == "extremes of 128 samples" and "few" not in outcome.facts
     seven, _ = compiled(graph, Int8(reduce_range=True))
     assert [g.tensors["a.weight_int8"].abs().max() for g in (default, seven)] == [127, 64]
     old, _ = compiled(graph, ctx=context(graph, TARGETS["cpu-avx2"]))
@@ -422,6 +416,18 @@ def test_options_do_what_they_say():
     assert [d.reason for d in outcome.declines] == ["left float as asked"] and "b.weight" in part.tensors
     first, _ = compiled(graph, Int8(equalise=False), context(graph, limit=1))
     assert "a.weight_int8" in first.tensors and "b.weight" in first.tensors
+
+
+def test_few_samples_take_extremes_and_scale_no_convolutions():
+    graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
+    few = dataclasses.replace(context(graph), calibration=data(graph, 32))
+    after, (_, equalised, *_, outcome) = compiled(graph, ctx=few)
+    assert outcome.facts["calibration"] == "extremes of 32 samples" and "few" in outcome.facts
+    assert "32 samples do not know how far each channel goes" in equalised.declines[0].reason
+    asked, (*_, outcome) = compiled(graph, Int8(calibration="percentile", percentile=99.0), few)
+    assert outcome.facts["calibration"] == "99 % percentiles of 32 samples"
+    steps = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (asked, after)]
+    assert all(a < b for a, b in zip(*steps, strict=True))
 
 
 def test_symmetric_pairs_for_tensorrt(tmp_path):

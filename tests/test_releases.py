@@ -10,14 +10,17 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nets import Net, conv
+from test_handover import arrays
 from torch import nn
 from torch.nn import functional as F
 
 import compressor
 from compressor import handover
+from compressor.errors import TargetError
 
 VENV = Path(__file__).resolve().parents[1] / ".venv"
 RUN = """
@@ -93,10 +96,7 @@ def test_an_old_release_computes_the_same(tmp_path, release, make, passes, since
     result = compressor.compress(
         model.eval(), x[:4], passes=passes, output=tmp_path / "out", measure=False, min_ort=release, **options
     )
-    assert result.report["emitted"]["oldest_runtime"] <= release
-    import numpy as np
-    from test_handover import arrays
-
+    assert result.report["emitted"]["oldest_runtime"] == max(since, release)
     sample = tmp_path / "out" / handover.SAMPLE
     held = {f"in {name}": a for name, a in arrays(sample, "input").items()}
     held |= {f"out {name}": a for name, a in arrays(sample, "output").items()}
@@ -107,3 +107,17 @@ def test_an_old_release_computes_the_same(tmp_path, release, make, passes, since
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.startswith(release), json.dumps(made.stdout)
+
+
+@pytest.mark.parametrize(
+    ("passes", "since"),
+    [("int4", "1.17"), ("int4(bits=8)", "1.22"), ("int8(scheme=weight)", "1.22"), ("int4,fp16", "1.23")],
+)
+def test_weights_of_few_bits_need_the_release_that_has_them(tmp_path, passes, since):
+    torch.manual_seed(0)
+    model, x = sentence()
+    options = {"passes": passes, "output": tmp_path / "out", "measure": False}
+    result = compressor.compress(model.eval(), x[:4], **options)
+    assert result.report["emitted"]["oldest_runtime"] == since
+    with pytest.raises(TargetError, match=f"need ONNX Runtime {since}; leave out"):
+        compressor.compress(model.eval(), x[:4], min_ort="1.16", **options)

@@ -8,6 +8,7 @@ python compare.py table RELEASE CPU ...    Markdown
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 from pathlib import Path
 
@@ -65,7 +66,11 @@ def samples() -> None:
 
 def decibels(expected: np.ndarray, seen: np.ndarray) -> float:
     noise = np.square(seen.astype(float) - expected).sum()
-    return float(10 * np.log10(np.square(expected.astype(float)).sum() / max(noise, 1e-300)))
+    return float(10 * np.log10(np.square(expected.astype(float)).sum() / noise)) if noise else math.inf
+
+
+def said(level: float) -> str:
+    return "the same" if level == math.inf else f"{level:.1f} dB"
 
 
 def error(expected: np.ndarray, seen: np.ndarray) -> float:
@@ -103,24 +108,35 @@ def row(machine: str, file: Path) -> str:
         f"{target} {file.name}",
         machine.replace("x86_", "x86-64, "),
         len(seen),
-        f"{decibels(expected, seen):.1f}",
+        said(decibels(expected, seen)),
         f"{error(expected, seen):.1e}",
         agreement(name, expected, seen),
-        f"{decibels(sample, alone):.1f} dB, {error(sample, alone):.1e}",
-        "same" if good else "**differs**",
+        f"{said(decibels(sample, alone))}, {error(sample, alone):.1e}",
+        "yes" if good else "**no**",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(release: str, *cpus: str) -> None:
+    machine, versions = measure.machine(), measure.versions()
     print(f"""\
 # arm
 
 - command: `benchmarks/arm/run.sh`
 - date: {datetime.date.today().isoformat()}
-- machine: {measure.machine()["cpu"]}, {measure.machine()["isa"]}
+- machine: {machine["cpu"]}, {machine["isa"]}; qemu-user for Arm
+- versions: {", ".join(f"{name} {number}" for name, number in versions.items())}; onnxruntime {release} on Arm
+
+One file and the same inputs, here and on Arm: noise of Arm's answers, their largest difference to the largest number,
+and how far they agree (images: same top-1, and top-1 on Arm / here; sentences: the least cosine). *Its sample*: that of
+`test_data_set_0`, whose results were written here. Good is at least {verify.SIMULATION_DB:g} dB for integers, and a
+difference of at most {verify.EMITTED:g} for floats. cortex-a76 has dot products of bytes, cortex-a72 has none, max has
+i8mm, bf16 and SVE besides. The last rows are x86 with Arm's release: what the release alone changes. Speed under qemu
+says nothing.
 """)
-    columns = ("model", "file")
+    columns = (
+        "model", "file", "machine", "samples", "noise", "largest difference", "agreement", "its sample", "good",
+    )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     files = sorted(p for p in Path("models").glob("*/model.*") if p.suffix in (".onnx", ".ort"))
     for machine in (*cpus, f"x86_{release}"):

@@ -1,0 +1,60 @@
+"""Samples at the edges: the sizes that a model's dynamic axes may have, beyond those of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import sympy
+from torch import Tensor
+
+from .batches import Batch
+from .ir import Graph, Input, terms
+
+
+def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    """The batches, and the first one with every dynamic axis cut to 1 and to one less.
+
+    Where an axis has no size in them (a cache that is still empty), also the example.
+    """
+    for batch in batches:
+        yield batch.inputs
+    first = batches[0].inputs
+    have = {
+        name: size
+        for tensor, spec in zip(first, graph.inputs, strict=True)
+        for name, size in zip(spec.shape, tensor.shape, strict=True)
+        if isinstance(name, str)
+    }
+    for name in sorted(have):
+        for size in {1, have[name] - 1}:
+            if 0 < size < have[name] and len(terms(name)) == 1 and possible(graph, name, size):
+                sizes = have | {name: size}
+                sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
+                yield tuple(_cut(t, spec, sizes) for t, spec in zip(first, graph.inputs, strict=True))
+    if 0 in have.values():
+        yield graph.example
+
+
+def possible(graph: Graph, name: str, size: int) -> bool:
+    """False where the model was exported for other sizes of this axis: multiples, or a range that it is not in."""
+    for spec, node in zip(graph.inputs, graph.placeholders, strict=True):
+        for label, extent in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if label != name or isinstance(extent, int):
+                continue
+            expr = extent.node.expr
+            bounds = extent.node.shape_env.bound_sympy(expr)
+            low = (
+                1 if bounds.lower == 2 else bounds.lower
+            )  # every exported axis starts at 2; 1 works nearly always
+            if not low <= size <= bounds.upper:
+                return False
+            if not expr.is_symbol and not any(r.is_integer for r in sympy.solve(expr - size)):
+                return False
+    return True
+
+
+def _cut(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
+    for axis, label in enumerate(spec.shape):
+        if isinstance(label, str):
+            tensor = tensor.narrow(axis, 0, min(sizes[label], tensor.shape[axis]))
+    return tensor.contiguous()
