@@ -81,6 +81,7 @@ TIERS = [
     ["runtime", "handover", "edges"],
     ["verify", "apart"],
     ["measure"],
+    ["jitter"],
     ["pipeline", "delivery"],
     ["budgets", "survey", "stopwatch", "identities", "watch", "forms", "equalise"],
     ["rebuild", "splits", "pixels", "mixed", "tables", "quantised"],
