@@ -1,6 +1,9 @@
-"""Integer files of deep networks are judged by what last bits make of the graph itself."""
+"""Deep networks amplify last bits: passes and files are held to what those make of the graph itself, no less."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from compressor.emit import Emitted
 from compressor.errors import ContractError
 from compressor.ir import Graph
 from compressor.ops import kind
-from compressor.pipeline import Context
+from compressor.pipeline import EXACT, Context, Contract, Outcome, Pass, Pipeline, Rewrite
+from passes.fold import Fold
 from passes.int8 import Int8
 from targets.cpu import CPU
 
@@ -83,3 +87,51 @@ def test_the_file_of_a_deep_network_is_delivered(tmp_path):
     emitted: Emitted = delivery.deliver(graph, CPU, tmp_path, {}, {})
     checks = delivery.check_emitted(graph, emitted, [Batch(samples()[0])])
     assert all(check.finite for check in checks)
+
+
+# ---------------------------------------------------------------- floats
+
+
+class Steep(nn.Module):
+    """A thousand comes in and goes out again: the last bits of a weight are a thousand times as large as they look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(1000 + x))
+
+
+def steep() -> Graph:
+    torch.manual_seed(0)
+    model = Steep()
+    for _ in range(100):  # the running mean arrives
+        model(torch.randn(64, WIDTH))
+    return capture(model.eval(), torch.randn(8, WIDTH))
+
+
+def test_a_fold_is_held_to_what_rounding_the_weights_does():
+    graph = steep()
+    samples = open_data([(torch.randn(64, WIDTH),)], graph.inputs)
+    least = jitter.errors(graph, [batch.inputs for batch in samples])
+    assert verify.TOLERANCE[torch.float32] < max(least.values()) < 1e-2
+    row = Pipeline([Fold()], {}).run(graph.copy(), Context(CPU, samples, samples))[-1]
+    assert "rounding its weights once" in row.facts["checked_in"] and row.status == "proved"
+    with pytest.raises(ContractError, match="pass wrong"):
+        Pipeline([Wrong()], {}).run(graph.copy(), Context(CPU, samples, samples))
+
+
+@dataclass(frozen=True)
+class Wrong(Pass):
+    """One weight of the first layer is off by a hundredth."""
+
+    name: ClassVar[str] = "wrong"
+    contract: ClassVar[Contract] = EXACT
+
+    def run(self, graph: Graph, ctx: Context) -> Outcome:
+        weight = next(n for n in graph.nodes if n.op == "get_attr" and n.meta["val"].dim() == 2)
+        tensor = graph.tensor(weight).clone()
+        tensor[0, 0] *= 1.01
+        graph.set_tensor(weight, tensor)
+        return Outcome([Rewrite("", "made wrong")])
