@@ -10,7 +10,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -71,5 +71,16 @@ def _extended(table: dict[str, Any], group: str) -> dict[str, Any]:
     known = dict(table)
     for entry in sorted(entry_points(group=group), key=lambda e: e.name):
         if entry.name not in known:
-            known[entry.name] = entry.load()
+            known[entry.name] = _loaded(entry)
     return known
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        package = entry.dist.name if entry.dist is not None else entry.module
+        raise UsageError(
+            f"{entry.name} ({entry.value}) of the installed package {package} cannot be loaded: {error}; repair the "
+            f"package, or pip uninstall {package}"
+        ) from error
