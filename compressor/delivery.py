@@ -239,8 +239,8 @@ def compare_session(
     comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     compared = False
     for whole in samples:
-        for part in _pieces(graph.inputs, inputs, whole):
-            seen = _tensors(runtime.run(session, feeds(inputs, part)))
+        for part in pieces(graph.inputs, inputs, whole):
+            seen = to_tensors(runtime.run(session, feeds(inputs, part)))
             reference = observer.run(part)[:count]
             comparison.update(reference, tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)))
             compared = True
@@ -250,7 +250,7 @@ def compare_session(
     return comparison
 
 
-def _pieces(
+def pieces(
     specs: Sequence[Input], inputs: Sequence[Input], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of dynamic `specs` cut to what `inputs` fix; nothing where they are smaller than that.
@@ -284,7 +284,7 @@ def sample(
     graph: Graph, emitted: Emitted, batches: Sequence[Batch]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs by name, one sample of each, and what the emitted model makes of them."""
-    whole = next(part for batch in batches for part in _pieces(graph.inputs, emitted.inputs, batch.inputs))
+    whole = next(part for batch in batches for part in pieces(graph.inputs, emitted.inputs, batch.inputs))
     with opened(emitted.path) as session:
         for part in (_first(emitted.inputs, whole), whole):
             inputs = feeds(emitted.inputs, part)
@@ -338,19 +338,19 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
     fixed = inputs[0].shape[0] if inputs[0].shape else None
     size = tensors[0].shape[0] if tensors[0].dim() else 1
     if not isinstance(fixed, int) or size == fixed:
-        return _tensors(runtime.run(session, feeds(inputs, tensors)))
+        return to_tensors(runtime.run(session, feeds(inputs, tensors)))
     pieces = []
     for start in range(0, size - fixed + 1, fixed):
         part = [
             t[start : start + fixed] if s.shape and s.shape[0] == fixed and t.shape[0] == size else t
             for s, t in zip(inputs, tensors, strict=True)
         ]
-        pieces.append(_tensors(runtime.run(session, feeds(inputs, part))))
+        pieces.append(to_tensors(runtime.run(session, feeds(inputs, part))))
     # an output of one number has no axis to join along
     return tuple(torch.cat([p if p.dim() else p[None] for p in parts]) for parts in zip(*pieces, strict=True))
 
 
-def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+def to_tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     return tuple(
         # not np.ascontiguousarray, which gives a scalar an axis
         torch.from_numpy(np.require(a, requirements="C")) if a.dtype.kind in "fiub" else _bfloat16(a)
