@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,11 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from yolo import AnchoredYolo, Yolo
+from yolo import AnchoredYolo
 from zoo import torchvision_model, with_power
 
 import compressor
-from compressor import detections, detectors, heads, nms, postprocess, runtime
+from compressor import api, detections, detectors, heads, nms, postprocess, runtime
 from compressor.capture import capture
 from compressor.data import synthetic
 from compressor.emit import emit
@@ -40,7 +39,9 @@ def reference_nms(boxes: NDArray, scores: NDArray, iou: float, conf: float, most
         while order:
             best, order = order[0], order[1:]
             kept.append((label, best))
-            order = [j for j, share in zip(order, _iou(boxes[best], boxes[order]), strict=True) if not share > iou]
+            order = [
+                j for j, share in zip(order, _iou(boxes[best], boxes[order]), strict=True) if not share > iou
+            ]
     return sorted(kept, key=lambda pair: -scores[pair])[:most]
 
 
@@ -84,10 +85,14 @@ def test_the_operator_is_torchvisions_suppression():
 
 def test_behind_the_count_everything_is_empty():
     boxes, scores = candidates(2, False, 0)
-    found, rated, labels, count = nms.nms(boxes, scores * torch.tensor([0.0, 1.0])[:, None, None], 0.5, 0.9, 30)
+    found, rated, labels, count = nms.nms(
+        boxes, scores * torch.tensor([0.0, 1.0])[:, None, None], 0.5, 0.9, 30
+    )
     assert count[0] == 0 < count[1] < 30
     for i, number in enumerate(count.tolist()):
-        assert not found[i, number:].any() and not rated[i, number:].any() and (labels[i, number:] == -1).all()
+        assert (
+            not found[i, number:].any() and not rated[i, number:].any() and (labels[i, number:] == -1).all()
+        )
 
 
 def test_onnx_runtime_gives_the_same_bits(tmp_path):
@@ -152,7 +157,9 @@ def test_torchvisions_detectors_are_their_networks(name, ssdlite, monkeypatch):
     graph = capture(model, x)
     assert graph.outputs == ("boxes", "scores") and graph.inputs[0].shape == ("batch", 3, 96, 96)
     keys = set(model.state_dict())
-    assert set(detectors.bare(model, (x,), {}).state_dict()) == keys  # own checkpoints load by their own names
+    assert (
+        set(detectors.bare(model, (x,), {}).state_dict()) == keys
+    )  # own checkpoints load by their own names
     assert graph.parameters <= keys
     plan = plan_of(graph, "nms(iou=0.5,conf=0.3,max=20)", detectors.known(model))
     boxes, scores, labels, count = plan.of(graph.outputs, graph.run(x))
@@ -200,10 +207,18 @@ def test_a_yolo_head_is_read_without_a_word():
     ("make", "words", "told"),
     [
         # keypoints behind the scores would be classes
-        (lambda x: torch.cat((x[..., :4].mT, x[..., 4:5].sigmoid().mT, x[..., 5:].mT), 1), "nms", "which outputs"),
+        (
+            lambda x: torch.cat((x[..., :4].mT, x[..., 4:5].sigmoid().mT, x[..., 5:].mT), 1),
+            "nms",
+            "which outputs",
+        ),
         (lambda x: {"boxes": x[..., :4], "scores": x[..., 4:].sigmoid()}, "nms", "format=xyxy"),
         (lambda x: {"pred_boxes": x[..., :4], "logits": x[..., 4:]}, "nms", "activation=sigmoid"),
-        (lambda x: {"pred_boxes": x[..., :4], "logits": x[..., 4:]}, "nms(activation=softmax)", "background=CLASS"),
+        (
+            lambda x: {"pred_boxes": x[..., :4], "logits": x[..., 4:]},
+            "nms(activation=softmax)",
+            "background=CLASS",
+        ),
         (lambda x: {"pred_boxes": x[..., :4], "scores": x[..., 4:].softmax(-1)}, "nms", "background=CLASS"),
         (lambda x: {"boxes": x[..., :4], "scores": x[..., 4:].mT}, "nms", "boxes are .n, candidates, 4"),
         (lambda x: {"boxes": x[..., :4], "scores": x[..., 4:].sigmoid()}, "nms(boxes=box)", "no such output"),
@@ -219,7 +234,9 @@ def test_what_is_not_certain_is_asked_for(make, words, told):
         plan_of(ending(make), words)
 
 
-@pytest.mark.parametrize("words", ["nms(iou=2)", "nms(max=0)", "nms(conf=1)", "nms(background=x)", "soft", "nms,nms"])
+@pytest.mark.parametrize(
+    "words", ["nms(iou=2)", "nms(max=0)", "nms(conf=1)", "nms(background=x)", "soft", "nms,nms"]
+)
 def test_wrong_words_are_refused(words):
     with pytest.raises(UsageError):
         postprocess.parse(words)
@@ -230,10 +247,14 @@ def test_forms_are_read_as_they_are_named():
     x = torch.rand(2, 6, 9, generator=torch.Generator().manual_seed(0))
     low, size, logits = x[..., :2] * 9, 1 + x[..., 2:4], 6 * x[..., 4:] - 3
     corners, centres = torch.cat((low, low + size), -1), torch.cat((low + size / 2, size), -1)
-    expected = nms.nms(corners, logits.softmax(-1).mT.contiguous() * torch.tensor([0.0, 1, 1, 1, 1])[:, None], 0.5, 0.1, 9)
+    expected = nms.nms(
+        corners, logits.softmax(-1).mT.contiguous() * torch.tensor([0.0, 1, 1, 1, 1])[:, None], 0.5, 0.1, 9
+    )
 
     def seen(boxes: Tensor, scores: Tensor, words: str):
-        graph = capture(Ends(lambda a, b=boxes, c=scores: {"p": b + 0 * a[:, :1, :1], "q": c + 0 * a[:, :1, :1]}), x)
+        graph = capture(
+            Ends(lambda a, b=boxes, c=scores: {"p": b + 0 * a[:, :1, :1], "q": c + 0 * a[:, :1, :1]}), x
+        )
         plan = plan_of(graph, f"nms(conf=0.1,max=9,boxes=p,scores=q,{words})")
         return plan.of(graph.outputs, graph.run(x))
 
@@ -266,7 +287,7 @@ def test_transformers_detectors_are_known_by_their_type():
     assert (plan.format, plan.activation, plan.background, plan.classes) == ("cxcywh", "softmax", -1, 4)
     shipped = plan.applied(graph)
     assert shipped.outputs == ("last_hidden_state", "boxes", "scores", "labels", "count")
-    boxes, scores, labels, count = shipped.run(*graph.example)[1:]
+    labels, count = shipped.run(*graph.example)[3:]
     assert int(labels.max()) < 3 and count.sum() > 0  # the last class is no object
 
 
@@ -280,13 +301,15 @@ def of_one(boxes, scores, labels):
 def test_detections_are_matched_by_class_and_overlap():
     reference = of_one([[0.0, 0, 4, 4], [10, 10, 14, 14], [20, 20, 24, 24]], [0.9, 0.8, 0.7], [1, 2, 1])
     seen = of_one(
-        [[0.0, 0, 4, 4], [0, 0, 4, 3], [10, 10, 14, 14], [20, 20, 24, 22.8]], [0.8, 0.7, 0.6, 0.5], [1, 1, 1, 1]
+        [[0.0, 0, 4, 4], [0, 0, 4, 3], [10, 10, 14, 14], [20, 20, 24, 22.8]],
+        [0.8, 0.7, 0.6, 0.5],
+        [1, 1, 1, 1],
     )
     matches = Matches()
     matches.update(reference, seen)
     found = matches.metrics()  # a second one of the same object, another class, 0.7 of a box
     assert found == pytest.approx({"recall": 2 / 3, "precision": 2 / 4, "iou": 0.85, "score_change": 0.15})
-    nothing = of_one([[0.0, 0, 0, 0]], [0.0], [-1])[:3] + (torch.tensor([0]),)
+    nothing = (*of_one([[0.0, 0, 0, 0]], [0.0], [-1])[:3], torch.tensor([0]))
     empty = Matches()
     empty.update(nothing, seen)
     assert empty.metrics() == {} and FoundAgain(lambda: nothing, [_Empty()], lambda x: x).nothing
@@ -309,7 +332,7 @@ def yolo() -> nn.Module:
     return model
 
 
-INT8 = {"passes": "fold,int8(rounding=nearest)", "measure": False}
+INT8 = {"passes": "fold,int8(rounding=nearest,equalise=false)", "measure": False}
 
 
 @pytest.mark.parametrize("name", ["yolo", "ssdlite"])
@@ -317,11 +340,15 @@ def test_detections_from_end_to_end(name, request, tmp_path):
     model, size = request.getfixturevalue(name), 64 if name == "yolo" else 96
     x = pictures(size, 20)
     words = "nms(iou=0.5,conf=0.5,max=20)" if name == "yolo" else "nms(conf=0.3,max=20)"
-    result = compressor.compress(model, x[:2], calibration=x, output=tmp_path / "out", postprocess=words, **INT8)
+    result = compressor.compress(
+        model, x[:2], calibration=x, output=tmp_path / "out", postprocess=words, **INT8
+    )
     emitted, rows = result.report["emitted"], result.report["rows"]
     session = runtime.session(result.onnx)
     assert [o.name for o in session.get_outputs()] == ["boxes", "scores", "labels", "count"]
-    assert not {"boxes", "scores"} & set(result.graph.outputs) or name == "ssdlite"  # the graph ends in raw heads
+    assert (
+        not {"boxes", "scores"} & set(result.graph.outputs) or name == "ssdlite"
+    )  # the graph ends in raw heads
     plan = plan_of(result.graph, words, detectors.known(model))
     matches = Matches()
     for batch in (x[:1], x[:3]):  # any batch
@@ -341,7 +368,7 @@ def test_detections_from_end_to_end(name, request, tmp_path):
     assert signature["postprocess"] == str(plan) and signature["outputs"][0]["shape"] == ["batch", 20, 4]
     assert "the label -1" in (tmp_path / "out/usage.md").read_text()
     options = {"data": x[:8], "example_inputs": x[:2]}
-    compared = compressor.verify(model, result.onnx, postprocess=words, **options)
+    compared = api.verify(model, result.onnx, postprocess=words, **options)
     assert compared["checks"][-1]["agreement"] > 0
 
 
@@ -354,7 +381,10 @@ def test_a_wrong_suppression_in_the_file_is_found(yolo, tmp_path):
     assert float_.error < 1e-4 and stated.agreement > 0.95
     model = onnx.load(str(path))
     node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
-    for value in (*model.graph.initializer, *(n.attribute[0].t for n in model.graph.node if n.op_type == "Constant")):
+    for value in (
+        *model.graph.initializer,
+        *(n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"),
+    ):
         if value.name == node.input[3] or node.input[3] in {
             n.output[0] for n in model.graph.node if n.op_type == "Constant" and n.attribute[0].t is value
         }:
@@ -375,21 +405,30 @@ def test_wrong_floats_before_the_suppression_are_found(yolo, tmp_path):
         detections.check(plan.applied(graph), path, graph.inputs, samples)
 
 
-def test_detections_are_a_metric_without_suppression_in_the_file(yolo, tmp_path):
+class Tiny(nn.Module):
+    """A head of the shape of YOLO's on one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.conv(x).flatten(2)
+        return torch.cat((found[:, :4].exp() * 8, found[:, 4:].sigmoid()), 1)
+
+
+def test_detections_are_a_metric_without_suppression_in_the_file(tmp_path):
     x = pictures(64, 10)
-    result = compressor.compress(
-        yolo, x[:2], output=tmp_path / "out", passes="fold", measure=False, calibration=x, evaluate="nms(conf=0.5)"
-    )
-    assert result.report["emitted"]["metric"]["recall"] > 0.98
-    assert result.report["outputs"][0]["name"] == "output" and "postprocess" not in result.report["emitted"]
+    options = {"passes": "fp16", "measure": False, "calibration": x, "evaluate": "nms(conf=0.4)"}
+    report = compressor.compress(Tiny(), x[:2], output=tmp_path / "out", **options).report
+    assert report["rows"][0]["metric"]["recall"] == 1 and 0.9 < report["emitted"]["metric"]["recall"] <= 1
+    assert report["outputs"][0]["name"] == "output" and "postprocess" not in report["emitted"]
 
 
 def test_a_model_that_detects_nothing_says_so(tmp_path):
-    model = Yolo(classes=2, width=8).eval()
-    result = compressor.compress(
-        model, torch.randn(2, 3, 32, 32), passes="fold", measure=False, output=tmp_path / "out",
-        postprocess="nms(conf=0.99)", emit="pt2",
-    )  # fmt: skip
+    options = {"passes": "fold", "measure": False, "output": tmp_path / "out", "emit": "pt2"}
+    result = compressor.compress(Tiny(), pictures(64, 2), postprocess="nms(conf=0.99)", **options)
     assert any("detects nothing over conf=0.99" in notice for notice in result.report["notices"])
     assert result.report["emitted"]["metric"] == {}
-    assert (Path(tmp_path) / "out/model.pt2").is_file()  # with the raw head: it is there to train
+    again = capture(torch.export.load(tmp_path / "out/model.pt2"))
+    assert again.outputs == ("output",)  # the raw head: it is there to train
