@@ -332,13 +332,37 @@ def yolo() -> nn.Module:
     return model
 
 
+class TwoMaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU6(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU6())
+        self.second = nn.Sequential(nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU6())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.first(x)
+        return {"0": first, "1": self.second(first)}
+
+
+@pytest.fixture(scope="module")
+def small_ssd() -> nn.Module:
+    """torchvision's SSD with SSDLite's head on a small backbone."""
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+
+    anchors = DefaultBoxGenerator([[2], [2]], min_ratio=0.2, max_ratio=0.6)
+    head = SSDLiteHead([16, 24], anchors.num_anchors_per_location(), 4, nn.BatchNorm2d)
+    model, x = SSD(TwoMaps(), anchors, (64, 64), 4, head=head).eval(), pictures(64, 12)
+    with_power(detectors.bare(model, (x,), {}), x)
+    return model
+
+
 INT8 = {"passes": "fold,int8(rounding=nearest,equalise=false)", "measure": False}
 
 
-@pytest.mark.parametrize("name", ["yolo", "ssdlite"])
+@pytest.mark.parametrize("name", ["yolo", "small_ssd"])
 def test_detections_from_end_to_end(name, request, tmp_path):
-    model, size = request.getfixturevalue(name), 64 if name == "yolo" else 96
-    x = pictures(size, 20)
+    model, x = request.getfixturevalue(name), pictures(64, 20)
     words = "nms(iou=0.5,conf=0.5,max=20)" if name == "yolo" else "nms(conf=0.3,max=20)"
     result = compressor.compress(
         model, x[:2], calibration=x, output=tmp_path / "out", postprocess=words, **INT8
@@ -367,9 +391,10 @@ def test_detections_from_end_to_end(name, request, tmp_path):
     signature = json.loads((tmp_path / "out/signature.json").read_text())
     assert signature["postprocess"] == str(plan) and signature["outputs"][0]["shape"] == ["batch", 20, 4]
     assert "the label -1" in (tmp_path / "out/usage.md").read_text()
-    options = {"data": x[:8], "example_inputs": x[:2]}
-    compared = api.verify(model, result.onnx, postprocess=words, **options)
-    assert compared["checks"][-1]["agreement"] > 0
+    if name == "small_ssd":
+        options = {"data": x[:8], "example_inputs": x[:2]}
+        compared = api.verify(model, result.onnx, postprocess=words, **options)
+        assert compared["checks"][-1]["agreement"] > 0.85
 
 
 def test_a_wrong_suppression_in_the_file_is_found(yolo, tmp_path):
