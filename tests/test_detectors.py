@@ -370,9 +370,7 @@ def test_detections_from_end_to_end(name, request, tmp_path):
     emitted, rows = result.report["emitted"], result.report["rows"]
     session = runtime.session(result.onnx)
     assert [o.name for o in session.get_outputs()] == ["boxes", "scores", "labels", "count"]
-    assert (
-        not {"boxes", "scores"} & set(result.graph.outputs) or name == "ssdlite"
-    )  # the graph ends in raw heads
+    assert len(result.graph.outputs) < 3  # the graph ends in raw heads
     plan = plan_of(result.graph, words, detectors.known(model))
     matches = Matches()
     for batch in (x[:1], x[:3]):  # any batch
