@@ -11,7 +11,18 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import delivery, handover, measure, registry, report, runtime
+from . import (
+    delivery,
+    detections,
+    detectors,
+    handover,
+    heads,
+    measure,
+    postprocess,
+    registry,
+    report,
+    runtime,
+)
 from . import verify as contracts
 from .adapters import found_in
 from .budgets import costs_of
@@ -98,6 +109,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compares an ONNX file with the model that it was made from, on `data` or on generated samples.
 
+    postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
+    then compared before that, and of the detections is stated how many agree.
     tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
     Returns {"ok", "checks", "provider", "samples"}.
     """
@@ -105,6 +118,9 @@ def verify(
     loaded = load_model(model, opt)
     graph = capture_model(loaded, example_inputs, opt)
     opt = take_pixels(graph, opt)
+    ends = None
+    if opt.postprocess is not None:
+        ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
     with delivery.opened(Path(onnx)) as session:
         inputs = delivery.session_inputs(session, graph.inputs)
         pairs = [
@@ -114,8 +130,13 @@ def verify(
         ]
         sizes = {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
-        batches = list((source or held_out).limited(opt.calib_limit))
-        comparison = delivery.compare_session(graph, session, inputs, [batch.inputs for batch in batches])
+        samples = [batch.inputs for batch in (source or held_out).limited(opt.calib_limit)]
+        stated = []
+        if ends is None:
+            comparison = delivery.compare_session(graph, session, inputs, samples)
+        else:
+            comparison, found = detections.compare(ends.applied(graph), Path(onnx), inputs, samples)
+            stated = [found]
     checks = comparison.checks(tolerance)
     bad = [
         c
@@ -124,7 +145,7 @@ def verify(
     ]
     return {
         "ok": not bad,
-        "checks": [c.to_dict() for c in checks],
+        "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": CPU,
         "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
     }

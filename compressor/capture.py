@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from . import detectors
 from .composites import spell_out
 from .constants import constant_value
 from .errors import UnsupportedError, UsageError
@@ -40,7 +41,8 @@ def capture(
     """A Graph that computes what `model` computes.
 
     args: example inputs (a tensor, a tuple, or a mapping of keyword inputs). inputs: names, dtypes and shapes that
-    override the example's, or stand in for it. dynamic: axis 0 of every input whose size equals the first tensor's
+    override the example's, or stand in for it. Of a torchvision SSD or RetinaNet the network is captured, see
+    `detectors`. dynamic: axis 0 of every input whose size equals the first tensor's
     becomes the batch; an axis that the model cannot keep dynamic falls back to static with a notice.
     """
     if isinstance(model, torch.jit.ScriptModule):
@@ -53,7 +55,23 @@ def capture(
     if isinstance(model, Trainable):
         return _graph_of_trainable(model, args, kwargs, inputs)
     positional, keywords = bind(args, kwargs, inputs, model)
-    with _evaluating(model), StandIns(model, positional, keywords) as stand_ins:
+    with _evaluating(model):
+        network = detectors.bare(model, positional, keywords)
+        graph = _graph_of_module(network, positional, keywords, inputs, dynamic)
+    if words := detectors.notice(network):
+        graph.notices.append(words)
+    return graph
+
+
+def _graph_of_module(
+    model: nn.Module,
+    positional: tuple[Any, ...],
+    keywords: dict[str, Any],
+    inputs: Sequence[Input],
+    dynamic: bool,
+) -> Graph:
+    """The graph of a module in evaluation mode; layers that do not export but are affine, as linears."""
+    with StandIns(model, positional, keywords) as stand_ins:
         while True:
             notices: list[str] = []
             try:
@@ -65,7 +83,7 @@ def capture(
                     raise
     if stand_ins.notices:
         graph.notices += stand_ins.notices
-        with _evaluating(model), torch.no_grad():
+        with torch.no_grad():
             _prove(graph, _call(model, (positional, keywords), graph.example))
     return graph
 

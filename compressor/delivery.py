@@ -219,13 +219,20 @@ def check_emitted(
     """
     with opened(emitted.path, provider) as session:
         comparison = compare_session(graph, session, emitted.inputs, varied(graph, batches))
+    return judged(graph, comparison, varied(graph, batches), tolerance)
+
+
+def judged(
+    graph: Graph, comparison: Comparison, samples: Iterable[Sequence[Tensor]], tolerance: float | None = None
+) -> list[Check]:
+    """The checks of `check_emitted`, or its ContractError; samples: those that were compared."""
     checks = comparison.checks(tolerance or verify.EMITTED)
     levels: Mapping[tuple[str, str], float] = {}
     if is_integer(graph):
         if any(c.sqnr_db < verify.SIMULATION_DB for c in checks):
-            levels = jitter.levels(graph, varied(graph, batches))
+            levels = jitter.levels(graph, samples)
     elif tolerance is None and verify.is_single(graph) and any(c.error > c.tolerance for c in checks):
-        checks = jitter.allowed(checks, jitter.errors(graph, varied(graph, batches)), jitter.EVERYWHERE)
+        checks = jitter.allowed(checks, jitter.errors(graph, samples), jitter.EVERYWHERE)
     judge_emitted(graph, checks, levels)
     return checks
 
@@ -247,8 +254,8 @@ def compare_session(
     comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     compared = False
     for whole in samples:
-        for part in _pieces(graph.inputs, inputs, whole):
-            seen = _tensors(runtime.run(session, feeds(inputs, part)))
+        for part in pieces(graph.inputs, inputs, whole):
+            seen = to_tensors(runtime.run(session, feeds(inputs, part)))
             reference = observer.run(part)[:count]
             comparison.update(reference, tuple(s.to(r.dtype) for s, r in zip(seen, reference, strict=True)))
             compared = True
@@ -258,7 +265,7 @@ def compare_session(
     return comparison
 
 
-def _pieces(
+def pieces(
     specs: Sequence[Input], inputs: Sequence[Input], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of dynamic `specs` cut to what `inputs` fix; nothing where they are smaller than that.
@@ -292,7 +299,7 @@ def sample(
     graph: Graph, emitted: Emitted, batches: Sequence[Batch]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs by name, one sample of each, and what the emitted model makes of them."""
-    whole = next(part for batch in batches for part in _pieces(graph.inputs, emitted.inputs, batch.inputs))
+    whole = next(part for batch in batches for part in pieces(graph.inputs, emitted.inputs, batch.inputs))
     with opened(emitted.path) as session:
         for part in (_first(emitted.inputs, whole), whole):
             inputs = feeds(emitted.inputs, part)
@@ -349,19 +356,19 @@ def run_emitted(session: Any, inputs: Sequence[Input], tensors: Sequence[Tensor]
     fixed = inputs[0].shape[0] if inputs[0].shape else None
     size = tensors[0].shape[0] if tensors[0].dim() else 1
     if not isinstance(fixed, int) or size == fixed:
-        return _tensors(runtime.run(session, feeds(inputs, tensors)))
+        return to_tensors(runtime.run(session, feeds(inputs, tensors)))
     pieces = []
     for start in range(0, size - fixed + 1, fixed):
         part = [
             t[start : start + fixed] if s.shape and s.shape[0] == fixed and t.shape[0] == size else t
             for s, t in zip(inputs, tensors, strict=True)
         ]
-        pieces.append(_tensors(runtime.run(session, feeds(inputs, part))))
+        pieces.append(to_tensors(runtime.run(session, feeds(inputs, part))))
     # an output of one number has no axis to join along
     return tuple(torch.cat([p if p.dim() else p[None] for p in parts]) for parts in zip(*pieces, strict=True))
 
 
-def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+def to_tensors(arrays: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     return tuple(
         # not np.ascontiguousarray, which gives a scalar an axis
         torch.from_numpy(np.require(a, requirements="C")) if a.dtype.kind in "fiub" else _bfloat16(a)

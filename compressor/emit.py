@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from . import dialect as dialect_
-from . import tidy
+from . import nms, tidy
 from .contrib import since, translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
@@ -130,7 +130,7 @@ def _translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
                 opset_version=opset,
                 optimize=optimize,
                 verbose=False,
-                custom_translation_table=translations(),
+                custom_translation_table={**translations(), **nms.translations()},
             )
     except (CompressorError, KeyboardInterrupt):
         raise

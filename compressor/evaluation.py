@@ -52,19 +52,23 @@ def evaluator(
     *,
     preprocess: Preprocessing | None = None,
     text: Reading | None = None,
+    labelled: bool = True,
 ) -> Evaluator:
     """`--eval`: data with labels (whole numbers: top1; vectors: cosine), or `module:function`.
 
-    The function gets `run(*inputs) -> outputs` (tensors) and returns a number, or a dict of them.
+    The function gets `run(*inputs) -> outputs` (tensors) and returns a number, or a dict of them. labelled: whether
+    data must have labels.
     """
     if isinstance(spec, str) and ":" in spec and not Path(spec).exists():
         function = images.imported(spec, "--eval")
         return Evaluator(spec.rpartition(":")[2], function=function)
     data = open_data(spec, graph.inputs, preprocess=preprocess, text=text, limit=50_000)
     labels = next(iter(data)).labels
-    if labels is None:
+    if labels is None and labelled:
         raise DataError(f"{data.description}: evaluation needs labels; add an array named y")
-    return Evaluator("cosine" if labels.is_floating_point() and labels.dim() > 1 else "top1", data)
+    return Evaluator(
+        "cosine" if labels is not None and labels.is_floating_point() and labels.dim() > 1 else "top1", data
+    )
 
 
 def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> float:

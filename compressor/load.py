@@ -29,6 +29,7 @@ from . import (
     architecture,
     archive,
     decoding,
+    detectors,
     folders,
     gate,
     huggingface,
@@ -307,7 +308,14 @@ def _load_weights(path: Path, kind: str, model: str | None, trust: bool, allow: 
     else:
         built = architecture.build(model)
     notes = weights.fill(built, found, path.name, allow)
-    return Loaded(built, path, sha256, labels=found.labels or huggingface.labels(built), notes=notes)
+    return Loaded(
+        built,
+        path,
+        sha256,
+        inputs=detectors.inputs(built),
+        labels=found.labels or huggingface.labels(built),
+        notes=notes,
+    )
 
 
 def _advice(path: Path, found: Contents) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from . import camera, data
+from . import camera, data, detectors, postprocess
 from .blend import combination
 from .capture import capture
 from .data import Data
@@ -36,12 +36,16 @@ class Options:
 
     kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
     model_spec, adapter, combine, task, trust_pickle, allow_missing: how a file becomes a model, see `load`.
-    evaluate: data with labels, or `module:function`; adds a metric to every row of the report.
+    evaluate: data with labels, or `module:function`; adds a metric to every row of the report. `nms(...)`: detections
+    matched with the original's, of a model that is emitted without suppression.
     preprocess: how images become inputs. image_input: `uint8,nhwc,bgr`, the pixels that the compiled model takes;
     layout, channel order and the normalisation of `preprocess` become part of it, and integers in data are such pixels.
     Example inputs stay those of the model itself. text_field, label_field: what to read of files of texts, the latter
     for `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target. opset, min_ort: of the
     emitted file, and the oldest release of ONNX Runtime that must load it (`1.17`).
+    postprocess: `nms(iou=0.5,conf=0.25,max=100)` lets the emitted model of a detector end in non-maximum suppression,
+    see `postprocess`; rows of the report say how many of the original's detections are found again, on the data of
+    `evaluate`, labels or not, or on the held-out samples.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
     `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
@@ -56,6 +60,7 @@ class Options:
     trust_pickle: bool = False
     allow_missing: Sequence[str] = ()
     evaluate: Any = None
+    postprocess: str | None = None
     preprocess: Any = None
     image_input: str | None = None
     text_field: str | None = None
@@ -92,6 +97,8 @@ class Options:
                 raise UsageError(f"--emit {name}: no such format; there are {', '.join(FORMATS)}")
         if made.image_input is not None:
             camera.parse(made.image_input)
+        if made.postprocess is not None:
+            postprocess.parse(made.postprocess)
         return made
 
     @property
@@ -122,7 +129,8 @@ def load_model(model: Any, opt: Options) -> Loaded:
         raise UsageError(
             f"a model is a torch module, an exported program or a file, not {type(model).__name__}"
         )
-    loaded = Loaded(model=model, path=Path(f"{type(model).__name__}"), sha256="", example=None)
+    path = Path(f"{type(model).__name__}")
+    loaded = Loaded(model=model, path=path, sha256="", inputs=detectors.inputs(model))
     if isinstance(model, Trainable) and model.receipt is not None:
         return dataclasses.replace(loaded, continued=continued(model.receipt, model.state_dict()))
     return loaded

@@ -36,6 +36,13 @@ def _limits(ctx: click.Context, option: click.Parameter, values: Sequence[str]) 
 
 
 _POSITIVE = click.FloatRange(0, min_open=True)
+_POSTPROCESS = click.option(
+    "--postprocess",
+    metavar="NMS",
+    help="Let the emitted model of a detector end in non-maximum suppression: nms(iou=0.5,conf=0.25,max=100). What "
+    "the model does not tell: boxes=NAME, scores=NAME, format=xyxy or cxcywh, activation=none, sigmoid or softmax, "
+    "background=CLASS or none.",
+)
 
 compiling = _all(
     click.option(
@@ -61,11 +68,13 @@ compiling = _all(
         "--eval",
         "evaluate",
         metavar="DATA",
-        help="Data with labels (key y) or module:function; adds a metric to every row of the report.",
+        help="Data with labels (key y) or module:function; adds a metric to every row of the report. For a detector: "
+        "nms(...), or data without labels beside --postprocess.",
     ),
     click.option(
         "--label-field", metavar="NAME", help="Which field of texts for --eval is the label; default: label."
     ),
+    _POSTPROCESS,
     click.option(
         "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
     ),
@@ -193,6 +202,7 @@ loading = _all(
 comparing = _all(
     click.option("--data", metavar="DATA", help="Inputs to compare on; default: generated ones."),
     click.option("--tolerance", type=_POSITIVE, metavar="X", help="Allowed relative error."),
+    _POSTPROCESS,
 )
 
 timing = _all(

@@ -25,7 +25,8 @@ from .errors import FileError, OutputError, UsageError
 SCHEMA = 1
 
 _STYLES = {"proved": "green", "not proved": "yellow", "warned": "yellow", "unchanged": "dim"}
-_SHARES = frozenset({"top1", "top5", "accuracy", "agreement"})  # fractions that people read as percentages
+# fractions that people read as percentages
+_SHARES = frozenset({"top1", "top5", "accuracy", "agreement", "recall", "precision", "iou"})
 _SITES = 3  # sites named in a line of the declines; the file has them all
 
 

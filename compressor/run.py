@@ -15,15 +15,32 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, __version__, delivery, emit, handover, measure, program, receipt, registry, report
+from . import (
+    TESTED_TORCH,
+    __version__,
+    delivery,
+    detections,
+    detectors,
+    emit,
+    handover,
+    heads,
+    measure,
+    metrics,
+    postprocess,
+    program,
+    receipt,
+    registry,
+    report,
+)
 from . import verify as contracts
 from .data import Batch, Data
+from .edges import varied
 from .emit import Emitted, companion_of
-from .errors import TargetError, UnsupportedError, UsageError
-from .evaluation import Evaluator, evaluator
+from .errors import DataError, TargetError, UnsupportedError, UsageError
+from .evaluation import Evaluator
 from .ir import Graph
 from .load import Loaded
-from .opening import Options, capture_model, reading, require_finite, streams, take_pixels
+from .opening import Options, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
@@ -67,6 +84,7 @@ class Run:
         self.scratch = Path()
         self.large = False
         self.evaluator: Evaluator | None = None
+        self.plan: postprocess.Plan | None = None
         self.stopwatch = Stopwatch(target, opt.latency_cmd, _latency_table(opt.latency_table))
         self.metric: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
@@ -86,7 +104,7 @@ class Run:
 
     def after_pass(self, row: Row, graph: Graph) -> None:
         if self.evaluator is not None and row.status != "unchanged":
-            self.metric = self.evaluator.of_graph(graph)
+            self.metric = self.evaluator.of_graph(self.shipped(graph))
         row.metric = self.metric
         if row.config:
             self.done(row.config, row.seconds)
@@ -107,19 +125,21 @@ class Run:
             opt = self.opt = take_pixels(graph, opt)
         require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
+        if opt.postprocess is not None:
+            self.plan = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
+            self.notices += self.plan.doubts(graph)
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
         self.facts = source.facts if source is not None else {}
         said = ("renamed", "guessed", "unmasked", "segments")
         self.notices += [self.facts[key] for key in said if key in self.facts]
-        if opt.evaluate is not None:
-            text = reading(graph, loaded, opt, self.fixed(graph), opt.label_field)
-            self.evaluator = evaluator(opt.evaluate, graph, preprocess=opt.preprocess, text=text)
+        self.evaluator, words = metrics.of_rows(graph, loaded, held_out, self.plan, opt, self.fixed(graph))
+        self.notices += words
         # beside the output, where there is room for a model; the folder for temporary files may well be memory
         with tempfile.TemporaryDirectory(prefix="compressor-", dir=stage) as scratch:
             self.scratch = self.stopwatch.folder = Path(scratch)
             if self.large:
                 graph.keep = spilling(self.scratch)
-            baseline = self.baseline(graph) if stage is not None else None
+            baseline = self.baseline(self.shipped(graph)) if stage is not None else None
             ctx = Context(
                 self.target,
                 held_out,
@@ -133,13 +153,14 @@ class Run:
             )
             rows = self.pipeline.run(graph, ctx)
             self.warn(rows)
-            made = self.describe(loaded, graph, rows, (source, statistics, held_out))
+            shipped = self.shipped(graph)
+            made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
             made["model"] |= came
             if loaded.continued is not None:
                 made["continued_from"] = loaded.continued.facts()
                 made["history"] = loaded.continued.runs
             if stage is not None:
-                made["emitted"] = self.emit(graph, stage, baseline, list(held_out), loaded)
+                made["emitted"] = self.emit(shipped, stage, baseline, list(held_out), loaded)
                 if "pt2" in opt.formats:
                     with self.step("writing model.pt2"):
                         made["emitted"]["program"] = program.deliver(graph, stage, made, list(held_out))
@@ -153,6 +174,24 @@ class Run:
         made["steps"] = self.steps
         made["seconds"] = time.perf_counter() - self.start
         return Result(None, None, made, graph)
+
+    def shipped(self, graph: Graph) -> Graph:
+        """What is emitted of a graph: with `--postprocess` it ends in detections, which no pass may see."""
+        return graph if self.plan is None else self.plan.applied(graph)
+
+    @property
+    def ending(self) -> dict[str, str]:
+        """What follows the model's own outputs in the file, in words, where anything does."""
+        return {} if self.plan is None else {"postprocess": str(self.plan)}
+
+    def check(
+        self, graph: Graph, emitted: Emitted, batches: list[Batch], provider: str
+    ) -> list[contracts.Check]:
+        """The file's outputs against the graph's."""
+        if self.plan is None:
+            return delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
+        samples = varied(graph, batches)
+        return detections.check(graph, emitted.path, emitted.inputs, samples, provider=provider)
 
     def baseline(self, graph: Graph) -> Emitted | None:
         """The model as it came, as float ONNX: what size and speed are compared with."""
@@ -175,7 +214,7 @@ class Run:
             "spec": spec,
             "model_sha256": loaded.sha256,
             "target": self.target.name,
-        }
+        } | self.ending
         with self.step("emitting"):
             emitted = delivery.deliver(
                 graph, self.target, stage, metadata, self.fixed(graph), beside=self.large
@@ -183,19 +222,8 @@ class Run:
         self.require_release(emitted)
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
-            checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)
-        level = min((check.sqnr_db for check in checks if not check.discrete), default=math.inf)
-        far = max((check.error for check in checks if not check.discrete), default=0.0)
-        if not emitted.integer and contracts.is_single(graph) and far > contracts.EMITTED:
-            self.notices.append(
-                f"the file agrees with the model to {far:.0e} of its scale: rounding its weights once moves this "
-                "network about as far"
-            )
-        if emitted.integer and level < contracts.SIMULATION_DB:
-            self.notices.append(
-                f"the file agrees with its simulation to {level:.1f} dB: in this network any other rounding of the "
-                "same integers is about as far away, so a small fault of the runtime would not show"
-            )
+            checks = self.check(graph, emitted, batches, provider)
+        self.notices += _amplified(graph, emitted, checks)
         with self.step("writing what an app needs"):
             self.hand_over(graph, stage, emitted, batches, loaded)
         samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
@@ -210,7 +238,7 @@ class Run:
             "verified": f"{words}, {samples} samples",
             "checks": [c.to_dict() for c in checks],
             "operators": delivery.operators(emitted, graph.example),
-        }
+        } | self.ending
         if delivery.is_large(emitted.path):
             made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
         if "ort" in self.target.formats:
@@ -256,6 +284,7 @@ class Run:
         signature = handover.signature(
             graph, emitted, loaded.labels, self.facts.get("preprocess"), self.opt.preprocess
         )
+        signature |= self.ending
         signature["files"] = handover.copy_files(stage, _folders(loaded, self.opt.preprocess), loaded.labels)
         (stage / handover.SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n")
         ort_file = "ort" in self.target.formats
@@ -346,6 +375,10 @@ class Run:
     def evaluate(self, graph: Graph) -> float:
         """The first of the user's metrics; higher is better."""
         metrics = self.evaluator.of_graph(graph) if self.evaluator is not None else {}
+        if not metrics:
+            raise DataError(
+                "the metric says nothing on these data, so no pass can hold to it; see the notices"
+            )
         return next(iter(metrics.values()))
 
     @contextmanager
@@ -413,3 +446,20 @@ def _version_notice() -> Iterator[str]:
 
 def _stream(stream: Data | None) -> dict[str, Any] | None:
     return None if stream is None else {"description": stream.description, "samples": stream.samples}
+
+
+def _amplified(graph: Graph, emitted: Emitted, checks: Sequence[contracts.Check]) -> Iterator[str]:
+    """A notice where the network amplifies last bits by so much that the file was held to less than usual."""
+    floats = [check for check in checks if not check.discrete]
+    level = min((check.sqnr_db for check in floats), default=math.inf)
+    far = max((check.error for check in floats), default=0.0)
+    if emitted.integer and level < contracts.SIMULATION_DB:
+        yield (
+            f"the file agrees with its simulation to {level:.1f} dB: in this network any other rounding of the same "
+            "integers is about as far away, so a small fault of the runtime would not show"
+        )
+    elif not emitted.integer and contracts.is_single(graph) and far > contracts.EMITTED:
+        yield (
+            f"the file agrees with the model to {far:.0e} of its scale: rounding its weights once moves this network "
+            "about as far"
+        )

@@ -70,14 +70,18 @@ class Head(nn.Module):
             ConvAct(inputs, inner, 3), ConvAct(inner, inner, 3), nn.Conv2d(inner, outputs, 1)
         )
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def parts(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres and sizes in cells, as seen from each cell, and scores from 0 to 1."""
         scales = [torch.cat((b(x), c(x)), 1) for x, b, c in zip(maps, self.cv2, self.cv3, strict=True)]
         joined = torch.cat([s.view(s.shape[0], 4 * BINS + self.classes, -1) for s in scales], 2)
         sides, scores = joined.split((4 * BINS, self.classes), 1)
         n, _, anchors = sides.shape
         sides = self.dfl(sides.view(n, 4, BINS, anchors).transpose(2, 1).softmax(1)).view(n, 4, anchors)
         low, high = sides.chunk(2, 1)
-        return torch.cat(((high - low) / 2, low + high, scores.sigmoid()), 1)
+        return (high - low) / 2, low + high, scores.sigmoid()
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return torch.cat(self.parts(maps), 1)
 
 
 class Yolo(nn.Module):
@@ -95,7 +99,7 @@ class Yolo(nn.Module):
         self.out4, self.out5 = C2f(c + d, d, 1, False), C2f(d + e, e, 1, False)
         self.head = Head([c, d, e], classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> list[Tensor]:
         p3 = self.third(self.stem(x))
         p4 = self.fourth(p3)
         p5 = self.fifth(p4)
@@ -103,4 +107,26 @@ class Yolo(nn.Module):
         n3 = self.up3(torch.cat((F.interpolate(n4, scale_factor=2.0), p3), 1))
         n4 = self.out4(torch.cat((self.down3(n3), n4), 1))
         n5 = self.out5(torch.cat((self.down4(n4), p5), 1))
-        return self.head([n3, n4, n5])
+        return [n3, n4, n5]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.maps(x))
+
+
+class AnchoredYolo(nn.Module):
+    """The same for images of one size, decoded as YOLOv8 decodes: centres and sizes in pixels, then the scores.
+
+    images [n, 3, size, size] -> [n, 4 + classes, anchors]; the anchors are the cells of strides 8, 16 and 32.
+    """
+
+    def __init__(self, size: int, classes: int = 20, width: int = 16) -> None:
+        super().__init__()
+        self.net = Yolo(classes, width)
+        cells = [(x, y, s) for s in (8, 16, 32) for y in range(size // s) for x in range(size // s)]
+        x, y, stride = torch.tensor(cells, dtype=torch.float32).T
+        self.register_buffer("centres", torch.stack((x, y)) + 0.5)
+        self.register_buffer("stride", stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, extent, scores = self.net.head.parts(self.net.maps(x))
+        return torch.cat(((offset + self.centres) * self.stride, extent * self.stride, scores), 1)
