@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from . import apart, handover, measure, runtime, verify
+from .accelerators import named
 from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError
 from .ir import DTYPE_NAMES, Graph, Input
+from .partitions import judged
 from .target import Target
 from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
-COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
+REQUIRED = "required_operators.config"  # ONNX Runtime's own name
+COMPANIONS = {"model.onnx.data", "model.ort", REQUIRED}  # files beside model.onnx that not every run writes
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -91,7 +94,7 @@ def deliver(
     *,
     beside: bool = False,
 ) -> Emitted:
-    """model.onnx (and model.ort where the target wants it) in `folder`, loaded once by ONNX Runtime.
+    """model.onnx in `folder`, loaded once by ONNX Runtime; where the target wants them, model.ort and what it requires.
 
     Where the exporter's optimiser produced a file that does not load, it is emitted again without it. beside: weights
     in a file of their own.
@@ -178,11 +181,17 @@ def _write_ort(emitted: Emitted, path: Path) -> None:
             "the model smaller (int8), or choose a target that takes model.onnx alone (--target cpu)"
         )
     _on(emitted.path, runtime.to_ort_format, emitted.path, path)
+    listed = apart.call(runtime.required_operators, path)
+    path.with_name(REQUIRED).write_text(f"# of {path.name}, by compressor\n{listed}", encoding="utf-8")
 
 
-def mobile_usability(emitted: Emitted) -> list[str]:
-    """The lines of ONNX Runtime's mobile usability checker."""
-    return list(_on(emitted.path, runtime.mobile_usability, emitted.path))
+def partitions(path: Path, accelerators: str) -> list[dict[str, Any]]:
+    """What phones' accelerators take of a model, one row each: see `partitions.partitioned`.
+
+    accelerators: names between commas, `coreml` for both of its formats, or `all`; UsageError for an unknown one.
+    """
+    providers = named(accelerators)
+    return judged(_on(path, runtime.offered, path), providers)
 
 
 def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:

@@ -200,8 +200,9 @@ class Run:
         }
         if delivery.is_large(emitted.path):
             made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
-        if "ort" in self.target.formats:
-            made["mobile"] = delivery.mobile_usability(emitted)
+        if self.target.accelerators:
+            with self.step("asking what accelerators take"):
+                made["partitions"] = delivery.partitions(emitted.path, ",".join(self.target.accelerators))
         if self.evaluator is not None:
             with delivery.opened(emitted.path, provider) as session:
                 made["metric"] = self.evaluator.of(

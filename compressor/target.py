@@ -58,7 +58,8 @@ class Target:
     that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
     passes of `compress MODEL` without `--passes`. dialect: rules of `dialect.py` that its runtime profits from.
     lacks: operators that its runtime has no kernel for (`Conv`, `com.microsoft::QGemm`), and dtypes (`bf16`) that its
-    inputs and outputs cannot have: a model with one is refused.
+    inputs and outputs cannot have: a model with one is refused. accelerators: of the devices, by their names in
+    `accelerators.py`: the report says what they take of the model.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Target:
     recipe: str = "merge,fold"
     dialect: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
+    accelerators: tuple[str, ...] = ()
     quant: QuantSpec = field(default_factory=QuantSpec)
 
     def oldest(self, since: str = "") -> str:

@@ -19,7 +19,7 @@ import compressor
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
-    ["errors", "blockwise"],
+    ["errors", "blockwise", "units"],
     [
         "ir",
         "tidy",
@@ -33,6 +33,7 @@ TIERS = [
         "pytrees",
         "standins",
         "contrib",
+        "conditions",
     ],
     [
         "ops",
@@ -44,8 +45,20 @@ TIERS = [
         "pickles",
         "architecture",
         "device",
+        "accelerators",
     ],
-    ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],
+    [
+        "batches",
+        "texts",
+        "checkpoint",
+        "folders",
+        "inplace",
+        "flatten",
+        "composites",
+        "slices",
+        "costs",
+        "partitions",
+    ],
     ["target", "data", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation", "lowering"],
     ["steps", "moves", "sharing", "uniform", "scales"],
