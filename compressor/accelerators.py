@@ -141,8 +141,8 @@ NNAPI = Provider(
     "nnapi",
     "NNAPI (Android 11 or newer)",
     rows={
-        **_floats(("Abs", "Elu", "Exp", "Flatten", "Floor", "Identity", "LeakyRelu", "Log", "Neg", "Relu", "Sin", "Sqrt",
-                   "Tanh")),
+        **_floats(("Abs", "Elu", "Exp", "Flatten", "Floor", "Identity", "LeakyRelu", "Log", "Neg", "Relu", "Sin",
+                   "Sqrt", "Tanh")),
         **_floats(("Sigmoid",), up_to(4, least=1)),
         **_floats(("Div", "Pow", "Sub"), dtypes("float", of=(0, 1))),
         **_floats(("Add", "Mul"), dtypes("float", of=(0, 1)), quantised=_U8_PAIR),

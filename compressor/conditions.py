@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .units import Unit, Value, same_scale
+from .units import DQ, Unit, Value, same_scale
 
 Check = Callable[[Unit], str]
 
@@ -111,7 +111,9 @@ def constant(*positions: int) -> Check:
         for position in positions:
             value = unit.input(position)
             if value is not None and value.constant is None:
-                return f"{_name(unit, position)} is no constant"
+                made = any(s.op == DQ and value.name == s.outputs[0].name for s in unit.sources)
+                what = "dequantised beside floats" if made else "no constant"
+                return f"{_name(unit, position)} is {what}"
         return ""
 
     return check
@@ -133,8 +135,8 @@ def present(*positions: int) -> Check:
 
 def inside_file(unit: Unit) -> str:
     """No constant lies in a file beside the model."""
-    held = [v for v in unit.inputs if v is not None and v.constant is not None]
-    return "its weights lie in a file of their own" if any(v.constant.data_location for v in held) else ""  # type: ignore[union-attr]
+    held = [v.constant for v in unit.inputs if v is not None and v.constant is not None]
+    return "its weights lie in a file of their own" if any(t.external_data for t in held) else ""
 
 
 # -------------------------------------------------------------------- integers

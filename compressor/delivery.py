@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from .accelerators import named
 from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
-from .errors import ContractError, DataError, OutputError, TargetError
+from .errors import ContractError, DataError, OutputError, TargetError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
 from .partitions import judged
 from .target import Target
@@ -31,6 +33,7 @@ from .verify import Check, Comparison, Observer
 CPU = "CPUExecutionProvider"
 REQUIRED = "required_operators.config"  # ONNX Runtime's own name
 COMPANIONS = {"model.onnx.data", "model.ort", REQUIRED}  # files beside model.onnx that not every run writes
+LARGEST = 3  # tensors that a message names
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -127,6 +130,29 @@ def deliver(
     if "ort" in target.formats:
         _write_ort(emitted, folder / "model.ort")
     return emitted
+
+
+def require_size(emitted: Emitted, most: float, unused: Sequence[str]) -> None:
+    """UsageError where the model, in either of its formats, is larger than `most` MB; names its largest tensors.
+
+    unused: passes that make it smaller and have not run.
+    """
+    ort_file = emitted.path.with_suffix(".ort")
+    sizes = {emitted.path.name: emitted.bytes}
+    if ort_file.exists():
+        sizes[ort_file.name] = ort_file.stat().st_size
+    name, largest = max(sizes.items(), key=lambda entry: entry[1])
+    if largest <= most * 1e6:
+        return
+    held = onnx.load(emitted.path, load_external_data=False).graph.initializer
+    weighs = {t.name: math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in held}
+    heaviest = sorted(weighs.items(), key=lambda entry: -entry[1])[:LARGEST]
+    tensors = ", ".join(f"{tensor} ({size / 1e6:.2f} MB)" for tensor, size in heaviest)
+    advice = f"add {', '.join(unused)}" if unused else "give its passes tighter budgets"
+    raise UsageError(
+        f"{name} has {largest / 1e6:.2f} MB, and --max-mb {most:g} was asked for: {advice}; its largest tensors are "
+        f"{tensors}"
+    )
 
 
 def require_kernels(graph: Graph, emitted: Emitted, target: Target) -> None:

@@ -30,6 +30,7 @@ from .target import Target, release
 from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
+SMALLER = {"int8": ("int4",), "prune": (), "squeeze": ()}  # passes that make files smaller, and what they do not go with
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ class Run:
                 graph, self.target, stage, metadata, self.fixed(graph), beside=self.large
             )
         self.require_release(emitted)
+        if self.opt.max_mb is not None:
+            ran = {p.name for p in self.pipeline.passes}
+            unused = [name for name, instead in SMALLER.items() if not ran & {name, *instead}]
+            delivery.require_size(emitted, self.opt.max_mb, unused)
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = delivery.check_emitted(graph, emitted, batches, provider=provider, tolerance=None)

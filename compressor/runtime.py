@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SILENT = (
     4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
 )
+_LARGE = 1 << 16  # bytes of a tensor that is a weight, and no scales or sizes
 _FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
 
 
@@ -173,7 +174,7 @@ def to_ort_format(onnx_path: str | os.PathLike[str], out_path: str | os.PathLike
 def offered(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """The model as ONNX Runtime offers it to execution providers: basic optimisations made, nothing fused for CPUs.
 
-    Large weights are left out: they are tensors in another file, which is gone.
+    The numbers of large weights are left out: these are external tensors, and name a file where they came in one.
     """
     import onnx
 
@@ -183,8 +184,16 @@ def offered(path: str | os.PathLike[str]) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         out = Path(folder) / "offered.onnx"
         _write_optimized_to(options, out)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(_LARGE)
+        )
         _create(runtime, path, options)
-        return onnx.load(out, load_external_data=False)
+        model = onnx.load(out, load_external_data=False)
+    came = onnx.load(path, load_external_data=False).graph.initializer
+    if not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in came):
+        for tensor in model.graph.initializer:
+            del tensor.external_data[:]
+    return model
 
 
 def required_operators(ort_path: str | os.PathLike[str]) -> str:

@@ -67,8 +67,8 @@ class Value:
     """One operand or result of a unit.
 
     dtype: ONNX's name (`float`, `uint8`), of the integers where it is quantised; empty where unknown. shape: None for a
-    size that is not fixed, None altogether where not even the rank is known. constant: the tensor, without its numbers
-    where they lie in another file. scale, zero: of quantised values, None where they are computed.
+    size that is not fixed, None altogether where not even the rank is known. constant: the tensor; the numbers
+    of a large one may be left out. scale, zero: of quantised values, None where they are computed.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Value:
 
     @property
     def numbers(self) -> np.ndarray | None:
-        """Those of a constant, None where it is none or lies in another file."""
+        """Those of a constant, None where it is none, or they are left out."""
         held = self.constant
         if held is None or held.data_location == TensorProto.EXTERNAL:
             return None
