@@ -145,7 +145,9 @@ def require_size(emitted: Emitted, most: float, unused: Sequence[str]) -> None:
     if largest <= most * 1e6:
         return
     held = onnx.load(emitted.path, load_external_data=False).graph.initializer
-    weighs = {t.name: math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in held}
+    weighs = {
+        t.name: math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in held
+    }
     heaviest = sorted(weighs.items(), key=lambda entry: -entry[1])[:LARGEST]
     tensors = ", ".join(f"{tensor} ({size / 1e6:.2f} MB)" for tensor, size in heaviest)
     advice = f"add {', '.join(unused)}" if unused else "give its passes tighter budgets"

@@ -44,7 +44,8 @@ class Options:
     emitted file, and the oldest release of ONNX Runtime that must load it (`1.17`).
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
-    `device`. max_mb: what each of the model's files may weigh, in MB of 10^6 bytes. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
+    `device`. max_mb: what each of the model's files may weigh, in MB of 10^6 bytes. emit: formats to write beside ONNX:
+    `pt2`. command: what to write in the report.
     """
 
     kwargs: Mapping[str, Any] | None = None

@@ -13,7 +13,8 @@ class QuantSpec:
 
     Sets of operators name kinds of `ops.py` (`conv`) or single ATen operators (`relu.default`).
 
-    activation: `u8` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output channel.
+    activation: `u8`, `u16` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output
+    channel; those of the operators in `one_scale` have one scale for all.
     reduce_range: 7-bit weights, for instruction sets whose sums of two products saturate at 16 bits.
     bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
     weighted: operators with a constant weight that the provider computes in integers.
@@ -24,6 +25,7 @@ class QuantSpec:
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
+    to_the_end: they do so too where no weighted operator reads their result in integers.
     transparent: operators that pass integers through; their output has the input's scale.
     everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
     rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as an average pool), `selection` (a
@@ -40,7 +42,9 @@ class QuantSpec:
     group_width: int = 1
     products: int = 1
     float_bias_rank: int = 3
+    one_scale: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
+    to_the_end: bool = False
     absorbed: frozenset[str] = frozenset()
     transparent: frozenset[str] = frozenset()
     everywhere: bool = False

@@ -130,7 +130,7 @@ def test_providers_by_name():
             "ceil_mode=1",
         ),
         ("xnnpack", one("Conv", ["n", 4, "h", 8], ["n", 6, "h", 8], {"w": np.ones((6, 4, 1, 1), np.float32)}), "chan"),
-        ("qnn", one("Conv", [1, 4, 8, 8], [1, 6, 8, 8], {"w": np.ones((6, 4, 1, 1), np.float32)}), "not taken in floats"),
+        ("qnn", one("Conv", [1, 4, 8, 8], [1, 6, 8, 8], {"w": np.ones((6, 4, 1, 1), np.float32)}), "not taken in"),
     ],
 )  # fmt: skip
 def test_floats(provider, unit, reason):
@@ -340,3 +340,52 @@ def test_weights_in_a_file_of_their_own(tmp_path):
         nnapi, qnn = delivery.partitions(tmp_path / f"{name}.onnx", "nnapi,qnn")
         assert nnapi["share"] == share and nnapi["macs"] == qnn["macs"] == 256 * 256
     assert nnapi["fallback"][0]["reason"] == "its weights lie in a file of their own"
+
+
+# ---------------------------------------------------------------- target qnn
+
+
+def mixed() -> nn.Module:
+    """A pool, a residual sum, a depthwise convolution, a gate, a mean and a head."""
+    torch.manual_seed(0)
+
+    def forward(net, x):
+        x = F.max_pool2d(F.relu(net.a(x)), 2)
+        x = F.silu(F.relu6(net.b(x)) + net.c(x))
+        return net.head(F.gelu(x).mean((2, 3)))
+
+    parts = {"a": conv(3, 8), "b": conv(8, 8), "c": nn.Conv2d(8, 8, 3, padding=1, groups=8), "head": nn.Linear(8, 5)}
+    return Net(forward, **parts).eval()
+
+
+@pytest.mark.parametrize(
+    ("target", "activation", "opset"), [("qnn", TensorProto.UINT8, 20), ("qnn-a16", TensorProto.UINT16, 21)]
+)
+def test_the_htp_gets_integers_from_the_first_quantiser_to_the_last(tmp_path, target, activation, opset):
+    made = compressor.compress(
+        mixed(), torch.randn(2, 3, 16, 16), passes=INT8, calibration=[torch.randn(64, 3, 16, 16)], target=target,
+        output=tmp_path / "out", measure=False,
+    )  # fmt: skip
+    emitted = made.report["emitted"]
+    (row,) = emitted["partitions"]
+    ends = {("QuantizeLinear", "a"), ("DequantizeLinear", "head")}
+    assert {(r["operator"], *r["modules"]) for r in row["fallback"]} == ends
+    assert row["partitions"] == 1 and row["share"] == 1.0
+    assert "QNNExecutionProvider is not installed here" in emitted["verified"]
+    file = onnx.load(made.onnx)
+    held = {t.name: t for t in file.graph.initializer}
+    scales = {n.input[0]: held[n.input[1]].dims for n in file.graph.node if n.op_type == "DequantizeLinear"}
+    assert scales["a.weight_int8"] == [8] and scales["head.weight_int8"] == scales["head.bias_int32"] == []
+    zeros = {n.input[2] for n in file.graph.node if n.op_type == "QuantizeLinear"}
+    assert {held[zero].data_type for zero in zeros} == {activation}
+    assert file.opset_import[0].version == opset and file.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert made.report["rows"][-1]["total_db"] > (25 if activation == TensorProto.UINT8 else 40)
+
+
+def test_other_targets_keep_a_scale_a_channel_and_float_ends(folders):
+    file = onnx.load(folders["integers"] / "model.onnx")
+    held = {t.name: t for t in file.graph.initializer}
+    scales = {n.input[0]: held[n.input[1]].dims for n in file.graph.node if n.op_type == "DequantizeLinear"}
+    assert scales["head.weight_int8"] == [5]
+    maker = next(n for n in file.graph.node if file.graph.output[0].name in n.output)
+    assert maker.op_type == "Gemm"

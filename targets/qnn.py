@@ -1,0 +1,47 @@
+"""Qualcomm's HTP through ONNX Runtime's QNN provider: fixed shapes, integers from the first quantiser to the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compressor.target import QLINEAR, QuantSpec, Target
+
+# The HTP computes on integers: what is float between two layers goes to the processor and back. QNN takes scales a
+# channel in convolutions alone, and one scale in products, which give integers too (qnn/quant_config.py of ONNX
+# Runtime's quantization tools). Which operators have a quantised form: compressor/accelerators.py.
+HTP = QuantSpec(
+    weighted=QLINEAR.weighted,
+    closed=QLINEAR.weighted,
+    one_scale=frozenset({"linear", "addmm", "matmul"}),
+    fuses=QLINEAR.fuses
+    | {
+        *("sub.Tensor", "div.Tensor", "maximum.default", "minimum.default"),
+        *("tanh.default", "gelu.default", "elu.default", "relu.default", "hardswish.default", "softmax"),
+    },
+    to_the_end=True,
+    absorbed=QLINEAR.absorbed,
+    transparent=QLINEAR.transparent,
+    everywhere=True,
+    rewrites=frozenset({"pool", "selection", "gate"}),
+)
+
+QNN = Target(
+    name="qnn",
+    summary="QNN on Qualcomm's HTP: batch 1, static shapes, u8 activations, integers throughout",
+    providers=("QNNExecutionProvider",),
+    fixed_batch=1,
+    elsewhere=True,
+    dialect=frozenset({"islands"}),
+    accelerators=("qnn",),
+    quant=HTP,
+)
+
+# Opset 21 is the first whose quantisers give 16 bits.
+QNN_A16 = replace(
+    QNN,
+    name="qnn-a16",
+    summary="the same with u16 activations, which lose less and are slower",
+    opset=21,
+    ir_version=10,
+    quant=replace(HTP, activation="u16"),
+)
