@@ -129,10 +129,10 @@ class Unit:
 
     @property
     def module(self) -> str:
-        """Path of the module that it came from, as `emit` names nodes; its own name where that says none."""
+        """Path of the module that it came from, as `emit` names nodes; else its own name, or that of its result."""
         if self.name.startswith("/"):  # the older exporter of PyTorch
             return self.name.rpartition("/")[0].strip("/").replace("/", ".") or self.name
-        return self.name.partition("/")[0]
+        return self.name.partition("/")[0] or next(iter(self.node.output), "")
 
     @property
     def macs(self) -> int:

@@ -354,7 +354,12 @@ def mixed() -> nn.Module:
         x = F.silu(F.relu6(net.b(x)) + net.c(x))
         return net.head(F.gelu(x).mean((2, 3)))
 
-    parts = {"a": conv(3, 8), "b": conv(8, 8), "c": nn.Conv2d(8, 8, 3, padding=1, groups=8), "head": nn.Linear(8, 5)}
+    parts = {
+        "a": conv(3, 8),
+        "b": conv(8, 8),
+        "c": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        "head": nn.Linear(8, 5),
+    }
     return Net(forward, **parts).eval()
 
 
@@ -378,7 +383,10 @@ def test_the_htp_gets_integers_from_the_first_quantiser_to_the_last(tmp_path, ta
     assert scales["a.weight_int8"] == [8] and scales["head.weight_int8"] == scales["head.bias_int32"] == []
     zeros = {n.input[2] for n in file.graph.node if n.op_type == "QuantizeLinear"}
     assert {held[zero].data_type for zero in zeros} == {activation}
-    assert file.opset_import[0].version == opset and file.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert (
+        file.opset_import[0].version == opset
+        and file.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    )
     assert made.report["rows"][-1]["total_db"] > (25 if activation == TensorProto.UINT8 else 40)
 
 
