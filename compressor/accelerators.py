@@ -5,6 +5,7 @@ onnxruntime/core/providers: nnapi/nnapi_builtin/builders/impl, coreml/builders/i
 in the wheel (onnxruntime/tools/mobile_helpers/*.md; a test holds the tables against them), and the pages of the QNN
 provider (github.com/onnxruntime/onnxruntime-qnn, docs/execution_providers/QNN-ExecutionProvider.md, 2.3) and of
 XNNPACK's (docs/execution-providers/Xnnpack-ExecutionProvider.md). Where a source leaves room, the operator falls back.
+What QNN takes was tried with its own validation on x86 (benchmarks/results/qnn.md); the others were not run.
 """
 
 from __future__ import annotations
@@ -162,9 +163,9 @@ NNAPI = Provider(
         **_floats(("Gather",), constant(1)),
         **_floats(("Gemm",), plain_product, rank(2, of=(0, 1)), constant(1), vector_bias,
                 quantised=(plain_product, rank(2, of=(0, 1)), vector_bias, *_U8_WEIGHTED, per_tensor(of=(0, 1)),
-                           per_channel())),
+                           per_channel(1))),
         **_floats(("MatMul",), any_of(batched, matrices),
-                quantised=(matrices, *_U8_WEIGHTED, per_tensor(of=(0, 1)), per_channel())),
+                quantised=(matrices, *_U8_WEIGHTED, per_tensor(of=(0, 1)), per_channel(1))),
         **_floats(("Pad",), _FLAT, _NOT_NEGATIVE, constant(2), absent(3)),
         **_floats(("ReduceMean",), up_to(4, least=1), _AXES),
         **_floats(("Reshape",), constant(1), up_to(4, least=1), quantised=(constant(1), up_to(4, least=1), *_U8)),
@@ -318,8 +319,8 @@ QNN = Provider(
         **_in_integers(("Resize",), _HTP_RESIZE),
         **_in_integers(("Conv",), rank(3, 4, 5), constant(1, 2), per_channel()),
         **_in_integers(("ConvTranspose",), rank(3, 4, 5), constant(1, 2), per_channel(1)),
-        **_in_integers(("Gemm",), plain_product, rank(2, of=(0, 1)), constant(2), per_tensor(of=(0, 1)), vector_bias),
-        **_in_integers(("MatMul",), per_tensor(of=(0, 1))),
+        **_in_integers(("Gemm",), plain_product, rank(2, of=(0, 1)), constant(2), per_channel(1), vector_bias),
+        **_in_integers(("MatMul",), per_channel(1)),
         **_in_integers(("LayerNormalization",), last_axis, constant(1, 2), per_tensor(of=(0, 1)), one_result),
         "QuantizeLinear": Row((within, dtypes("float"), constant(1, 2), rank(0, of=(1,)), results(*_HTP_TYPES))),
         "DequantizeLinear": Row((within, dtypes(*_HTP_TYPES), constant(1, 2), rank(0, of=(1,)))),
@@ -327,7 +328,7 @@ QNN = Provider(
     always=(static, up_to(5)),
     unlisted="compressor knows no way in which QNN computes it in integers",
     alone=frozenset({"QuantizeLinear", "DequantizeLinear"}),
-    note="floats run on newer HTPs alone, in half precision; here they fall back",
+    note="floats fall back here; newer HTPs compute them in half precision (enable_htp_fp16_precision)",
 )  # fmt: skip
 
 PROVIDERS = {p.name: p for p in (NNAPI, COREML_NEURALNETWORK, COREML_MLPROGRAM, XNNPACK, QNN)}

@@ -159,16 +159,16 @@ def per_tensor(*, of: Sequence[int] = (0,), result: bool = True) -> Check:
     return check
 
 
-def per_channel(axis_of: int = 0) -> Check:
-    """A constant weight with one scale a tensor or one a channel, and zero point 0 where it is signed."""
+def per_channel(axis: int = 0) -> Check:
+    """A weight with one scale, or one an output channel along `axis`, and zero point 0 where it is signed."""
 
     def check(unit: Unit) -> str:
         weight = unit.input(1)
         if weight is None or weight.scale is None or weight.zero is None:
             return "the scale of its weight is no constant"
-        channels = weight.shape[axis_of] if weight.shape else None
-        if weight.scale.size not in (1, channels):
-            return f"its weight has scales along another axis than {axis_of}"
+        along = 0 if unit.op == "Gemm" and unit.attribute("transB", 0) else axis
+        if weight.scale.size not in (1, weight.shape[along] if weight.shape else None):
+            return "its weight has scales along another axis than that of its outputs"
         if weight.dtype != "int8" and weight.scale.size != 1:
             return f"its weight is {_bits(weight)} with a scale a channel"
         return (

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from .noise import Slopes
 from .ops import node_macs
-from .place import Placement, Range, listed, operands
+from .place import Placement, Range, operands
 from .quantize import tensor_params, weight_scales
 
 KEPT = "left float for the budget"
@@ -39,6 +39,5 @@ def _noise(plan: Placement, node: Node, ranges: Mapping[Node, Range], slopes: Sl
     if bound.weight in slopes.weights:
         weight, square = plan.graph.tensor(bound.weight), slopes.weights[bound.weight]
         rows = square.double().movedim(bound.axis, 0).flatten(1).sum(1)
-        scales = weight_scales(weight, bound.axis, plan.spec, same=listed(node, plan.spec.one_scale))
-        total += float((scales.double().square() / 12 * rows).sum())
+        total += float((weight_scales(weight, bound.axis, plan.spec).double().square() / 12 * rows).sum())
     return total

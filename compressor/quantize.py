@@ -25,7 +25,7 @@ from .errors import DataError, UnsupportedError
 from .ir import Graph, operator_name, site
 from .ops import is_constant, kind, shape
 from .padding import Padding
-from .place import Operands, Placement, Range, listed, operands
+from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax, MovingAverage, entropy_range, mse_range
 from .target import QuantSpec
 
@@ -78,15 +78,12 @@ def _single(extent: float, steps: int) -> float:
     return max(float(scale), TINIEST)
 
 
-def weight_scales(weight: Tensor, axis: int, spec: QuantSpec, *, same: bool = False) -> Tensor:
+def weight_scales(weight: Tensor, axis: int, spec: QuantSpec) -> Tensor:
     """float32 scales [channels] of symmetric integers, channels along `axis`; 1 for a channel of zeros.
-
-    same: the largest for all channels.
 
     127 levels on each side of 0, or 64 with reduce_range: 255 * 64 * 2 stays below 2**15.
     """
     peak = weight.detach().double().movedim(axis, 0).reshape(weight.shape[axis], -1).abs().amax(1)
-    peak = peak.amax().expand_as(peak) if same else peak
     scales = (peak / levels(spec)).clamp(min=TINIEST)
     return torch.where(peak > 0, scales, torch.ones_like(scales)).float()
 
@@ -338,38 +335,27 @@ def _quantise_operands(
         raise UnsupportedError(
             f"{bound.weight.target} holds NaN or infinite values: no integer stands for them"
         )
-    same = listed(node, spec.one_scale)
     scales = known[bound.weight] if bound.weight in known else weight_scales(weight, bound.axis, spec)
     bias = None if spec.bias == "float" or node in plan.floating else bound.bias
     if bias is not None:
         scales = room_for_bias(scales, graph.tensor(bias), activation)
-    scales = scales.amax().expand_as(scales).contiguous() if same else scales
     twins = made.setdefault((bound.weight, bound.axis), [])
     twin = next((n for s, n in twins if torch.equal(s, scales)), None)
     if twin is None:
         twin = _constant(
-            graph, bound.weight, quantise_weight(weight, scales, bound.axis, spec), scales, bound.axis, same
+            graph, bound.weight, quantise_weight(weight, scales, bound.axis, spec), scales, bound.axis
         )
         twins.append((scales, twin))
     redirect(graph, node, bound.weight, twin)
     if bias is not None:
         sums = scales * activation
-        integers = quantise_bias(graph.tensor(bias), sums)
-        redirect(graph, node, bias, _constant(graph, bias, integers, sums, 0, same))
+        redirect(graph, node, bias, _constant(graph, bias, quantise_bias(graph.tensor(bias), sums), sums, 0))
 
 
-def _constant(
-    graph: Graph, source: Node, integers: Tensor, scales: Tensor, axis: int, same: bool = False
-) -> Node:
-    """A float constant as integers behind a dequantiser; int8 with zero points, which some fusions look for.
-
-    same: all scales are one number.
-    """
+def _constant(graph: Graph, source: Node, integers: Tensor, scales: Tensor, axis: int) -> Node:
+    """A float constant as integers behind a dequantiser; int8 with zero points, which some fusions look for."""
     limits, bits = torch.iinfo(integers.dtype), integers.dtype.itemsize * 8
     stored = graph.add_tensor(f"{source.target}_int{bits}", integers)
-    if same:
-        whole = (stored, float(scales[0]), 0, limits.min, limits.max, integers.dtype)
-        return graph.insert(_quantised.dequantize_per_tensor.default, whole, before=behind(source))
     factors = graph.add_tensor(f"{source.target}_scale", scales)
     zeros = None
     if bits == 8:

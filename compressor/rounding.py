@@ -24,7 +24,7 @@ from .data import Data
 from .elimination import ridged
 from .ops import sizes
 from .pipeline import Context
-from .place import Placement, Range, listed, operands, selected
+from .place import Placement, Range, operands, selected
 from .quantize import fake_quantise, levels, tapped, tensor_params, weight_scales
 from .rebuild import Change, refit
 from .survey import Reading, reading_of
@@ -58,9 +58,7 @@ def round_weights(
         )
         if bound is None or reading is None or reading.layer.is_tied:
             continue
-        scales[bound.weight] = weight_scales(
-            graph.tensor(bound.weight), bound.axis, plan.spec, same=listed(node, plan.spec.one_scale)
-        )
+        scales[bound.weight] = weight_scales(graph.tensor(bound.weight), bound.axis, plan.spec)
         grids[reading.layer.node] = Grid(reading, scales[bound.weight], levels(plan.spec))
     changes: dict[Node, Change] = {
         tap: partial(fake_quantise, params=tensor_params(*ranges[value], plan.spec))

@@ -14,7 +14,7 @@ class QuantSpec:
     Sets of operators name kinds of `ops.py` (`conv`) or single ATen operators (`relu.default`).
 
     activation: `u8`, `u16` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output
-    channel; those of the operators in `one_scale` have one scale for all.
+    channel.
     reduce_range: 7-bit weights, for instruction sets whose sums of two products saturate at 16 bits.
     bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
     weighted: operators with a constant weight that the provider computes in integers.
@@ -42,7 +42,6 @@ class QuantSpec:
     group_width: int = 1
     products: int = 1
     float_bias_rank: int = 3
-    one_scale: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
     to_the_end: bool = False
     absorbed: frozenset[str] = frozenset()

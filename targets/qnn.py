@@ -6,13 +6,11 @@ from dataclasses import replace
 
 from compressor.target import QLINEAR, QuantSpec, Target
 
-# The HTP computes on integers: what is float between two layers goes to the processor and back. QNN takes scales a
-# channel in convolutions alone, and one scale in products, which give integers too (qnn/quant_config.py of ONNX
-# Runtime's quantization tools). Which operators have a quantised form: compressor/accelerators.py.
+# The HTP is made for integers: floats between two layers leave it, or are computed in half precision. A layer is one of
+# integers only if it gives some. Tried on the HTP's emulator with onnxruntime-qnn 2.7 (benchmarks/results/qnn.md).
 HTP = QuantSpec(
     weighted=QLINEAR.weighted,
     closed=QLINEAR.weighted,
-    one_scale=frozenset({"linear", "addmm", "matmul"}),
     fuses=QLINEAR.fuses
     | {
         *("sub.Tensor", "div.Tensor", "maximum.default", "minimum.default"),

@@ -161,7 +161,13 @@ def test_floats(provider, unit, reason):
         ("xnnpack", between("Conv", "uint8", "uint8", ONE), "Conv", ""),
         ("coreml-mlprogram", between("Conv", "uint8", "int8", EACH), "Conv", "not taken in integers"),
         ("qnn", between("Conv", "uint8", "int8", EACH), "Conv", ""),
-        ("qnn", between("MatMul", "uint8", "int8", EACH), "MatMul", "its second input has a scale a channel"),
+        ("qnn", between("MatMul", "uint8", "int8", EACH), "MatMul", ""),
+        (
+            "qnn",
+            between("MatMul", "uint8", "int8", EACH[:4]),
+            "MatMul",
+            "its weight has scales along another axis",
+        ),
         ("qnn", between("Conv", "uint8", "int8", EACH), "QuantizeLinear", "at an end of the model"),
     ],
 )
@@ -379,8 +385,6 @@ def test_the_htp_gets_integers_from_the_first_quantiser_to_the_last(tmp_path, ta
     assert "QNNExecutionProvider is not installed here" in emitted["verified"]
     file = onnx.load(made.onnx)
     held = {t.name: t for t in file.graph.initializer}
-    scales = {n.input[0]: held[n.input[1]].dims for n in file.graph.node if n.op_type == "DequantizeLinear"}
-    assert scales["a.weight_int8"] == [8] and scales["head.weight_int8"] == scales["head.bias_int32"] == []
     zeros = {n.input[2] for n in file.graph.node if n.op_type == "QuantizeLinear"}
     assert {held[zero].data_type for zero in zeros} == {activation}
     assert (
@@ -390,10 +394,7 @@ def test_the_htp_gets_integers_from_the_first_quantiser_to_the_last(tmp_path, ta
     assert made.report["rows"][-1]["total_db"] > (25 if activation == TensorProto.UINT8 else 40)
 
 
-def test_other_targets_keep_a_scale_a_channel_and_float_ends(folders):
+def test_other_targets_end_in_floats(folders):
     file = onnx.load(folders["integers"] / "model.onnx")
-    held = {t.name: t for t in file.graph.initializer}
-    scales = {n.input[0]: held[n.input[1]].dims for n in file.graph.node if n.op_type == "DequantizeLinear"}
-    assert scales["head.weight_int8"] == [5]
     maker = next(n for n in file.graph.node if file.graph.output[0].name in n.output)
     assert maker.op_type == "Gemm"
