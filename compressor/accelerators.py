@@ -306,9 +306,9 @@ QNN = Provider(
     "QNN (Qualcomm's HTP, in integers)",
     rows={
         **_in_integers(("Abs", "AveragePool", "Ceil", "Concat", "Cos", "DepthToSpace", "Elu", "Exp", "Flatten", "Floor",
-                        "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "LeakyRelu", "Log", "LogSoftmax",
-                        "Neg", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softmax", "SpaceToDepth", "Sqrt", "Tanh",
-                        "Transpose")),
+                        "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",
+                        "LogSoftmax", "Neg", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softmax", "SpaceToDepth",
+                        "Sqrt", "Tanh", "Transpose")),
         **_in_integers(("Add", "Div", "Mul", "Pow", "Sub", "Max", "Min", "PRelu"), per_tensor(of=(0, 1))),
         **_in_integers(("MaxPool",), one_result),
         **_in_integers(("Clip",), constant(1, 2)),

@@ -278,7 +278,7 @@ def insert_pairs(
         for user in users:
             redirect(plan.graph, user, value, pair)
     for node in plan.operators:
-        if operator_name(node) == "aten.hardsigmoid.default":
+        if operator_name(node) == "aten.hardsigmoid.default" and plan.spec.rescales:
             _as_sum(plan.graph, node)
 
 

@@ -26,6 +26,7 @@ class QuantSpec:
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
     to_the_end: they do so too where no weighted operator reads their result in integers.
+    rescales: the integers of a value may be read on another scale, as those of a hard sigmoid are.
     transparent: operators that pass integers through; their output has the input's scale.
     everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
     rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as an average pool), `selection` (a
@@ -44,6 +45,7 @@ class QuantSpec:
     float_bias_rank: int = 3
     fuses: frozenset[str] = frozenset()
     to_the_end: bool = False
+    rescales: bool = True
     absorbed: frozenset[str] = frozenset()
     transparent: frozenset[str] = frozenset()
     everywhere: bool = False

@@ -27,6 +27,7 @@ _GROUPS = {
         ("Softmax", "Sqrt", "Atan", "Asin", "Sin", "Cos", "Sign", "Tanh", "Exp", "Log", "LRN"), 1
     ),
     **dict.fromkeys(("Ceil", "Floor", "Round", "Abs", "Neg", "DepthToSpace", "SpaceToDepth", "Clip"), 1),
+    "HardSigmoid": 1,
     **dict.fromkeys(("Add", "Div", "Mul", "Pow", "Sub", "PRelu", "GridSample", "MatMul"), 2),
     **dict.fromkeys(("Concat", "Max", "Min", "Conv", "ConvTranspose", "Gemm"), _EVERY),
     **dict.fromkeys(("InstanceNormalization", "LayerNormalization"), _EVERY),
