@@ -434,11 +434,13 @@ def test_integers_go_on_to_the_end_where_asked():
 @pytest.mark.parametrize("rescales", [True, False])
 def test_a_value_has_one_scale_where_the_provider_knows_one(rescales):
     """A hard sigmoid is a sum of its operand's integers at a sixth of their scale, or itself."""
-    graph = graph_of(Net(lambda net, x: net.b(F.hardsigmoid(net.a(x))), a=conv(3, 4), b=conv(4, 4)))
+    graph = graph_of(Net(lambda net, x: net.b(F.hardsigmoid(net.a(x))), a=conv(3, 4, 5), b=conv(4, 4)))
     spec = replace(QLINEAR, fuses=frozenset({"hardsigmoid.default"}), rescales=rescales)
     after, _ = quantised(graph, spec)
     scales: dict[object, set[object]] = {}
     for node in after.nodes:
         if operator_name(node).endswith("dequantize_per_tensor.default"):
             scales.setdefault(node.args[0], set()).add(node.args[1])
+        elif kind(node) == "quantize":
+            scales.setdefault(node, set()).add(node.args[1])
     assert max(map(len, scales.values())) == (2 if rescales else 1)
