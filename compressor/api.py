@@ -152,12 +152,18 @@ def verify(
 
 
 def inspect(
-    path: str | Path, *, groups: bool = False, layers: bool = False, **options: Any
+    path: str | Path,
+    *,
+    groups: bool = False,
+    layers: bool = False,
+    partitions: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
 
     groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
-    layers: also what each operator costs (`costs.layers`).
+    layers: also what each operator costs (`costs.layers`). partitions: also what phones' accelerators take of an ONNX
+    file, and why not the rest (`delivery.partitions`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
@@ -170,7 +176,14 @@ def inspect(
             )
         if layers:
             raise UsageError(f"{path}: --layers is for a PyTorch model")
-        return _inspect_onnx(path)
+        if partitions is not None and path.suffix == ".ort":
+            raise UsageError(
+                f"{path}: its operators are fused for processors; --partitions is for the model.onnx beside it"
+            )
+        taken = {"partitions": delivery.partitions(path, partitions)} if partitions is not None else {}
+        return _inspect_onnx(path) | taken
+    if partitions is not None:
+        raise UsageError(f"{path}: --partitions is for an ONNX file; compress the model first")
     opt = Options.of(options)
     if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
         if groups or layers:

@@ -191,9 +191,23 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
     is_flag=True,
     help="Show what each operator of a model costs: parameters, multiplications, bytes moved.",
 )
+@click.option(
+    "--partitions",
+    metavar="NAMES",
+    help="Show what a phone's accelerators take of an ONNX file, in how many pieces, and why not the rest: nnapi, "
+    "coreml, xnnpack, qnn, several between commas, or all.",
+)
 @loading
 @printing
-def inspect(path: str, groups: bool, layers: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def inspect(
+    path: str,
+    groups: bool,
+    layers: bool,
+    partitions: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show a report, an ONNX file, or what a model holds, its adapters first."""
     found = Path(existing(path))
     if (found / "report.json").is_file():
@@ -203,6 +217,10 @@ def inspect(path: str, groups: bool, layers: bool, quiet: bool, as_json: bool, *
 
     if found.suffix == ".json" and found.is_file():
         report = read_report(found)
+        emitted = found.parent / ((report.get("emitted") or {}).get("file") or "model.onnx")
+        if partitions:
+            found = Path(existing(str(emitted)))
+    if found.suffix == ".json" and found.is_file():
         if layers:
             raise UsageError(
                 f"{found}: --layers is for a PyTorch model; inspect the model of this run instead"
@@ -213,16 +231,18 @@ def inspect(path: str, groups: bool, layers: bool, quiet: bool, as_json: bool, *
             console.show_ledger(console.ledger_of(report, found), console.output())
         elif not quiet:
             render(report, console.output(), details=True)
-            emitted = found.parent / ((report.get("emitted") or {}).get("file") or "model.onnx")
             if emitted.is_file():
                 _next("bench", emitted)
         return
     with console.working(console.progress(quiet), "reading"):
         from . import api
 
-        facts = api.inspect(path, **given())
+        facts = api.inspect(found if partitions else path, **given())
     if as_json:
         _json(facts)
+    elif partitions and not quiet:
+        console.show_partitions(facts["partitions"], console.output())
+        _next("bench", found)
     elif (groups or layers) and not quiet:
         if layers:
             console.show_layers(facts, console.output())

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import UsageError
-from .report import count, error, size, table
+from .report import count, error, pieces, size, table
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
 _FORMATS = {"params": count, "macs": count, "bytes": size}
@@ -192,6 +192,31 @@ def _operator(name: str) -> str:
 
 def _shape(sizes: Sequence[int] | None) -> str:
     return "" if sizes is None else "x".join(map(str, sizes)) or "scalar"
+
+
+_MODULES = 4  # named in a row; --json has them all
+
+
+def show_partitions(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """For each accelerator: what it takes, and one row for the operators that fall back for one reason."""
+    for one in rows:
+        console.print(f"[bold]{escape(one['title'])}[/]: {pieces(one)}", highlight=False, soft_wrap=True)
+        numbers = ["count", "MACs"]
+        made = table("falls back", *numbers, "because", "in", right=numbers)
+        for row in one["fallback"]:
+            named, more = row["modules"][:_MODULES], len(row["modules"]) - _MODULES
+            where = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+            cells = (str(row["count"]), count(row["macs"] or None))
+            made.add_row(escape(row["operator"]), *cells, escape(row["reason"]), escape(where))
+        if one["fallback"]:
+            console.print(made)
+        if one["uncounted"]:
+            console.print(f" not counted: the MACs of {', '.join(one['uncounted'])}", highlight=False)
+        if one["note"]:
+            console.print(f" {escape(one['note'])}", highlight=False)
+    console.print(
+        " judged by ONNX Runtime's rules for each provider; the device has the last word", highlight=False
+    )
 
 
 _STATES = {"pruned": "green", "frozen": "yellow"}

@@ -15,20 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
 from . import apart, handover, jitter, measure, runtime, verify
+from .accelerators import named
 from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
-from .errors import ContractError, DataError, OutputError, TargetError
+from .errors import ContractError, DataError, OutputError, TargetError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
+from .partitions import judged
 from .target import Target
 from .verify import Check, Comparison, Observer
 
 CPU = "CPUExecutionProvider"
-COMPANIONS = {"model.onnx.data", "model.ort"}  # files beside model.onnx that not every run writes
+REQUIRED = "required_operators.config"  # ONNX Runtime's own name
+COMPANIONS = {"model.onnx.data", "model.ort", REQUIRED}  # files beside model.onnx that not every run writes
+LARGEST = 3  # tensors that a message names
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -92,7 +97,7 @@ def deliver(
     *,
     beside: bool = False,
 ) -> Emitted:
-    """model.onnx (and model.ort where the target wants it) in `folder`, loaded once by ONNX Runtime.
+    """model.onnx in `folder`, loaded once by ONNX Runtime; where the target wants them, model.ort and what it requires.
 
     Where the exporter's optimiser produced a file that does not load, it is emitted again without it. beside: weights
     in a file of their own.
@@ -125,6 +130,31 @@ def deliver(
     if "ort" in target.formats:
         _write_ort(emitted, folder / "model.ort")
     return emitted
+
+
+def require_size(emitted: Emitted, most: float, unused: Sequence[str]) -> None:
+    """UsageError where the model, in either of its formats, is larger than `most` MB; names its largest tensors.
+
+    unused: passes that make it smaller and have not run.
+    """
+    ort_file = emitted.path.with_suffix(".ort")
+    sizes = {emitted.path.name: emitted.bytes}
+    if ort_file.exists():
+        sizes[ort_file.name] = ort_file.stat().st_size
+    name, largest = max(sizes.items(), key=lambda entry: entry[1])
+    if largest <= most * 1e6:
+        return
+    held = onnx.load(emitted.path, load_external_data=False).graph.initializer
+    weighs = {
+        t.name: math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in held
+    }
+    heaviest = sorted(weighs.items(), key=lambda entry: -entry[1])[:LARGEST]
+    tensors = ", ".join(f"{tensor} ({size / 1e6:.2f} MB)" for tensor, size in heaviest)
+    advice = f"add {', '.join(unused)}" if unused else "give its passes tighter budgets"
+    raise UsageError(
+        f"{name} has {largest / 1e6:.2f} MB, and --max-mb {most:g} was asked for: {advice}; its largest tensors are "
+        f"{tensors}"
+    )
 
 
 def require_kernels(graph: Graph, emitted: Emitted, target: Target) -> None:
@@ -179,11 +209,17 @@ def _write_ort(emitted: Emitted, path: Path) -> None:
             "the model smaller (int8), or choose a target that takes model.onnx alone (--target cpu)"
         )
     _on(emitted.path, runtime.to_ort_format, emitted.path, path)
+    listed = apart.call(runtime.required_operators, path)
+    path.with_name(REQUIRED).write_text(f"# of {path.name}, by compressor\n{listed}", encoding="utf-8")
 
 
-def mobile_usability(emitted: Emitted) -> list[str]:
-    """The lines of ONNX Runtime's mobile usability checker."""
-    return list(_on(emitted.path, runtime.mobile_usability, emitted.path))
+def partitions(path: Path, accelerators: str) -> list[dict[str, Any]]:
+    """What phones' accelerators take of a model, one row each: see `partitions.partitioned`.
+
+    accelerators: names between commas, `coreml` for both of its formats, or `all`; UsageError for an unknown one.
+    """
+    providers = named(accelerators)
+    return judged(_on(path, runtime.offered, path), providers)
 
 
 def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:

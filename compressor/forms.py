@@ -130,10 +130,13 @@ def _strided(value: Node) -> tuple[Node, list[int]]:
 
 
 def gates(graph: Graph, spec: QuantSpec, data: Data | None = None) -> Iterator[Match | Decline]:
-    """SiLU and hard swish behind a convolution as x times its gate: integer kernels exist for these two."""
+    """SiLU and hard swish behind a convolution as x times its gate: integer kernels exist for these two.
+
+    Behind anything where integers go on to the end.
+    """
     for node in graph.nodes:
         gate = _GATES.get(operator_name(node))
-        if gate is not None and listed(node.args[0], spec.closed):  # type: ignore[arg-type]
+        if gate is not None and (spec.to_the_end or listed(node.args[0], spec.closed)):  # type: ignore[arg-type]
             what = f"{short_name(node)} as x * {gate._schema.name.removeprefix('aten::')}(x)"
             yield Match(node, what, partial(_gate, graph, node, gate))
 

@@ -48,7 +48,8 @@ class Options:
     `evaluate`, labels or not, or on the held-out samples.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
-    `device`. emit: formats to write beside ONNX: `pt2`. command: what to write in the report.
+    `device`. max_mb: what each of the model's files may weigh, in MB of 10^6 bytes. emit: formats to write beside ONNX:
+    `pt2`. command: what to write in the report.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -74,6 +75,7 @@ class Options:
     measure: bool = True
     latency_table: str | Path | None = None
     latency_cmd: str | None = None
+    max_mb: float | None = None
     emit: str | Sequence[str] = ()
     print_after: Sequence[str] = ()
     stop_after: str | None = None

@@ -96,6 +96,12 @@ compiling = _all(
         help="Write a file that this release of ONNX Runtime still loads, for example 1.15; default: 1.17.",
     ),
     click.option(
+        "--max-mb",
+        type=_POSITIVE,
+        metavar="N",
+        help="Fail where a file of the model is larger than N MB (of 10^6 bytes); nothing is written then.",
+    ),
+    click.option(
         "--seed", type=click.IntRange(0), metavar="N", help="Seed of all that is random; default: 0."
     ),
     click.option(

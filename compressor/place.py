@@ -166,7 +166,7 @@ def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None, usef
     """An operator becomes integer because all its operands are quantised."""
     if not any(s in plan.owner and plan.is_integer(s) for s in node.all_input_nodes):
         return
-    if not useful:
+    if not useful and not plan.spec.to_the_end:
         plan.declines.append((node, "no layer reads its result in integers"))
         return
     float_operand = next((s for s in node.all_input_nodes if s not in plan.owner), None)

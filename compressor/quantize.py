@@ -29,7 +29,7 @@ from .place import Operands, Placement, Range, operands
 from .statistics import Histogram, MinMax, MovingAverage, entropy_range, mse_range
 from .target import QuantSpec
 
-LEVELS = {"u8": (0, 255, torch.uint8), "s8": (-128, 127, torch.int8)}
+LEVELS = {"u8": (0, 255, torch.uint8), "u16": (0, 65535, torch.uint16), "s8": (-128, 127, torch.int8)}
 INT32_LIMIT = 2**31 - 1
 BIAS_LIMIT = 2**30  # leaves the accumulator as much room for the products
 TINIEST = 2.0**-60  # of scales: the product of two is still a normal float32
@@ -278,7 +278,7 @@ def insert_pairs(
         for user in users:
             redirect(plan.graph, user, value, pair)
     for node in plan.operators:
-        if operator_name(node) == "aten.hardsigmoid.default":
+        if operator_name(node) == "aten.hardsigmoid.default" and plan.spec.rescales:
             _as_sum(plan.graph, node)
 
 

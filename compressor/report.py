@@ -356,14 +356,22 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
         lines.append(
             f"[bold]{name}[/]  {size(beside.get('bytes'))}, {escape(str(beside.get('verified', '')))}"
         )
-    verdicts = [line for line in emitted.get("mobile") or () if line.startswith("Model should perform well")]
-    lines += [f"mobile    {escape(verdict)}" for verdict in verdicts]
+    lines += [f"{one['provider']}: {pieces(one)}" for one in emitted.get("partitions") or ()]
     memory = report.get("memory") or {}
     if memory.get("peak_resident_mb") and memory.get("peak_anonymous_mb"):
         most, own = (size(memory[f"peak_{kind}_mb"] * (1 << 20)) for kind in ("resident", "anonymous"))
         lines.append(f"memory    {most} at most, {own} of it not mapped from files")
     for line in lines:
         _line(console, line)
+
+
+def pieces(one: Mapping[str, Any]) -> str:
+    """What an accelerator takes of the model, in words."""
+    number, taken = one["partitions"], f"{one['taken']} of {one['operators']} operators"
+    if not number:
+        return "takes nothing of the model"
+    share = "" if one["share"] is None else f", {one['share']:.1%} of the MACs"
+    return f"{number} partition{'s' if number > 1 else ''} with {taken}{share}"
 
 
 def _line(console: Console, markup: str) -> None:

@@ -48,6 +48,8 @@ from .target import Target, release
 from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
+# Passes that make files smaller, and those in whose place they stand.
+SMALLER: dict[str, tuple[str, ...]] = {"int8": ("int4",), "prune": (), "squeeze": ()}
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,10 @@ class Run:
                 graph, self.target, stage, metadata, self.fixed(graph), beside=self.large
             )
         self.require_release(emitted)
+        if self.opt.max_mb is not None:
+            ran = {p.name for p in self.pipeline.passes}
+            unused = [name for name, instead in SMALLER.items() if not ran & {name, *instead}]
+            delivery.require_size(emitted, self.opt.max_mb, unused)
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = self.check(graph, emitted, batches, provider)
@@ -241,8 +247,9 @@ class Run:
         } | self.ending
         if delivery.is_large(emitted.path):
             made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
-        if "ort" in self.target.formats:
-            made["mobile"] = delivery.mobile_usability(emitted)
+        if self.target.accelerators:
+            with self.step("asking what accelerators take"):
+                made["partitions"] = delivery.partitions(emitted.path, ",".join(self.target.accelerators))
         if self.evaluator is not None:
             with delivery.opened(emitted.path, provider) as session:
                 made["metric"] = self.evaluator.of(

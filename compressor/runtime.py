@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections import Counter
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 _SILENT = (
     4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
 )
+_LARGE = 1 << 16  # bytes of a tensor that is a weight, and no scales or sizes
 _FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
 
 
@@ -63,10 +63,7 @@ def session(
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
     if optimized_path is not None:
-        options.optimized_model_filepath = os.fspath(optimized_path)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", Path(optimized_path).name + ".data"
-        )
+        _write_optimized_to(options, Path(optimized_path))
     left_out = [] if weights == "folded" else ["ConstantFolding"]
     return _create(runtime, model, options, providers=list(providers), disabled_optimizers=left_out)
 
@@ -174,27 +171,47 @@ def to_ort_format(onnx_path: str | os.PathLike[str], out_path: str | os.PathLike
             part.unlink()
 
 
-def mobile_usability(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of ONNX Runtime's mobile usability checker: how NNAPI and CoreML would take the model."""
-    from onnxruntime.tools.mobile_helpers import usability_checker
+def offered(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model as ONNX Runtime offers it to execution providers: basic optimisations made, nothing fused for CPUs.
 
-    lines: list[str] = []
-    logger = logging.Logger("mobile usability", logging.INFO)  # no parent: the user's handlers hear nothing
-    logger.addHandler(_Collector(lines))
-    try:
-        usability_checker.analyze_model(Path(path), skip_optimize=False, logger=logger)
-    except Exception as error:
-        raise TargetError(f"{path}: the mobile usability checker failed: {_reason(error)}") from error
-    return [line for line in lines[1:] if line.strip("=-")]  # the first repeats the path, others are rulers
+    The numbers of large weights are left out: these are external tensors, and name a file where they came in one.
+    """
+    import onnx
+
+    runtime = _runtime()
+    options = _options(runtime, threads=1, optimize=True, pack=False)
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        out = Path(folder) / "offered.onnx"
+        _write_optimized_to(options, out)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(_LARGE)
+        )
+        _create(runtime, path, options)
+        model = onnx.load(out, load_external_data=False)
+    came = onnx.load(path, load_external_data=False).graph.initializer
+    if not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in came):
+        for tensor in model.graph.initializer:
+            del tensor.external_data[:]
+    return model
 
 
-class _Collector(logging.Handler):
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self._lines = lines
+def required_operators(ort_path: str | os.PathLike[str]) -> str:
+    """What a reduced build of ONNX Runtime must hold for an `.ort` file: `--include_ops_by_config` of its build.sh.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.extend(line.strip() for line in record.getMessage().splitlines())
+    One line a domain and opset, with the types of those operators that can be built for some types alone. To be called
+    in a process of its own (`apart`): ONNX Runtime's tool extends sys.path and sets up logging when it is imported.
+    """
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        out = Path(folder) / "required_operators.config"
+        try:
+            create_config_from_models([Path(ort_path)], out, True)
+        except Exception as error:
+            raise TargetError(f"{ort_path}: its operators cannot be listed: {_reason(error)}") from error
+        lines = out.read_text(encoding="utf-8").splitlines()
+    return "".join(f"{line}\n" for line in lines if not line.startswith("#"))  # comments hold the path
 
 
 def _runtime() -> Any:
@@ -220,6 +237,13 @@ def _options(runtime: Any, threads: int, optimize: bool, pack: bool) -> ort.Sess
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
+
+
+def _write_optimized_to(options: ort.SessionOptions, path: Path) -> None:
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{path.name}.data"
+    )
 
 
 def _create(

@@ -13,7 +13,8 @@ class QuantSpec:
 
     Sets of operators name kinds of `ops.py` (`conv`) or single ATen operators (`relu.default`).
 
-    activation: `u8` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output channel.
+    activation: `u8`, `u16` (any zero point) or `s8` (zero point 0). Weights are s8, symmetric, one scale an output
+    channel.
     reduce_range: 7-bit weights, for instruction sets whose sums of two products saturate at 16 bits.
     bias: `i32`, on the accumulator's scale, or `float`, where the provider wants biases so.
     weighted: operators with a constant weight that the provider computes in integers.
@@ -24,6 +25,8 @@ class QuantSpec:
     float_bias_rank: a weighted operator that is not closed keeps a float bias from this input rank on.
     fuses: operators that become integer when every operand and their output are quantised; a hard sigmoid as a sum.
     absorbed: activations that vanish into the quantiser behind them, because its range begins or ends where they clip.
+    to_the_end: they do so too where no weighted operator reads their result in integers.
+    rescales: the integers of a value may be read on another scale, as those of a hard sigmoid are.
     transparent: operators that pass integers through; their output has the input's scale.
     everywhere: floats that have a quantiser are read through it by everybody, not by integer operators alone.
     rewrites: exact rewrites that let operators fuse: `pool` (a mean over space as an average pool), `selection` (a
@@ -41,6 +44,8 @@ class QuantSpec:
     products: int = 1
     float_bias_rank: int = 3
     fuses: frozenset[str] = frozenset()
+    to_the_end: bool = False
+    rescales: bool = True
     absorbed: frozenset[str] = frozenset()
     transparent: frozenset[str] = frozenset()
     everywhere: bool = False
@@ -58,7 +63,8 @@ class Target:
     that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
     passes of `compress MODEL` without `--passes`. dialect: rules of `dialect.py` that its runtime profits from.
     lacks: operators that its runtime has no kernel for (`Conv`, `com.microsoft::QGemm`), and dtypes (`bf16`) that its
-    inputs and outputs cannot have: a model with one is refused.
+    inputs and outputs cannot have: a model with one is refused. accelerators: of the devices, by their names in
+    `accelerators.py`: the report says what they take of the model.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Target:
     recipe: str = "merge,fold"
     dialect: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
+    accelerators: tuple[str, ...] = ()
     quant: QuantSpec = field(default_factory=QuantSpec)
 
     def oldest(self, since: str = "") -> str:

@@ -12,5 +12,6 @@ MOBILE = Target(
     elsewhere=True,
     formats=("onnx", "ort"),
     dialect=ONNXRUNTIME,
+    accelerators=("nnapi", "coreml", "xnnpack", "qnn"),
     quant=QLINEAR,
 )

@@ -140,7 +140,9 @@ def test_mobile_fixes_the_batch_and_writes_ort(model, tmp_path):
         model, (images[:2],), passes="merge,fold", target="mobile", output=tmp_path / "m", measure=False
     )
     assert (tmp_path / "m" / "model.ort").stat().st_size > 1000
-    assert result.report["emitted"]["mobile"]
+    required = (tmp_path / "m" / "required_operators.config").read_text()
+    assert required.startswith("# of model.ort") and "Gemm" in required
+    assert "required_operators.config" in (tmp_path / "m" / "usage.md").read_text()
     assert [d.dim_value for d in onnx.load(result.onnx).graph.input[0].type.tensor_type.shape.dim] == [
         1,
         3,

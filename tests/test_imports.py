@@ -19,7 +19,7 @@ import compressor
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
-    ["errors", "blockwise"],
+    ["errors", "blockwise", "units"],
     [
         "ir",
         "tidy",
@@ -34,6 +34,7 @@ TIERS = [
         "standins",
         "contrib",
         "nms",
+        "conditions",
     ],
     [
         "ops",
@@ -46,8 +47,20 @@ TIERS = [
         "architecture",
         "device",
         "detectors",
+        "accelerators",
     ],
-    ["batches", "texts", "checkpoint", "folders", "inplace", "flatten", "composites", "slices", "costs"],
+    [
+        "batches",
+        "texts",
+        "checkpoint",
+        "folders",
+        "inplace",
+        "flatten",
+        "composites",
+        "slices",
+        "costs",
+        "partitions",
+    ],
     ["target", "data", "matching", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation", "lowering", "postprocess"],
     ["steps", "moves", "sharing", "uniform", "scales", "heads"],

@@ -406,3 +406,41 @@ def test_batches_are_small_where_values_are_large():
     assert batch_for(graph) == 32
     wide = capture(Net(lambda net, x: net.a(x), a=conv(3, 8)).eval(), torch.randn(2, 3, 256, 256))
     assert batch_for(wide) == (1 << 24) // (4 * 8 * 256 * 256)
+
+
+# ---------------------------------------------------------------- 16 bits, to the end
+
+
+def test_16_bits_are_256_times_finer():
+    coarse, fine = (tensor_params(-1.0, 2.0, replace(QLINEAR, activation=bits)) for bits in ("u8", "u16"))
+    assert (fine.low, fine.high, fine.dtype) == (0, 65535, torch.uint16)
+    assert coarse.scale / fine.scale == pytest.approx(257, rel=1e-6)
+    x = torch.linspace(-1, 2, 4001)
+    errors = [(fake_quantise(x, p) - x).abs().max() for p in (coarse, fine)]
+    assert errors[1] < errors[0] / 200
+
+
+def test_integers_go_on_to_the_end_where_asked():
+    net = Net(lambda net, x: torch.tanh(net.a(x) + net.b(x)), a=conv(3, 4), b=conv(3, 4))
+    graph = graph_of(net)
+    fuses = frozenset({"add.Tensor", "tanh.default"})
+    plain, whole = (
+        quantised(graph, replace(QLINEAR, fuses=fuses, to_the_end=flag))[1] for flag in (False, True)
+    )
+    assert integers(plain) == ["conv2d", "conv2d"]
+    assert integers(whole) == ["add", "conv2d", "conv2d", "tanh"]
+
+
+@pytest.mark.parametrize("rescales", [True, False])
+def test_a_value_has_one_scale_where_the_provider_knows_one(rescales):
+    """A hard sigmoid is a sum of its operand's integers at a sixth of their scale, or itself."""
+    graph = graph_of(Net(lambda net, x: net.b(F.hardsigmoid(net.a(x))), a=conv(3, 4, 5), b=conv(4, 4)))
+    spec = replace(QLINEAR, fuses=frozenset({"hardsigmoid.default"}), rescales=rescales)
+    after, _ = quantised(graph, spec)
+    scales: dict[object, set[object]] = {}
+    for node in after.nodes:
+        if operator_name(node).endswith("dequantize_per_tensor.default"):
+            scales.setdefault(node.args[0], set()).add(node.args[1])
+        elif kind(node) == "quantize":
+            scales.setdefault(node, set()).add(node.args[1])
+    assert max(map(len, scales.values())) == (2 if rescales else 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compressor import runtime
+from compressor import apart, runtime
 from compressor.errors import OutputError, TargetError
 
 
@@ -223,13 +225,31 @@ def test_ort_format_leaves_the_old_file_whole_when_it_fails(tmp_path):
         runtime.to_ort_format(linear(tmp_path / "m.onnx"), tmp_path / "nowhere" / "m.ort")
 
 
-def test_mobile_verdict_names_each_accelerator(tmp_path, capfd):
-    lines = runtime.mobile_usability(quantised(tmp_path / "q.onnx"))
-    text = "\n".join(lines)
-    assert "NNAPI as is: NO" in text and "NNAPI if modified to have fixed input shapes: YES" in text
-    assert "CoreML" in text and str(tmp_path) not in text
-    assert capfd.readouterr() == ("", "")
+def test_what_execution_providers_are_offered_is_not_fused(tmp_path):
+    path = quantised(tmp_path / "q.onnx")
+    kinds = [node.op_type for node in runtime.offered(path).graph.node]
+    assert "QuantizeLinear" in kinds and not any(kind.startswith("QLinear") for kind in kinds)
+    assert any(name.startswith("QLinear") for name in runtime.optimized_operators(path))
     broken = tmp_path / "broken.onnx"
     broken.write_text("no model")
-    with pytest.raises(TargetError, match="usability checker"):
-        runtime.mobile_usability(broken)
+    with pytest.raises(TargetError, match=r"broken\.onnx"):
+        runtime.offered(broken)
+
+
+def test_operators_of_a_reduced_build(tmp_path):
+    """ONNX Runtime's own build reads the list; what its tool does when imported stays out of this process."""
+    path, out = quantised(tmp_path / "q.onnx"), tmp_path / "q.ort"
+    runtime.to_ort_format(path, out)
+    before = (list(sys.path), list(logging.getLogger().handlers))
+    text = apart.call(runtime.required_operators, out)
+    assert (list(sys.path), list(logging.getLogger().handlers)) == before
+    assert str(tmp_path) not in text and text == apart.call(runtime.required_operators, out)
+    config = tmp_path / "required_operators.config"
+    config.write_text(text)
+    code = "from onnxruntime.tools.reduced_build_config_parser import parse_config\n"
+    code += f"print(sorted(o for v in parse_config({str(config)!r}, True)[0].values() for s in v.values() for o in s))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(ast.literal_eval(done.stdout)) == set(runtime.optimized_operators(path))
+    assert 'QLinearConv{"inputs": {"0": ["uint8_t"]}}' in text
+    with pytest.raises(TargetError, match="its operators cannot be listed"):
+        apart.call(runtime.required_operators, path)

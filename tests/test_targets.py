@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.errors import TargetError
+from compressor.errors import TargetError, UsageError
 from targets import TARGETS
 from targets.web import WEB
 
@@ -91,3 +91,41 @@ def test_browsers_take_what_they_have_kernels_for(tmp_path: Path) -> None:
     assert made.report["emitted"]["operators"]["GridSample"] == 1
     assert made.report["emitted"]["oldest_runtime"] == "1.17"
     assert all(name == "bf16" or "::" in name for name in WEB.lacks)
+
+
+# ---------------------------------------------------------------- the size of the file
+
+
+def test_a_file_that_is_too_large_is_not_written(tmp_path: Path) -> None:
+    net = Net(
+        lambda net, x: net.down(F.relu(net.up(x))), up=nn.Linear(64, 256), down=nn.Linear(256, 16)
+    ).eval()
+    x, out = torch.randn(4, 64), tmp_path / "out"
+    options = {"output": out, "measure": False, "calibration": [torch.randn(64, 64)]}
+    with pytest.raises(UsageError) as caught:
+        compressor.compress(net, x, passes="fold", max_mb=0.05, **options)
+    said = str(caught.value)
+    assert said.startswith(
+        "model.onnx has 0.08 MB, and --max-mb 0.05 was asked for: add int8, prune, squeeze; "
+    )
+    assert said.endswith(
+        "its largest tensors are up.weight (0.07 MB), down.weight (0.02 MB), up.bias (0.00 MB)"
+    )
+    assert list(tmp_path.iterdir()) == []
+    integer = "int8(rounding=nearest,measure=false)"
+    made = compressor.compress(net, x, passes=integer, max_mb=0.05, **options)
+    assert 0.02e6 < made.report["emitted"]["bytes"] < 0.05e6
+    with pytest.raises(
+        UsageError, match=r"^model\.ort has .* add prune, squeeze; its largest tensors are up\.weight"
+    ):
+        compressor.compress(net, x, passes=integer, target="mobile", max_mb=0.02, **options)
+    assert made.onnx is not None and made.onnx.exists() and not (out / "model.ort").exists()
+
+
+def test_the_command_line_takes_a_size(run, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(block(), (torch.randn(2, 16),)), tmp_path / "block.pt2")
+    words = (tmp_path / "block.pt2", "--passes", "fold", "--no-measure", "-o", tmp_path / "out", "--max-mb")
+    code, _, err = run(*words, "0.001")
+    assert code == 2 and err.startswith("error: model.onnx has 0.0") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert run(*words, "1")[0] == 0 and run(*words, "0")[0] == 2
