@@ -193,11 +193,20 @@ def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
     return dict(apart.call(runtime.operators_that_ran, emitted.path, one))
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself."""
+    return dict(_on(path, runtime.facts, path)["metadata"])
+
+
+def usable_provider(target: Target) -> str:
+    """The first of a target's providers that is installed, or the CPU's."""
+    installed = runtime.providers()
+    return next((p for p in target.providers if p in installed), CPU)
+
+
 def provider_of(target: Target) -> tuple[str, str]:
     """The provider that verification runs on, and the words for the report."""
-    installed = runtime.providers()
-    wanted = target.providers[0]
-    usable = next((p for p in target.providers if p in installed), CPU)
+    wanted, usable = target.providers[0], usable_provider(target)
     if usable == wanted:
         return usable, f"on {usable}"
     return usable, f"on {usable}: {wanted} is not installed here, so only the structure was checked for it"
@@ -368,7 +377,12 @@ def _bfloat16(array: np.ndarray) -> Tensor:
 
 
 def latencies(
-    files: Mapping[str, Emitted], example: Sequence[Tensor], *, threads: int = 1, seconds: float = 2.0
+    files: Mapping[str, Emitted],
+    example: Sequence[Tensor],
+    *,
+    provider: str = CPU,
+    threads: int = 1,
+    seconds: float = 2.0,
 ) -> dict[str, Any]:
     """Medians by name ({"model", "float"}), and how many times faster the first is than the second.
 
@@ -377,11 +391,17 @@ def latencies(
     """
     arrays = _single(next(iter(files.values())).inputs, example)
     paths = [e.path for e in files.values()]
+    options: dict[str, Any] = {
+        "feeds": arrays,
+        "threads": threads,
+        "seconds": seconds,
+        "providers": [provider] * len(paths),
+    }
     if alone := any(map(is_large, paths)):
         weights = ["folded" if e.integer else "packed" for e in files.values()]
-        found = measure.bench_alone(paths, feeds=arrays, threads=threads, seconds=seconds, weights=weights)
+        found = measure.bench_alone(paths, **options, weights=weights)
     else:
-        found = measure.bench(paths, feeds=arrays, threads=threads, seconds=seconds)
+        found = measure.bench(paths, **options)
     report: dict[str, Any] = {name: asdict(latency) for name, latency in zip(files, found, strict=True)}
     for entry in report.values():
         entry.pop("rounds")
