@@ -115,9 +115,7 @@ def bench(
     """
     if rounds < 3 or not models:
         raise UsageError("a latency comparison needs at least one model and 3 rounds")
-    sessions = [
-        runtime.session(path, threads=threads, **_on(providers, i)) for i, path in enumerate(models)
-    ]
+    sessions = [runtime.session(path, threads=threads, **_on(providers, i)) for i, path in enumerate(models)]
     share = seconds / (rounds * len(models))
     stopwatches = [Stopwatch(session, feeds, share) for session in sessions]
     times: list[list[list[float]]] = [[] for _ in models]

