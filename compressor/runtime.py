@@ -76,8 +76,8 @@ def session(
     lost = [p for p in providers if p not in made.get_providers()]
     if lost:  # ONNX Runtime goes on without a provider whose libraries do not load
         raise TargetError(
-            f"{name}: {lost[0]} is installed, but did not start; see that its libraries are found, and that this process "
-            f"has loaded no other {lost[0].removesuffix(_PROVIDER)}"
+            f"{name}: {lost[0]} is installed, but did not start; see that its libraries are found, and that this "
+            f"process has loaded no other {lost[0].removesuffix(_PROVIDER)}"
         )
     return made
 

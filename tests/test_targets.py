@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -220,3 +221,9 @@ def test_openvino_computes_floats_as_f32() -> None:
 
 def test_gpu_and_openvino_differ_in_the_zero_point_alone() -> None:
     assert replace(GPU.quant, activation="u8") == OPENVINO.quant
+
+
+def test_a_provider_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_create", lambda *_, **__: SimpleNamespace(get_providers=list))
+    with pytest.raises(TargetError, match=f"{OURS} is installed, but did not start"):
+        runtime.session(b"")

@@ -244,9 +244,9 @@ def main(names: Sequence[str]) -> None:
 - versions: {versions}
 
 Against the float model in the CPU's provider: noise and cosines of the outputs, speed. One thread, batch 1 (MiniLM: 32
-tokens), in turns; a tenth of the runs were faster than *ms*. *Integer layers*: convolutions and linears whose kernel OpenVINO's counters call i8. *Pieces / left*:
-subgraphs that the provider took, and operators that ran on the CPU's. MobileNetV2 has random weights, which are hard to
-round. CPU's provider: that of onnxruntime-openvino.""")
+tokens), in turns; a tenth of the runs were faster than *ms*. *Integer layers*: convolutions and linears whose kernel
+OpenVINO's counters call i8. *Pieces / left*: subgraphs that the provider took, and operators that ran on the CPU's.
+MobileNetV2 has random weights, which are hard to round. CPU's provider: that of onnxruntime-openvino.""")
     for name in names:
         section(name)
 
