@@ -109,6 +109,7 @@ def verify(
 ) -> dict[str, Any]:
     """Compares an ONNX file with the model that it was made from, on `data` or on generated samples.
 
+    It runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
     postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
     then compared before that, and of the detections is stated how many agree.
     tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
@@ -121,7 +122,8 @@ def verify(
     ends = None
     if opt.postprocess is not None:
         ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
-    with delivery.opened(Path(onnx)) as session:
+    provider = _provider(Path(onnx))
+    with delivery.opened(Path(onnx), provider) as session:
         inputs = delivery.session_inputs(session, graph.inputs)
         pairs = [
             pair
@@ -135,7 +137,9 @@ def verify(
         if ends is None:
             comparison = delivery.compare_session(graph, session, inputs, samples)
         else:
-            comparison, found = detections.compare(ends.applied(graph), Path(onnx), inputs, samples)
+            comparison, found = detections.compare(
+                ends.applied(graph), Path(onnx), inputs, samples, provider=provider
+            )
             stated = [found]
     checks = comparison.checks(tolerance)
     bad = [
@@ -146,7 +150,7 @@ def verify(
     return {
         "ok": not bad,
         "checks": [c.to_dict() for c in (*checks, *stated)],
-        "provider": CPU,
+        "provider": provider,
         "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
     }
 
@@ -180,7 +184,7 @@ def inspect(
             raise UsageError(
                 f"{path}: its operators are fused for processors; --partitions is for the model.onnx beside it"
             )
-        taken = {"partitions": delivery.partitions(path, partitions)} if partitions is not None else {}
+        taken = {"partitions": delivery.on_accelerators(path, partitions)} if partitions is not None else {}
         return _inspect_onnx(path) | taken
     if partitions is not None:
         raise UsageError(f"{path}: --partitions is for an ONNX file; compress the model first")
@@ -226,21 +230,31 @@ def inspect(
 def bench(
     paths: Sequence[str | Path], *, threads: int = 1, batch: int = 1, seconds: float = 5.0
 ) -> list[dict[str, Any]]:
-    """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with."""
+    """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
+
+    Each runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
+    """
     files = [Path(path) for path in paths]
     with delivery.opened(files[0]) as session:
         arrays = measure.random_feeds(session, batch=batch)
     timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
-    found = timed(files, feeds=arrays, threads=threads, seconds=seconds)
+    providers = [_provider(path) for path in files]
+    found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
     rows = []
-    for path, latency in zip(paths, found, strict=True):
-        row = {"path": str(path), **dataclasses.asdict(latency)}
+    for path, provider, latency in zip(paths, providers, found, strict=True):
+        row = {"path": str(path), "provider": provider, **dataclasses.asdict(latency)}
         row.pop("rounds")
         rows.append(row)
     return rows
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _provider(onnx: Path) -> str:
+    """Where a file runs here: as its target says, if it has one."""
+    made_for = targets().get(delivery.metadata(onnx).get("target", ""))
+    return delivery.usable_provider(made_for) if made_for is not None else CPU
 
 
 def _stem(model: Any) -> str:

@@ -76,14 +76,19 @@ def show_targets(registry: Mapping[str, Any], console: Console) -> None:
 
 
 def show_latencies(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """One row a model; the ratio is the first model's median over this one's (above 1 is faster)."""
+    """One row a model; the ratio is the first model's median over this one's (above 1 is faster).
+
+    A provider is named where it is not the CPU's.
+    """
     numbers = ["median ms", "p95 ms", "iqr ms", "runs", "speed"]
     made = table("model", *numbers, right=numbers)
     for row in rows:
         median = float(row["median_ms"])
+        provider = str(row.get("provider", "CPU")).removesuffix("ExecutionProvider")
+        on = "" if provider == "CPU" else f" (on {provider})"
         speed = f"{float(rows[0]['median_ms']) / median:.2f}x" if median else ""
         made.add_row(
-            escape(str(row.get("path", ""))),
+            escape(f"{row.get('path', '')}{on}"),
             f"{median:.3f}",
             *(f"{float(row[key]):.3f}" if row.get(key) is not None else "" for key in ("p95_ms", "iqr_ms")),
             str(row.get("runs", "")),

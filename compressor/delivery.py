@@ -19,14 +19,13 @@ import onnx
 import torch
 from torch import Tensor
 
-from . import apart, handover, jitter, measure, runtime, verify
+from . import apart, handover, jitter, measure, partitions, runtime, verify
 from .accelerators import named
 from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, OutputError, TargetError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
-from .partitions import judged
 from .target import Target
 from .verify import Check, Comparison, Observer
 
@@ -213,13 +212,13 @@ def _write_ort(emitted: Emitted, path: Path) -> None:
     path.with_name(REQUIRED).write_text(f"# of {path.name}, by compressor\n{listed}", encoding="utf-8")
 
 
-def partitions(path: Path, accelerators: str) -> list[dict[str, Any]]:
+def on_accelerators(path: Path, accelerators: str) -> list[dict[str, Any]]:
     """What phones' accelerators take of a model, one row each: see `partitions.partitioned`.
 
     accelerators: names between commas, `coreml` for both of its formats, or `all`; UsageError for an unknown one.
     """
     providers = named(accelerators)
-    return judged(_on(path, runtime.offered, path), providers)
+    return partitions.judged(_on(path, runtime.offered, path), providers)
 
 
 def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
@@ -230,11 +229,20 @@ def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
     return dict(apart.call(runtime.operators_that_ran, emitted.path, one))
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself."""
+    return dict(_on(path, runtime.facts, path)["metadata"])
+
+
+def usable_provider(target: Target) -> str:
+    """The first of a target's providers that is installed, or the CPU's."""
+    installed = runtime.providers()
+    return next((p for p in target.providers if p in installed), CPU)
+
+
 def provider_of(target: Target) -> tuple[str, str]:
     """The provider that verification runs on, and the words for the report."""
-    installed = runtime.providers()
-    wanted = target.providers[0]
-    usable = next((p for p in target.providers if p in installed), CPU)
+    wanted, usable = target.providers[0], usable_provider(target)
     if usable == wanted:
         return usable, f"on {usable}"
     return usable, f"on {usable}: {wanted} is not installed here, so only the structure was checked for it"
@@ -422,7 +430,12 @@ def _bfloat16(array: np.ndarray) -> Tensor:
 
 
 def latencies(
-    files: Mapping[str, Emitted], example: Sequence[Tensor], *, threads: int = 1, seconds: float = 2.0
+    files: Mapping[str, Emitted],
+    example: Sequence[Tensor],
+    *,
+    provider: str = CPU,
+    threads: int = 1,
+    seconds: float = 2.0,
 ) -> dict[str, Any]:
     """Medians by name ({"model", "float"}), and how many times faster the first is than the second.
 
@@ -431,11 +444,17 @@ def latencies(
     """
     arrays = _single(next(iter(files.values())).inputs, example)
     paths = [e.path for e in files.values()]
+    options: dict[str, Any] = {
+        "feeds": arrays,
+        "threads": threads,
+        "seconds": seconds,
+        "providers": [provider] * len(paths),
+    }
     if alone := any(map(is_large, paths)):
         weights = ["folded" if e.integer else "packed" for e in files.values()]
-        found = measure.bench_alone(paths, feeds=arrays, threads=threads, seconds=seconds, weights=weights)
+        found = measure.bench_alone(paths, **options, weights=weights)
     else:
-        found = measure.bench(paths, feeds=arrays, threads=threads, seconds=seconds)
+        found = measure.bench(paths, **options)
     report: dict[str, Any] = {name: asdict(latency) for name, latency in zip(files, found, strict=True)}
     for entry in report.values():
         entry.pop("rounds")

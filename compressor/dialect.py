@@ -70,6 +70,21 @@ def sums(model: onnx_ir.Model) -> None:
             added.op_type = "Sum"
 
 
+def nans(model: onnx_ir.Model) -> None:
+    """IsNaN as what is not equal to itself: OpenVINO's provider (1.24) leaves IsNaN to the CPU, and with it the model
+    falls into pieces, whose linears are floats.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "IsNaN" or not isinstance(node.graph, onnx_ir.Graph):
+            continue
+        facts = dict(node.metadata_props)
+        same = onnx_ir.node("Equal", [node.inputs[0], node.inputs[0]], metadata_props=facts)
+        other = onnx_ir.node("Not", same.outputs, metadata_props=facts)
+        onnx_ir.convenience.replace_nodes_and_values(
+            node.graph, node, [node], [same, other], node.outputs, other.outputs
+        )
+
+
 def islands(model: onnx_ir.Model) -> None:
     """A sum of one operand in front of floats that stand between integers.
 
@@ -105,6 +120,7 @@ def _is_requantised(node: onnx_ir.Node) -> bool:
 RULES: dict[str, Callable[[onnx_ir.Model], None]] = {
     "integer_products": integer_products,
     "islands": islands,
+    "nans": nans,
     "sums": sums,
 }
 

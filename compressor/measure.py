@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -104,17 +104,18 @@ def bench(
     threads: int = 1,
     rounds: int = 15,
     seconds: float = 2.0,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[str] = (),
 ) -> list[Latency]:
     """Latency of each model, in turns (A B, B A, A B ...), so that a drift of the machine hits all alike.
 
     feeds: by input name, or in order (then the models may name their inputs differently). threads: inside an
     operator, 0 for all cores. rounds: turns of each model, at least 3. seconds: time for all of them
-    together, after a warm-up; every round runs each model at least once.
+    together, after a warm-up; every round runs each model at least once. providers: one for each model, the CPU's if
+    empty.
     """
     if rounds < 3 or not models:
         raise UsageError("a latency comparison needs at least one model and 3 rounds")
-    sessions = [runtime.session(path, providers=providers, threads=threads) for path in models]
+    sessions = [runtime.session(path, threads=threads, **_on(providers, i)) for i, path in enumerate(models)]
     share = seconds / (rounds * len(models))
     stopwatches = [Stopwatch(session, feeds, share) for session in sessions]
     times: list[list[list[float]]] = [[] for _ in models]
@@ -132,6 +133,7 @@ def bench_alone(
     threads: int = 1,
     seconds: float = 2.0,
     weights: Sequence[str] = (),
+    providers: Sequence[str] = (),
 ) -> list[Latency]:
     """Like `bench`, for models too large to lie in memory side by side: a process for each, one at a time.
 
@@ -144,10 +146,14 @@ def bench_alone(
         i for _ in range(ALONE_VISITS // 2) for i in (*range(len(models)), *reversed(range(len(models))))
     ]
     for i in order:
-        options = {"weights": weights[i]} if weights else {}
+        options = _on(providers, i) | ({"weights": weights[i]} if weights else {})
         with apart.Session(models[i], threads=threads, **options) as session:
             times[i] += session.call(_rounds, feeds, share)
     return [_latency(one) for one in times]
+
+
+def _on(providers: Sequence[str], i: int) -> dict[str, Any]:
+    return {"providers": [providers[i]]} if providers else {}
 
 
 def _rounds(session: ort.InferenceSession, feeds: Feeds, share: float) -> list[list[float]]:

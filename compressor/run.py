@@ -249,7 +249,9 @@ class Run:
             made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
         if self.target.accelerators:
             with self.step("asking what accelerators take"):
-                made["partitions"] = delivery.partitions(emitted.path, ",".join(self.target.accelerators))
+                made["partitions"] = delivery.on_accelerators(
+                    emitted.path, ",".join(self.target.accelerators)
+                )
         if self.evaluator is not None:
             with delivery.opened(emitted.path, provider) as session:
                 made["metric"] = self.evaluator.of(

@@ -25,6 +25,8 @@ _SILENT = (
     4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
 )
 _LARGE = 1 << 16  # bytes of a tensor that is a weight, and no scales or sizes
+_PROVIDER = "ExecutionProvider"
+_OPENVINO = f"OpenVINO{_PROVIDER}"
 _FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
 
 
@@ -51,6 +53,7 @@ def session(
     are, and the weights mapped. profile: `end_profiling()` names the trace, which lies in the temporary folder.
     optimized_path: the optimised graph is written there, large weights beside it.
     TargetError names the file and ONNX Runtime's first line, also when a provider is not installed.
+    OpenVINO runs on the processor, and computes floats as f32 also where it has bf16.
     """
     runtime = _runtime()
     name = _name(model)
@@ -65,7 +68,24 @@ def session(
     if optimized_path is not None:
         _write_optimized_to(options, Path(optimized_path))
     left_out = [] if weights == "folded" else ["ConstantFolding"]
-    return _create(runtime, model, options, providers=list(providers), disabled_optimizers=left_out)
+    given = [_with_options(p, threads) for p in providers]
+    made = _create(runtime, model, options, providers=given, disabled_optimizers=left_out)
+    lost = [p for p in providers if p not in made.get_providers()]
+    if lost:  # ONNX Runtime goes on without a provider whose libraries do not load
+        raise TargetError(
+            f"{name}: {lost[0]} is installed, but did not start; see that its libraries are found, and that this "
+            f"process has loaded no other {lost[0].removesuffix(_PROVIDER)}"
+        )
+    return made
+
+
+def _with_options(provider: str, threads: int) -> tuple[str, dict[str, str]]:
+    """A provider as a session takes it: OpenVINO has threads of its own, and would choose device and precision."""
+    if provider != _OPENVINO:
+        return provider, {}
+    config = {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}
+    count = {"num_of_threads": str(threads)} if threads else {}
+    return provider, {"device_type": "CPU", "load_config": json.dumps(config), **count}
 
 
 def run(
@@ -251,13 +271,14 @@ def _create(
     model: str | os.PathLike[str] | bytes,
     options: ort.SessionOptions,
     *,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[tuple[str, dict[str, str]]] = (("CPUExecutionProvider", {}),),
     disabled_optimizers: Sequence[str] = (),
 ) -> ort.InferenceSession:
     source = model if isinstance(model, bytes) else os.fspath(model)
     if isinstance(source, str) and not Path(source).is_file():
         raise TargetError(f"{source}: no such file")
-    extra = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    extra: dict[str, Any] = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    extra["enable_fallback"] = 0  # to the CPU's provider, in silence: a number would be of another runtime
     try:
         return runtime.InferenceSession(source, options, providers=list(providers), **extra)
     except Exception as error:  # onnxruntime's classes share no base below Exception

@@ -33,8 +33,14 @@ class Stopwatch:
 
     @property
     def elsewhere(self) -> bool:
-        """True where the target is another machine and nobody said how to measure there."""
-        return self.target.elsewhere and self.command is None
+        """True where the target, or its provider, is not on this machine and nobody said how to measure there."""
+        away = self.target.elsewhere or self.provider != self.target.providers[0]
+        return away and self.command is None
+
+    @property
+    def provider(self) -> str:
+        """What this host times with."""
+        return delivery.usable_provider(self.target)
 
     @property
     def place(self) -> str:
@@ -59,7 +65,7 @@ class Stopwatch:
     def latencies(self, files: Mapping[str, Emitted], graph: Graph, *, seconds: float) -> dict[str, Any]:
         """What `delivery.latencies` says of files of this graph's inputs, or the user's command in fewer words."""
         if self.command is None:
-            return delivery.latencies(files, graph.example, seconds=seconds)
+            return delivery.latencies(files, graph.example, provider=self.provider, seconds=seconds)
         found = {name: device.milliseconds(self.command, e.path) for name, e in files.items()}
         ratio = {"ratio": found["float"] / found["model"]} if found.keys() == {"model", "float"} else {}
         return {name: {"median_ms": ms} for name, ms in found.items()} | ratio

@@ -139,6 +139,17 @@ ONNXRUNTIME = frozenset({"integer_products", "islands", "sums"})
 _RESHAPES = ("view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand")
 _PARTS = ("slice", "select", "split", "chunk", "unbind")
 
+# Of runtimes that fuse biases, activations and residual sums into the operator in front by themselves, and quantise
+# outputs where the next reader wants integers: pairs stand at inputs and weights, nowhere else.
+AT_INPUTS = QuantSpec(
+    bias="float",
+    weighted=frozenset({"conv", "linear", "addmm", "matmul"}),
+    transparent=frozenset(
+        {"max_pool", "view", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "slice"}
+    ),
+    everywhere=True,
+)
+
 # What ONNX Runtime fuses into its QLinear operators on processors, measured with 1.31: QLinearConv, QLinearAdd,
 # QLinearMul, QLinearConcat, QLinearAveragePool, QLinearSigmoid, QLinearLeakyRelu and QGemm compute integers from
 # integers; MatMulIntegerToFloat is a linear on more than two axes. With s8 activations ReLU would not fuse.

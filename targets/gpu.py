@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from compressor.target import QuantSpec, Target
+from dataclasses import replace
 
-# TensorRT takes symmetric integers only, fuses biases, activations and residual sums into the operator in front by
-# itself, and quantises outputs where the next reader wants integers: pairs stand at inputs and weights, nowhere else.
-TENSORRT = QuantSpec(
-    activation="s8",
-    bias="float",
-    weighted=frozenset({"conv", "linear", "addmm", "matmul"}),
-    transparent=frozenset(
-        {"max_pool", "view", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "slice"}
-    ),
-    everywhere=True,
-)
+from compressor.target import AT_INPUTS, Target
 
 GPU = Target(
     name="gpu",
@@ -23,5 +13,5 @@ GPU = Target(
     elsewhere=True,
     recipe="merge,fold,fp16",
     dialect=frozenset({"islands"}),
-    quant=TENSORRT,
+    quant=replace(AT_INPUTS, activation="s8"),  # TensorRT takes symmetric integers only
 )

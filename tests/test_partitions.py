@@ -291,7 +291,7 @@ def test_multiplications_are_those_of_the_graph(folders):
         network(), torch.randn(2, 3, 16, 16), passes="fold", stop_after="fold", measure=False
     )
     for folder in folders.values():
-        for row in delivery.partitions(folder / "model.onnx", "all"):
+        for row in delivery.on_accelerators(folder / "model.onnx", "all"):
             assert row["macs"] == macs(counted.graph) and row["uncounted"] == []
 
 
@@ -343,7 +343,7 @@ def test_weights_in_a_file_of_their_own(tmp_path):
         size_threshold=0,
     )
     for name, share in (("inside", 1.0), ("beside", 0.0)):
-        nnapi, qnn = delivery.partitions(tmp_path / f"{name}.onnx", "nnapi,qnn")
+        nnapi, qnn = delivery.on_accelerators(tmp_path / f"{name}.onnx", "nnapi,qnn")
         assert nnapi["share"] == share and nnapi["macs"] == qnn["macs"] == 256 * 256
     assert nnapi["fallback"][0]["reason"] == "its weights lie in a file of their own"
 
