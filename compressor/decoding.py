@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
+from .errors import DataError, UnsupportedError
 from .ir import Input
 
 BATCH, SEQUENCE, PAST = "batch", "sequence", "past_sequence"
 TOTAL = f"{PAST} + {SEQUENCE}"
 CACHE = "past_key_values"
-_EXAMPLE = {BATCH: 2, SEQUENCE: 2, PAST: 6, TOTAL: 8}
+ENCODED = "encoder_sequence"
+_EXAMPLE = {BATCH: 2, SEQUENCE: 2, PAST: 6, TOTAL: 8, ENCODED: 5}
 
 
 def stepping(model: nn.Module) -> tuple[tuple[Input, ...], dict[str, Any]]:
@@ -35,13 +36,13 @@ def stepping(model: nn.Module) -> tuple[tuple[Input, ...], dict[str, Any]]:
     ]
     if "position_ids" in inspect.signature(_own_forward(model)).parameters:
         inputs.append(Input("position_ids", torch.int64, (BATCH, SEQUENCE)))
-    example: dict[str, Any] = {spec.name: _example(spec) for spec in inputs}
+    example: dict[str, Any] = {spec.name: example_of(spec) for spec in inputs}
     example[CACHE] = []
     for i, pair in enumerate(pairs):
         shapes = {name: (BATCH, t.shape[1], PAST, t.shape[3]) for name, t in pair.items()}
         specs = {name: Input(f"{CACHE}.{i}.{name}", pair[name].dtype, s) for name, s in shapes.items()}
         inputs += specs.values()
-        example[CACHE].append({name: _example(spec) for name, spec in specs.items()})
+        example[CACHE].append({name: example_of(spec) for name, spec in specs.items()})
     model.forward = _step(model.forward)
     return tuple(inputs), example
 
@@ -77,14 +78,14 @@ def _step(whole: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
         from transformers import DynamicCache
 
         (batch, new), past = input_ids.shape, past_key_values[0]["key"].shape[2]
-        _same(attention_mask, (batch, past + new))
+        same(attention_mask, (batch, past + new))
         places = {} if position_ids is None else {"position_ids": position_ids}
         for one in places.values():
-            _same(one, (batch, new))
+            same(one, (batch, new))
         held = DynamicCache()
         for i, layer in enumerate(past_key_values):
             for one in layer.values():
-                _same(one, (batch, None, past, None))
+                same(one, (batch, None, past, None))
             held.update(layer["key"], layer["value"], i)
         made = whole(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=held, use_cache=True, **places
@@ -95,14 +96,14 @@ def _step(whole: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     return step
 
 
-def _same(tensor: Tensor, shape: tuple[Any, ...]) -> None:
+def same(tensor: Tensor, shape: tuple[Any, ...]) -> None:
     """Tells the exporter what the sizes of a tensor are."""
     for size, wanted in zip(tensor.shape, shape, strict=True):
         if wanted is not None:
             torch._check(size == wanted)
 
 
-def _example(spec: Input) -> Tensor:
+def example_of(spec: Input) -> Tensor:
     shape = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
@@ -117,6 +118,10 @@ def is_cached(spec: Input) -> bool:
 
 
 def empty(spec: Input, rows: int) -> Tensor:
-    """The cache of a first step, for so many samples."""
+    """The cache of a first step, for so many samples; DataError for what an encoder must have said before."""
+    if ".encoder." in spec.name:
+        raise DataError(
+            f"{spec.name} is what the encoder makes of a text: calibrate a decoder with batches of its own inputs"
+        )
     rest = [size if isinstance(size, int) else 0 for size in spec.shape[1:]]
     return torch.zeros([rows, *rest], dtype=spec.dtype)

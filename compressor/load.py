@@ -35,6 +35,7 @@ from . import (
     huggingface,
     pickles,
     sentence,
+    seq2seq,
     tasks,
     weights,
 )
@@ -227,8 +228,9 @@ def _load_folder(
         tokenizer=folders.tokenizer([*(one.folder for one in stack), path, root]),
     )
     loaded = _adapted(loaded, stack, how)
-    if task == "text-generation" and isinstance(loaded.model, nn.Module):
-        inputs, example = decoding.stepping(loaded.model.eval())
+    if task in tasks.IN_STEPS and isinstance(loaded.model, nn.Module):
+        whole = loaded.model.eval()
+        inputs, example = seq2seq.parted(whole, task) if "seq2seq" in task else decoding.stepping(whole)
         return replace(loaded, inputs=inputs, example=((), example))
     if pipeline is None or not isinstance(loaded.model, nn.Module):
         return loaded

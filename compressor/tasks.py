@@ -27,11 +27,14 @@ TASKS = {
     "object-detection": "AutoModelForObjectDetection",
     "question-answering": "AutoModelForQuestionAnswering",
     "semantic-segmentation": "AutoModelForSemanticSegmentation",
+    "seq2seq-decoder": "AutoModelForSeq2SeqLM AutoModelForSpeechSeq2Seq",
+    "seq2seq-encoder": "AutoModelForSeq2SeqLM AutoModelForSpeechSeq2Seq",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
     "token-classification": "AutoModelForTokenClassification",
 }
+IN_STEPS = ("seq2seq-decoder", "seq2seq-encoder", "text-generation")  # what generates token by token
 _OF_ADAPTERS = {  # PEFT's word for it
     "CAUSAL_LM": "causal-lm",
     "FEATURE_EXTRACTION": "feature-extraction",
@@ -107,26 +110,28 @@ def shapes(kind: Any, config: Any) -> dict[str, torch.Size]:
 
 
 def _of_task(config: Any, task: str, where: str) -> Any:
-    import transformers
-
     if task == "feature-extraction" and config.is_encoder_decoder:
         # the encoder alone is what gives features: the whole would ask for the decoder's input
         encoder = _named(type(config).__name__.replace("Config", "EncoderModel"))
         if encoder is not None:
             return encoder
-    auto = folders.attempt(lambda: getattr(transformers, TASKS[task]), where, f"find {TASKS[task]}")
-    found = auto._model_mapping.get(type(config), None)
-    choices = list(found) if isinstance(found, (list, tuple)) else [found]
+    choices = folders.attempt(lambda: _choices(config, task), where, f"find {TASKS[task]}")
     own = own_class(config)
-    found = own if own in choices else choices[0]
+    found = own if own in choices else next(iter(choices), None)
     if found is None:
-        able = [
-            name for name, auto in TASKS.items() if type(config) in getattr(transformers, auto)._model_mapping
-        ]
+        able = [name for name in TASKS if _choices(config, name)]
         raise UsageError(
             f"--task {task}: a {config.model_type} model can do {', '.join(able) or 'none of the tasks'}."
         )
     return found
+
+
+def _choices(config: Any, task: str) -> list[Any]:
+    """The transformers classes that do a task with this architecture."""
+    import transformers
+
+    found = [getattr(transformers, auto)._model_mapping.get(type(config), ()) for auto in TASKS[task].split()]
+    return [one for some in found for one in (some if isinstance(some, (list, tuple)) else [some])]
 
 
 def _named(name: Any) -> Any:

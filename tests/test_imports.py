@@ -51,6 +51,7 @@ TIERS = [
     ],
     [
         "batches",
+        "seq2seq",
         "texts",
         "checkpoint",
         "folders",
