@@ -44,7 +44,7 @@ def compiled(folder: Path) -> list[dict[str, Any]]:
                 model, torch.randn(2, 3, SIZE, SIZE), passes=INT8, target=target, output=out, measure=False,
                 calibration=[torch.randn(16, 3, SIZE, SIZE)],
             )  # fmt: skip
-            (said,) = delivery.partitions(out / "model.onnx", "qnn")
+            (said,) = delivery.on_accelerators(out / "model.onnx", "qnn")
             rows.append({"model": name, "target": target, "folder": str(out), "said": said})
     return rows
 

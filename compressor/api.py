@@ -167,7 +167,7 @@ def inspect(
 
     groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
     layers: also what each operator costs (`costs.layers`). partitions: also what phones' accelerators take of an ONNX
-    file, and why not the rest (`delivery.partitions`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
+    file, and why not the rest (`delivery.on_accelerators`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.

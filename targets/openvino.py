@@ -6,10 +6,8 @@ from compressor.target import AT_INPUTS, Target
 
 # Measured with onnxruntime-openvino 1.24.1 (OpenVINO 2025.4.1) on x86-64 with VNNI, kernels by its own counters
 # (benchmarks/openvino). Convolutions, depthwise ones too, and linears are integers as soon as input and weight are
-# quantised; bias, ReLU, SiLU, the sum behind them and the next quantiser are fused into them. Quantisers at outputs as
-# well, as ONNX Runtime's own kernels want them, keep SiLU, its product with a sigmoid and channel shuffles apart: such
-# models are slower, EfficientNet-B0 as slow as in floats. s8 activations are slower than u8; integer biases are as fast
-# as floats. com.microsoft::MatMulIntegerToFloat and IsNaN run on the CPU's provider, and the model falls into pieces.
+# quantised; bias, activation, the sum behind them and the next quantiser are fused into them.
+# com.microsoft::MatMulIntegerToFloat and IsNaN run on the CPU's provider, and the model falls into pieces.
 OPENVINO = Target(
     name="openvino",
     summary="OpenVINO through ONNX Runtime, on x86-64 with VNNI",
