@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from . import (
+    advice,
     delivery,
     detections,
     detectors,
@@ -228,17 +229,32 @@ def inspect(
 
 
 def bench(
-    paths: Sequence[str | Path], *, threads: int = 1, batch: int = 1, seconds: float = 5.0
+    paths: Sequence[str | Path],
+    *,
+    threads: int | None = None,
+    batch: int = 1,
+    seconds: float = 5.0,
+    advise: bool = False,
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
 
     Each runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
+    threads: inside an operator, 1 if None, 0 for all cores. advise: of one file, which session settings suit it best
+    here, with up to so many threads (`advice.advise`).
     """
+    if advise and len(paths) > 1:
+        raise UsageError("--advise is about one model; name one")
     files = [Path(path) for path in paths]
     with delivery.opened(files[0]) as session:
         arrays = measure.random_feeds(session, batch=batch)
+    if advise:
+        settings = advice.advise(
+            files[0], arrays, most=threads or 0, seconds=seconds, provider=_provider(files[0])
+        )
+        return [{"path": str(paths[0]), **row} for row in settings]
     timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
     providers = [_provider(path) for path in files]
+    threads = 1 if threads is None else threads
     found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
     rows = []
     for path, provider, latency in zip(paths, providers, found, strict=True):

@@ -263,8 +263,9 @@ def inspect(
 @commands.command()
 @click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]")
 @timing
+@click.option("--advise", is_flag=True, help="Of one file: which threads, spinning and arena suit it here.")
 @printing
-def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
+def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, **_: Any) -> None:
     """Measure the latency of ONNX files in turns, A B A B, and compare their medians."""
     for one in onnx:
         existing(one)
@@ -273,11 +274,12 @@ def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> 
     with console.working(console.progress(quiet), "measuring"):
         from . import api
 
-        rows = api.bench(list(onnx), **options)
+        rows = api.bench(list(onnx), **given())
     if as_json:
         _json(rows)
     elif not quiet:
-        console.show_latencies(rows, console.output())
+        show = console.show_settings if advise else console.show_latencies
+        show(rows, console.output())
         _next("inspect", onnx[0])
 
 

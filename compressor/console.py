@@ -97,6 +97,28 @@ def show_latencies(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(made)
 
 
+def show_settings(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One row a setting, fastest first, and the advised one in words that can be copied."""
+    numbers = ["threads", "median ms", "p95 ms", "all cores ms", "MB"]
+    made = table("", *numbers, "spinning", "arena", right=numbers)
+    for row in rows:
+        made.add_row(
+            "advised" if row["advised"] else "",
+            str(row["threads"]),
+            *(f"{float(row[key]):.3f}" for key in ("median_ms", "p95_ms", "cpu_ms")),
+            f"{float(row['mb']):.0f}",
+            *("yes" if row[key] else "no" for key in ("spinning", "arena")),
+        )
+    console.print(made)
+    best = next(row for row in rows if row["advised"])
+    lines = [f"options.intra_op_num_threads = {best['threads']}"]
+    if not best["spinning"]:
+        lines.append('options.add_session_config_entry("session.intra_op.allow_spinning", "0")')
+    if not best["arena"]:
+        lines.append("options.enable_cpu_mem_arena = False")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
 def show_verification(result: Mapping[str, Any], console: Console) -> None:
     """One row an output slice, worst first, and in a word whether the two models agree."""
     numbers = ["error", "SQNR", "cosine", "agreement"]

@@ -212,7 +212,12 @@ comparing = _all(
 )
 
 timing = _all(
-    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="0: all cores."),
+    click.option(
+        "--threads",
+        type=click.IntRange(0),
+        show_default="1; with --advise the most that are tried, all cores",
+        help="Inside an operator; 0: all cores.",
+    ),
     click.option(
         "--batch",
         type=click.IntRange(1),

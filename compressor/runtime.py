@@ -40,6 +40,8 @@ def session(
     *,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
+    spinning: bool | None = None,
+    arena: bool = True,
     optimize: bool = True,
     weights: Weights = "folded",
     profile: bool = False,
@@ -47,7 +49,9 @@ def session(
 ) -> ort.InferenceSession:
     """A session on a file or on serialised bytes: sequential, deterministic, silent.
 
-    threads: inside one operator, 0 for all cores. weights: `folded` as ONNX Runtime likes it; `packed` folds no
+    threads: inside one operator, 0 for all cores. spinning: whether they wait busily for work; until the run ends if
+    None, so that they do not slow the next session when two are timed in turn. arena: memory of a run is kept for the
+    next. weights: `folded` as ONNX Runtime likes it; `packed` folds no
     constant, so that a weight which is read transposed too is not copied; `mapped` leaves them where they lie in a
     file of their own, so that a large model is verified in little memory. optimize=False leaves the operators as they
     are, and the weights mapped. profile: `end_profiling()` names the trace, which lies in the temporary folder.
@@ -62,6 +66,8 @@ def session(
         have = ", ".join(runtime.get_available_providers())
         raise TargetError(f"{name}: {missing[0]} is not in the installed ONNX Runtime, which has {have}")
     options = _options(runtime, threads, optimize, pack=optimize and weights != "mapped")
+    _let_spin(options, spinning)
+    options.enable_cpu_mem_arena = arena
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
@@ -250,13 +256,18 @@ def _options(runtime: Any, threads: int, optimize: bool, pack: bool) -> ort.Sess
     options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
-    # threads that spin on after a run would slow the next session when two are timed in turn
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = runtime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
+
+
+def _let_spin(options: ort.SessionOptions, spinning: bool | None) -> None:
+    if spinning is None:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
 
 
 def _write_optimized_to(options: ort.SessionOptions, path: Path) -> None:

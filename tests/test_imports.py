@@ -97,7 +97,7 @@ TIERS = [
     ["runtime", "handover", "edges"],
     ["verify", "apart"],
     ["measure"],
-    ["jitter"],
+    ["jitter", "advice"],
     ["pipeline", "delivery"],
     ["budgets", "survey", "stopwatch", "identities", "watch", "forms", "equalise", "detections"],
     ["rebuild", "splits", "pixels", "mixed", "tables", "quantised"],
