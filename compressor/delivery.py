@@ -235,9 +235,9 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def usable_provider(target: Target) -> str:
-    """The first of a target's providers that is installed, or the CPU's."""
+    """The first of a target's providers that is installed and starts, or the CPU's."""
     installed = runtime.providers()
-    return next((p for p in target.providers if p in installed), CPU)
+    return next((p for p in target.providers if p in installed and runtime.starts(p)), CPU)
 
 
 def provider_of(target: Target) -> tuple[str, str]:
@@ -245,7 +245,8 @@ def provider_of(target: Target) -> tuple[str, str]:
     wanted, usable = target.providers[0], usable_provider(target)
     if usable == wanted:
         return usable, f"on {usable}"
-    return usable, f"on {usable}: {wanted} is not installed here, so only the structure was checked for it"
+    lacks = "does not start" if wanted in runtime.providers() else "is not installed"
+    return usable, f"on {usable}: {wanted} {lacks} here, so only the structure was checked for it"
 
 
 def check_emitted(

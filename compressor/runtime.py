@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -33,6 +34,21 @@ _FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
 def providers() -> tuple[str, ...]:
     """Execution providers of the installed ONNX Runtime, best first."""
     return tuple(_runtime().get_available_providers())
+
+
+@functools.cache
+def starts(provider: str) -> bool:
+    """Whether a provider that is installed finds the libraries and the device that it needs."""
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "one", ends[:1], ends[1:])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    try:
+        session(model.SerializeToString(), providers=[provider], threads=1)
+    except TargetError:
+        return False
+    return True
 
 
 def session(

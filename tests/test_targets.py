@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressor
-from compressor import api, runtime
+from compressor import api, delivery, runtime
 from compressor.capture import capture
 from compressor.emit import emit
 from compressor.errors import TargetError, UsageError
@@ -237,6 +237,7 @@ def test_a_file_runs_where_its_target_says(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(runtime, "session", session)
     monkeypatch.setattr(runtime, "providers", lambda: (THEIRS, OURS))
+    monkeypatch.setattr(runtime, "starts", lambda provider: True)
     made = compiled(tmp_path / "out")
     assert made.report["emitted"]["provider"] == THEIRS and THEIRS in asked
     assert "note" not in made.report["emitted"]["latency"]
@@ -259,6 +260,22 @@ def test_openvino_computes_floats_as_f32() -> None:
 
 def test_gpu_and_openvino_differ_in_the_zero_point_alone() -> None:
     assert replace(GPU.quant, activation="u8") == OPENVINO.quant
+
+
+def test_the_next_provider_is_taken_where_one_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt, cuda = GPU.providers  # the wheel for GPUs lists both, also without TensorRT's libraries
+    monkeypatch.setattr(runtime, "providers", lambda: (tensorrt, cuda, OURS))
+    for able, words in (
+        (cuda, f"on {cuda}: {tensorrt} does not start here"),
+        (OURS, f"on {OURS}: {tensorrt} does"),
+    ):
+        monkeypatch.setattr(runtime, "starts", lambda provider, able=able: provider == able)
+        provider, said = delivery.provider_of(GPU)
+        assert provider == able and said.startswith(words)
+
+
+def test_whether_a_provider_starts() -> None:
+    assert runtime.starts(OURS) and not runtime.starts("NoSuchExecutionProvider")
 
 
 def test_a_provider_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
