@@ -11,6 +11,7 @@ from .batches import Batch
 from .nms import Detections, overlap
 
 IOU = 0.5
+SAME = 1e-4  # of the largest corner: boxes that differ by less are one
 Run = Callable[..., Sequence[Tensor]]
 
 
@@ -40,7 +41,10 @@ class Matches:
         low, high = torch.minimum(*boxes.split(2, 1)), torch.maximum(*boxes.split(2, 1))
         for box, score, label in zip(mine, rated, named, strict=True):
             corners = torch.minimum(*box.split(2)), torch.maximum(*box.split(2))
-            shares = overlap(*corners, low, high) * (free & (labels == label))
+            shares = overlap(*corners, low, high)
+            # a box that was cut to a line at the picture's edge overlaps nothing, not even itself
+            shares = torch.where(((boxes - box).abs() <= SAME * box.abs().max()).all(1), 1.0, shares)
+            shares = shares * (free & (labels == label))
             if len(shares) and float(shares.max()) >= self.least:
                 best = int(shares.argmax())
                 free[best] = False

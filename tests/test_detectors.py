@@ -298,6 +298,18 @@ def of_one(boxes, scores, labels):
     return torch.tensor([boxes]), torch.tensor([scores]), torch.tensor([labels]), torch.tensor([len(scores)])
 
 
+def test_a_box_without_area_is_itself():
+    boxes = torch.tensor([[[5.0, 0.0, 90.0, 0.0], [5.0, 0.0, 60.0, 0.0]]])  # cut at the picture's upper edge
+    found = boxes, torch.tensor([[0.9, 0.8]]), torch.tensor([[1, 1]]), torch.tensor([2])
+    matches = Matches(0.999)
+    matches.update(found, found)
+    assert matches.metrics() == {"recall": 1.0, "precision": 1.0, "iou": 1.0, "score_change": 0.0}
+    other = boxes + torch.tensor([0.0, 0.0, 9.0, 0.0]), *found[1:]
+    matches = Matches(0.999)
+    matches.update(found, other)
+    assert matches.metrics()["recall"] == 0.0
+
+
 def test_detections_are_matched_by_class_and_overlap():
     reference = of_one([[0.0, 0, 4, 4], [10, 10, 14, 14], [20, 20, 24, 24]], [0.9, 0.8, 0.7], [1, 2, 1])
     seen = of_one(
