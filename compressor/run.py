@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import (
-    TESTED_TORCH,
     __version__,
     delivery,
     detections,
@@ -26,6 +22,7 @@ from . import (
     heads,
     measure,
     metrics,
+    notices,
     postprocess,
     program,
     receipt,
@@ -82,7 +79,7 @@ class Run:
         self.start = time.perf_counter()
         self.memory = measure.MemoryWatch()
         self.steps: dict[str, dict[str, float | None]] = {}
-        self.notices = list(_version_notice())
+        self.notices = list(notices.of_versions())
         self.scratch = Path()
         self.large = False
         self.evaluator: Evaluator | None = None
@@ -154,7 +151,8 @@ class Run:
                 progress=self.progress,
             )
             rows = self.pipeline.run(graph, ctx)
-            self.warn(rows)
+            here = not self.stopwatch.elsewhere
+            self.notices += notices.of_passes(rows, self.target, here=here)
             shipped = self.shipped(graph)
             made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
             made["model"] |= came
@@ -229,7 +227,7 @@ class Run:
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = self.check(graph, emitted, batches, provider)
-        self.notices += _amplified(graph, emitted, checks)
+        self.notices += notices.of_file(graph, emitted, checks, self.target)
         with self.step("writing what an app needs"):
             self.hand_over(graph, stage, emitted, batches, loaded)
         samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
@@ -266,15 +264,8 @@ class Run:
             if self.stopwatch.elsewhere or self.stopwatch.command:
                 notes = (f"timed on {self.stopwatch.place}", made["latency"].get("note"))
                 made["latency"]["note"] = "; ".join(filter(None, notes))
-            if (
-                not self.stopwatch.elsewhere
-                and made["latency"].get("spread", [1, 1])[1] < 1
-                and made["latency"]["ratio"] < 0.97
-            ):
-                self.notices.append(
-                    f"the compiled model is slower than the original here ({made['latency']['ratio']:.2f}x); "
-                    "leave out the pass that does not pay"
-                )
+            if not self.stopwatch.elsewhere:
+                self.notices += notices.of_times(made["latency"])
         return made
 
     def require_release(self, emitted: Emitted) -> None:
@@ -301,29 +292,6 @@ class Run:
         text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file, data_file=large)
         (stage / handover.USAGE).write_text(text, encoding="utf-8")
         handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
-
-    def warn(self, rows: Sequence[Row]) -> None:
-        """Notices about what a user should look at before the model ships."""
-        for row in rows:
-            if row.status == "not proved":
-                self.notices.append(f"{row.config}: not proved, the outputs hardly depend on what it changed")
-            self.notices += [
-                f"{row.config}: {row.facts[key]}" for key in ("scheme", "few") if key in row.facts
-            ]
-            if "latency" in row.facts:
-                one = row.facts["latency"]
-                self.notices.append(
-                    f"{row.config}: {one['before_ms']:.3g} -> {one['after_ms']:.3g} ms, timed on {one['timed_on']}"
-                )
-        quantised = any(row.name == "int8" for row in rows) and not self.target.quant.reduce_range
-        if quantised and not self.stopwatch.elsewhere and (warning := measure.saturation()):
-            self.notices.append(warning)
-        low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
-        if low is not None:
-            self.notices.append(
-                f"{low.config} leaves the outputs at {low.total_db:.1f} dB of the original, under "
-                f"{contracts.WARN_DB:g} dB: look at the task metric (--eval) before you ship it"
-            )
 
     def describe(
         self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]
@@ -445,30 +413,5 @@ def _latency_table(path: str | Path | None) -> dict[str, list[float]]:
     return dict(report.read_report(path).get("latency_table") or {}) if path is not None else {}
 
 
-def _version_notice() -> Iterator[str]:
-    installed = torch.__version__.split("+")[0]
-    release = tuple(int(p) for p in installed.split(".")[:2])
-    low, high = (tuple(int(p) for p in v.split(".")) for v in TESTED_TORCH)
-    if not low <= release <= high:
-        yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
-
-
 def _stream(stream: Data | None) -> dict[str, Any] | None:
     return None if stream is None else {"description": stream.description, "samples": stream.samples}
-
-
-def _amplified(graph: Graph, emitted: Emitted, checks: Sequence[contracts.Check]) -> Iterator[str]:
-    """A notice where the network amplifies last bits by so much that the file was held to less than usual."""
-    floats = [check for check in checks if not check.discrete]
-    level = min((check.sqnr_db for check in floats), default=math.inf)
-    far = max((check.error for check in floats), default=0.0)
-    if emitted.integer and level < contracts.SIMULATION_DB:
-        yield (
-            f"the file agrees with its simulation to {level:.1f} dB: in this network any other rounding of the same "
-            "integers is about as far away, so a small fault of the runtime would not show"
-        )
-    elif not emitted.integer and contracts.is_single(graph) and far > contracts.EMITTED:
-        yield (
-            f"the file agrees with the model to {far:.0e} of its scale: rounding its weights once moves this network "
-            "about as far"
-        )

@@ -62,9 +62,10 @@ class Target:
     batches are fixed to by default, None to leave them dynamic. elsewhere: it runs on another machine than the one
     that compiles, so that times taken here decide nothing. formats: files to write, of `onnx` and `ort`. recipe: the
     passes of `compress MODEL` without `--passes`. dialect: rules of `dialect.py` that its runtime profits from.
-    lacks: operators that its runtime has no kernel for (`Conv`, `com.microsoft::QGemm`), and dtypes (`bf16`) that its
-    inputs and outputs cannot have: a model with one is refused. accelerators: of the devices, by their names in
-    `accelerators.py`: the report says what they take of the model.
+    slow: operators that its runtime computes slower than the floats in their place: a notice says so. lacks: operators
+    that its runtime has no kernel for (`Conv`, `com.microsoft::QGemm`), and dtypes (`bf16`) that its inputs and outputs
+    cannot have: a model with one is refused. accelerators: of the devices, by their names in `accelerators.py`: the
+    report says what they take of the model.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Target:
     formats: tuple[str, ...] = ("onnx",)
     recipe: str = "merge,fold"
     dialect: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
     accelerators: tuple[str, ...] = ()
     quant: QuantSpec = field(default_factory=QuantSpec)

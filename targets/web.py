@@ -38,6 +38,7 @@ WEB = Target(
     providers=("CPUExecutionProvider",),
     elsewhere=True,
     dialect=ONNXRUNTIME,
+    slow=frozenset({"com.microsoft::MatMulNBits"}),  # three to five times
     lacks=frozenset(
         {
             "bf16",

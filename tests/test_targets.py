@@ -96,6 +96,17 @@ def test_ends_that_cannot_be_said_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_slower_there_is_said(tmp_path: Path) -> None:
+    net = Net(lambda net, x: net.a(x), a=nn.Linear(256, 256)).eval()
+    said = {}
+    for target in ("web", "cpu"):
+        made = compressor.compress(
+            net, torch.randn(2, 256), passes="int4", target=target, output=tmp_path / target, measure=False
+        )
+        said[target] = any("MatMulNBits slower than floats" in words for words in made.report["notices"])
+    assert said == {"web": True, "cpu": False}
+
+
 def test_browsers_take_what_they_have_kernels_for(tmp_path: Path) -> None:
     made = compressor.compress(
         bent(), torch.randn(2, 3, 8, 8), passes="fold", target="web", output=tmp_path / "out", measure=False
