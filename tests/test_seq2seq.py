@@ -86,7 +86,7 @@ class Decoder:
         return np.concatenate(made, 1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["whisper", "t5"])
 def test_tokens_are_those_that_the_library_generates(tmp_path, name):
     model, folder = folder_of(tmp_path / "model", name)
     encoder = part(folder, "encoder", tmp_path / "encoder", passes="fold")
