@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ from .errors import ContractError, DataError, OutputError, TargetError, UsageErr
 from .ir import DTYPE_NAMES, Graph, Input
 from .target import Target
 from .verify import Check, Comparison, Observer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CPU = "CPUExecutionProvider"
 REQUIRED = "required_operators.config"  # ONNX Runtime's own name
@@ -52,13 +57,29 @@ def staging(output: Path) -> Iterator[Path]:
         raise _cannot_write(output, error) from error
     try:
         yield folder
-        _publish(folder, output)
+        with _alone_in(output.parent):
+            _publish(folder, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise _cannot_write(output, error) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Other runs that want to move files in this folder wait; two runs at once leave all files of one of them."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _publish(folder: Path, output: Path) -> None:

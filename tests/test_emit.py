@@ -1,5 +1,7 @@
 """Graph -> ONNX: names, axes, bytes, and operators without a word in ONNX."""
 
+import os
+import threading
 from collections import Counter
 
 import onnx
@@ -258,3 +260,30 @@ def test_a_variance_asks_for_no_sizes(options, tmp_path):
         lambda m, x: x.exp().var((1, 2), **options) + 1, torch.randn(2, 3, 4, 5), folder=tmp_path
     )
     assert not {"Shape", "Reshape", "Expand"} & counts.keys()
+
+
+def test_two_runs_at_once_leave_the_files_of_one(tmp_path, monkeypatch):
+    """The second wants to publish while the first has moved one file of three."""
+    replace, halfway, through = os.replace, threading.Event(), threading.Event()
+
+    def publish(name: str) -> None:
+        with delivery.staging(tmp_path / "out") as stage:
+            for file in ("model.onnx", "signature.json", "report.json"):
+                (stage / file).write_text(name)
+
+    def slowly(source, target):
+        replace(source, target)
+        if threading.current_thread().name == "first" and not halfway.is_set():
+            halfway.set()
+            through.wait(0.5)
+
+    publish("before")
+    monkeypatch.setattr(os, "replace", slowly)
+    first = threading.Thread(target=publish, args=("first",), name="first")
+    first.start()
+    assert halfway.wait(5)
+    publish("second")
+    through.set()
+    first.join()
+    assert {file.read_text() for file in (tmp_path / "out").iterdir()} == {"second"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
