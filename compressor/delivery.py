@@ -376,9 +376,7 @@ def sample(
     raise TargetError(f"{emitted.path.name} does not run on a sample that it was verified with")
 
 
-def judge_emitted(
-    graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[str, str], float] = {}
-) -> None:
+def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[str, str], float]) -> None:
     """ContractError where the file's numbers are not the graph's. levels: see `jitter.levels`."""
     rounded = is_integer(graph) or any(t.dtype in verify.HALF for t in graph.tensors.values())
     for check in checks:

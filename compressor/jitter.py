@@ -21,8 +21,8 @@ from .verify import Check, Comparison, Observer, widened
 
 LAST_BITS = 1e-6  # relative: some units in the last place of float32
 MARGIN_DB = 6.0  # twice the difference
-ONCE = 2.0  # times `errors`: for weights that were rounded once. Measured: 0.4 to 0.7
-EVERYWHERE = 8.0  # for two runtimes that round at every operator. Measured: 2 to 4 for one
+ONCE = 2.0  # times `errors`: for weights that were rounded once, as those of `errors` are
+EVERYWHERE = 8.0  # for two runtimes, each of which rounds at every operator as well
 Where = tuple[str, str]  # an output, and a slice of it
 
 
