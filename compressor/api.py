@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -45,7 +45,21 @@ from .trainable import Trainable
 from .trainable import trainable as as_module
 from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
+if TYPE_CHECKING:
+    from .search.study import Study
+
+__all__ = [
+    "Options",
+    "Result",
+    "bench",
+    "compress",
+    "inspect",
+    "passes",
+    "targets",
+    "trainable",
+    "tune",
+    "verify",
+]
 
 
 def compress(
@@ -82,6 +96,17 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def tune(model: str | Path, **options: Any) -> Study:
+    """Searches for the best spec under a budget: see `compressor.search.tune.tune`, which needs the extra `tune`."""
+    try:
+        from .search.tune import tune as search
+    except ImportError as error:
+        if error.name != "optuna":
+            raise
+        raise UsageError("tune needs optuna: pip install 'compressor[tune]'") from error
+    return search(model, **options)
 
 
 def trainable(

@@ -20,7 +20,7 @@ import click
 
 from . import __version__
 from .errors import CompressorError, ContractError, FileError, UsageError
-from .options import comparing, compiling, debugging, existing, given, loading, printing, timing
+from .options import comparing, compiling, debugging, existing, given, loading, printing, timing, tuning
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
@@ -152,6 +152,35 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
     elif not quiet:
         render(result.report, console.output())
         _next(*(("bench", result.onnx) if result.onnx else ("inspect", model)))
+
+
+@commands.command()
+@click.argument("model")
+@tuning
+@loading
+@printing
+def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Search for the passes that make MODEL fastest, or smallest, within constraints.
+
+    Every trial is a whole, verified compilation. The best model is in best/ of the output folder, those that no other
+    beats are in pareto/, and a search that was stopped goes on with --resume.
+    """
+    existing(model)
+    from . import console
+
+    errors = console.progress(quiet)
+    with console.working(errors, "loading PyTorch"):
+        from . import api
+    study = api.tune(model, told=console.trial_line(errors), **given())
+    summary = study.summary()
+    if as_json:
+        _json(summary)
+    elif not quiet:
+        console.show_search(summary, console.output())
+        if study.best is not None:
+            _next("bench", study.folder / "best" / "model.onnx")
+    if not study.feasible:
+        raise UsageError(study.failure())
 
 
 @commands.command()

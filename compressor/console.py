@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import IO, Any, NoReturn
 
@@ -95,6 +96,60 @@ def show_latencies(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             speed,
         )
     console.print(made)
+
+
+def trial_line(console: Console) -> Callable[[Any], None]:
+    """Prints one line for every trial of a search, as it ends."""
+
+    def told(outcome: Any) -> None:
+        values = ", ".join(
+            f"{name} {outcome.values[name]:.4g}" for name in _SEARCHED if name in outcome.values
+        )
+        what = values if outcome.state == "done" else f"{outcome.state}: {outcome.why}"
+        line = f"{outcome.number:>4}  {outcome.spec}  {what}  ({outcome.seconds:.0f} s)"
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+    return told
+
+
+_SEARCHED = {
+    "latency_ms": "ms", "speedup": "speed", "size_mb": "MB", "macs": "MACs", "metric": "metric", "drop": "drop",
+    "sqnr": "SQNR dB", "agreement": "top-1 equal",
+}  # fmt: skip
+
+
+def show_search(summary: Mapping[str, Any], console: Console) -> None:
+    """The front of a search, best first, below the original; what it was asked for, and how it ended."""
+    trials = {one["number"]: one for one in summary["trials"]}
+    best = summary["best"]
+    shown = [trials[number] for number in summary["front"]]
+    if best is not None and best not in summary["front"]:
+        shown.append(trials[best])
+    key = summary["objectives"][0]
+    shown.sort(key=lambda one: one["values"][key])
+    names = [name for name in _SEARCHED if any(name in one["values"] for one in shown)]
+    made = table(
+        "", "passes", *(_SEARCHED[name] for name in names), right=[_SEARCHED[name] for name in names]
+    )
+    original = summary["original"]
+    made.add_row("", "original", *(_searched(name, original) for name in names))
+    for one in shown:
+        mark = "best" if one["number"] == best else f"{one['number']}"
+        made.add_row(mark, escape(one["spec"]), *(_searched(name, one["values"]) for name in names))
+    console.print(made)
+    ended = Counter(one["state"] for one in trials.values())
+    counts = ", ".join(f"{count} {state}" for state, count in ended.most_common())
+    within = ", ".join(summary["constraints"])
+    stopped = f"; {summary['stopped']}" if summary["stopped"] else ""
+    console.print(escape(f"{len(trials)} trials ({counts}), {summary['feasible']} within {within}{stopped}"))
+
+
+def _searched(name: str, values: Mapping[str, float]) -> str:
+    value = values.get(name)
+    if value is None:
+        return ""
+    digits = {"latency_ms": 3, "speedup": 2, "size_mb": 2, "macs": 2, "metric": 4, "drop": 2, "sqnr": 1}
+    return f"{value:.{digits.get(name, 3)}f}" + ("x" if name == "speedup" else "")
 
 
 def show_settings(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
