@@ -9,12 +9,17 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import tarfile
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import UsageError
 from . import trial
@@ -63,7 +68,10 @@ class Local(Engine):
         if self._pool is None:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(threads,)
+                self.workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_prepare,
+                initargs=(threads, os.getpid()),
             )
         return self._pool
 
@@ -112,13 +120,17 @@ class Local(Engine):
         self._pool = None
 
 
-def _prepare(threads: int) -> None:
-    import signal
-
-    import torch
-
+def _prepare(threads: int, driver: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver says when to stop
+    threading.Thread(target=_follow, args=(driver,), daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _follow(driver: int) -> None:
+    """A worker whose driver was killed would wait for questions for ever."""
+    while os.getppid() == driver:
+        time.sleep(1)
+    os._exit(1)
 
 
 class Ray(Engine):

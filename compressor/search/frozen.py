@@ -47,7 +47,7 @@ def freeze(graph: Graph, base: Graph, path: Path, facts: Any = None) -> None:
             for name, axes in graph.lineage.items()
         },
         "notices": graph.notices,
-        "text": graph.text(),
+        "fingerprint": graph.fingerprint(),
         "facts": facts,
     }
     save_file(memories.own, path, metadata={"graph": json.dumps(record)})
@@ -71,7 +71,7 @@ def thaw(path: Path, base: Graph) -> tuple[Graph, Any]:
         graph.reinfer()
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise NotFrozen(f"{path.name}: {str(error).strip().splitlines()[0]}") from error
-    if graph.text() != record["text"]:
+    if graph.fingerprint() != record["fingerprint"]:
         raise NotFrozen(f"{path.name}: it does not read back as it was")
     return graph, record["facts"]
 

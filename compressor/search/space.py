@@ -65,7 +65,7 @@ class Space:
         self._slots = [_slot(part) for part in split(text)]
         self._registry = registry
         for spec in (self.first(), *itertools.islice(self.each_word(), MOST)):
-            self._checked(spec)
+            self.canonical(spec)
 
     def spec(self, choose: Choose) -> str:
         """The spec that the answers of `choose` make. It is asked only what matters for them."""
@@ -103,13 +103,14 @@ class Space:
         found: dict[str, None] = {}
         for words in itertools.islice(itertools.product(*decisions.values()), MOST + 1):
             answers = dict(zip(decisions, words, strict=True))
-            found[self.given(answers)] = None
+            found[self.canonical(self.given(answers))] = None
             if len(found) >= MOST:
                 raise UsageError(f"'{self.text}' stands for more than {MOST:,} specs")
         return list(found)
 
-    def _checked(self, spec: str) -> None:
-        arrange(parse(spec, self._registry), self._registry)
+    def canonical(self, spec: str) -> str:
+        """The spec as reports spell it: passes that are added stand in it, options that are the defaults do not."""
+        return ",".join(map(str, arrange(parse(spec, self._registry), self._registry)[0]))
 
 
 def _slot(text: str) -> _Pass | _OneOf:

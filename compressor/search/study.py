@@ -146,7 +146,9 @@ class Study:
         same = 0
         while len(asked) < count and same < SAME:
             one = study.ask()
-            spec = self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
+            spec = self.space.canonical(
+                self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
+            )
             if spec in known:
                 same += 1
                 study.tell(one, state=TrialState.FAIL)

@@ -146,9 +146,9 @@ def default_space(graph: Graph, target: Target, objectives: Sequence[str], data:
     ends.append("none")
     parts = ["merge"]
     if data:
-        parts += ["prune?(macs=0.4..0.95)", "squeeze?(macs=0.6..0.95,measure=false)"]
+        parts += ["prune?(macs=0.4..0.95,reach=best)", "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
     else:
-        parts.append("prune?(macs=0.7..0.95)")
+        parts.append("prune?(macs=0.7..0.95,reach=best)")
     return ",".join([*parts, "fold", f"{{{','.join(ends)}}}"])
 
 
