@@ -33,7 +33,9 @@ def space(text: str) -> Space:
 
 def test_a_plain_spec_is_a_space_of_one():
     one = space("merge,prune(macs=0.5),int8")
-    assert one.first() == "merge,prune(macs=0.5),int8" and one.product() == [one.first()]
+    assert one.first() == "merge,prune(macs=0.5),int8" and one.product() == [
+        "merge,prune(macs=0.5),fold,int8"
+    ]
 
 
 def test_every_way_to_write_several():
@@ -51,6 +53,7 @@ def test_every_way_to_write_several():
     specs = several.product()
     assert len(specs) == len(set(specs)) == (1 + 3 * 2) * (2 + 1 + 1)
     assert "merge,prune(macs=0.6,criterion=l2),fold" in specs and "merge,fold,fp16" in specs
+    assert "merge,fold,int8" in specs and several.canonical("int8(calibration=auto)") == "fold,int8"
     assert several.given({"prune": "with", "prune.macs": "0.8"}) == (
         "merge,prune(macs=0.8,criterion=l1),fold,int8(calibration=auto)"
     )

@@ -131,13 +131,14 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 def test_a_worker_that_dies_is_replaced(files, tmp_path, monkeypatch):
     """The second trial kills its process whenever it is tried, the third once."""
     (tmp_path / "deadly.py").write_text(
-        "import os, pathlib\n"
+        "import os, pathlib, sys\n"
         "def metric(run):\n"
-        "    import inspect\n"
-        "    trial = next(f.frame.f_locals['trial'] for f in inspect.stack() if f.function == 'run' and 'trial' in f.frame.f_locals)\n"
-        f"    once = pathlib.Path({str(tmp_path / 'once')!r})\n"
-        "    if trial.number == 1 or trial.number == 2 and not once.exists():\n"
-        "        once.touch() if trial.number == 2 else None\n"
+        "    frame = sys._getframe()\n"
+        "    while frame.f_code.co_name != 'run' or 'trial' not in frame.f_locals:\n"
+        "        frame = frame.f_back\n"
+        f"    number, once = frame.f_locals['trial'].number, pathlib.Path({str(tmp_path / 'once')!r})\n"
+        "    if number == 1 or number == 2 and not once.exists():\n"
+        "        once.touch() if number == 2 else None\n"
         "        os._exit(9)\n"
         "    return 1.0\n"
     )
