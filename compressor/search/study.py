@@ -89,7 +89,6 @@ class Study:
                 self._round(study, asked)
                 longest = max(longest, time.monotonic() - begun)
         finally:
-            self.engine.close()
             self.publish()
 
     def _original(self) -> dict[str, float]:
@@ -99,7 +98,7 @@ class Study:
             before = json.loads(known.read_text())
             self.table |= before["latency_table"]
             return dict(before["original"])
-        found: dict[str, float] = self.engine.alone(trials.original)
+        found: dict[str, float] = self.engine.alone(trials.original, self.task)
         return found
 
     def _opened(self) -> optuna.Study:
@@ -172,7 +171,7 @@ class Study:
 
     def _round(self, study: optuna.Study, asked: Sequence[tuple[Trial, str]]) -> None:
         known = {one.number: self._kept(one.number, spec) for one, spec in asked}
-        fresh = [(one.number, spec) for one, spec in asked if known[one.number] is None]
+        fresh = [(self.task, one.number, spec) for one, spec in asked if known[one.number] is None]
         made = known | {outcome.number: outcome for outcome in self.engine.run(fresh, self._keep)}
         for one, _ in asked:
             outcome = made[one.number]
@@ -210,7 +209,7 @@ class Study:
         """With its latency: relative to the original in the same minute, times what that took at first."""
         known = self.table.get(outcome.sha256)
         if known is None:
-            known = self.engine.alone(trials.timed, outcome.number)
+            known = self.engine.alone(trials.timed, self.task, outcome.number)
             self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
             known["latency_ms"] = self.first["latency_ms"] / known["speedup"]
             self.table[outcome.sha256] = known

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, delivery, measure, registry, report
-from ..emit import Emitted
+from .. import __version__, data, delivery, measure, registry, report
+from ..emit import Emitted, feeds
 from ..errors import CompressorError, OutputError
 from ..ir import Graph
 from ..load import Loaded
@@ -20,6 +20,7 @@ from ..opening import Options, capture_model, load_model
 from ..pipeline import Memory, Pass, Row
 from ..run import Run
 from ..stopwatch import Stopwatch
+from . import timing
 from .objectives import Constraint, hopeless
 from .store import Store, key_of
 
@@ -205,6 +206,21 @@ def timed(task: Task, number: int) -> dict[str, float]:
     return {"latency_ms": found["model"]["median_ms"], "speedup": found["ratio"]}
 
 
+def costs(task: Task, number: int) -> dict[str, float]:
+    """What a trial's file costs to run, see `timing.costs`, and its `speedup` over the original."""
+    _, graph = _opened(task)
+    files = [_emitted(one / "model.onnx", graph) for one in (task.trial(number), task.original)]
+    one = delivery.single(files[0].inputs, graph.example)
+    many = None
+    if graph.inputs[0].shape and graph.inputs[0].shape[0] == files[0].inputs[0].shape[0] == "batch":
+        samples = data.synthetic(
+            graph.inputs, graph.example, samples=timing.BATCH, table_sizes=data.table_sizes(graph)
+        )
+        many = list(feeds(files[0].inputs, next(iter(samples)).inputs).values())
+    mine, theirs = timing.costs([file.path for file in files], one, many, SECONDS)
+    return mine | {"speedup": theirs["p50_ms"] / mine["p50_ms"]}
+
+
 def _emitted(path: Path, graph: Graph) -> Emitted:
     """A file as `emit` describes it; integer: for its own sake, so that a large one is loaded as it ships."""
     with delivery.opened(path) as session:
@@ -219,6 +235,9 @@ def _sizes(made: Mapping[str, Any]) -> dict[str, float]:
         "size_mb": made["emitted"]["bytes"] / 1e6,
         "macs": last["macs"] / max(first["macs"], 1),
         "params": last["params"] / max(first["params"], 1),
+        "macs_count": float(last["macs"]),
+        "flops": 2.0 * last["macs"],
+        "params_count": float(last["params"]),
     }
 
 

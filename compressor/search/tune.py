@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,9 @@ def tune(
             )
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-tuned")
     values = tuple(dict.fromkeys(map(objective, objectives)))
-    with _alone(folder, resume):
-        task = Task(
-            model=str(Path(model).resolve()),
-            target=target,
-            calibration=str(Path(calibration).resolve()) if calibration is not None else None,
-            options=options,
-            folder=str(folder.resolve()),
-            store=str((folder / "store").resolve()),
-            digest="",
-            constraints=tuple(wanted),
-        )
-        _, graph = opened(task)
-        task = dataclasses.replace(task, digest=_digest(graph, task))
+    with alone(folder, resume), opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+        task, graph = made_task(model, calibration, target, folder, options)
+        task = dataclasses.replace(task, constraints=tuple(wanted))
         space = Space(
             passes or default_space(graph, where, values, calibration is not None), registry.passes()
         )
@@ -112,7 +102,7 @@ def tune(
             space=space,
             objectives=values,
             constraints=task.constraints,
-            engine=_engine(engine, task, workers, ray_address, trial_cpus),
+            engine=runner,
             trials=trials,
             timeout=timeout,
             sampler=sampler,
@@ -161,12 +151,39 @@ def _table(path: str | Path | None) -> dict[str, dict[str, float]]:
         raise UsageError(f"--latency-table {path}: not the tune.json of a search") from None
 
 
-def _engine(name: str, task: Task, workers: int | None, address: str, cpus: float) -> Engine:
+def made_task(
+    model: str | Path, calibration: str | Path | None, target: str, folder: Path, options: Mapping[str, Any]
+) -> tuple[Task, Graph]:
+    """What all trials share, its digest taken from weights, data and options; and the model's graph."""
+    task = Task(
+        model=str(Path(model).resolve()),
+        target=target,
+        calibration=str(Path(calibration).resolve()) if calibration is not None else None,
+        options=options,
+        folder=str(folder.resolve()),
+        store=str((folder / "store").resolve()),
+        digest="",
+    )
+    _, graph = opened(task)
+    return dataclasses.replace(task, digest=_digest(graph, task)), graph
+
+
+@contextlib.contextmanager
+def opened_engine(name: str, workers: int | None, address: str, cpus: float) -> Iterator[Engine]:
+    """`local` or `ray`; UsageError for another name, and for a cluster that is not there."""
+    engine = _engine(name, workers, address, cpus)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine:
     if name == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Local(task, workers or cores)
+        return Local(workers or cores)
     if name == "ray":
-        return Ray(task, address, cpus)
+        return Ray(address, cpus)
     raise UsageError(f"--engine {name}: no such engine; there are local and ray")
 
 
@@ -190,10 +207,10 @@ def _digest_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, resume: bool) -> Iterator[None]:
-    """The folder of a search, in which no other search runs. UsageError where it is not what `resume` says."""
+def alone(folder: Path, resume: bool | None = None) -> Iterator[None]:
+    """The folder of a search, in which no other one runs. UsageError where it is not what `resume` says, if it does."""
     begun = (folder / STATE).exists()
-    if begun and not resume:
+    if begun and resume is False:
         raise UsageError(f"{folder} holds a search: go on with --resume, or name another --output")
     if resume and not begun:
         raise UsageError(f"{folder} holds no search to resume")
