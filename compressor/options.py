@@ -222,6 +222,23 @@ comparing = _all(
     _POSTPROCESS,
 )
 
+_ENGINES = (
+    click.option(
+        "--engine",
+        metavar="NAME",
+        help="Where trials run: local, processes of this machine, or ray, a Ray cluster; default: local.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Local processes; default: one for each core."
+    ),
+    click.option(
+        "--ray-address", metavar="ADDRESS", help="Of the cluster; default: auto, the one of this machine."
+    ),
+    click.option(
+        "--trial-cpus", type=_POSITIVE, metavar="N", help="Cores of one trial in the cluster; default: 1."
+    ),
+)
+
 tuning = _all(
     click.option(
         "--passes",
@@ -258,20 +275,7 @@ tuning = _all(
     click.option("--sampler", metavar="NAME", help="tpe, nsga2 or random; default: tpe."),
     click.option("--output", "-o", metavar="DIR", help="Folder for the search; default: ./<name>-tuned."),
     click.option("--resume", is_flag=True, help="Go on with the search in that folder."),
-    click.option(
-        "--engine",
-        metavar="NAME",
-        help="Where trials run: local, processes of this machine, or ray, a Ray cluster; default: local.",
-    ),
-    click.option(
-        "--workers", type=click.IntRange(1), metavar="N", help="Local processes; default: one for each core."
-    ),
-    click.option(
-        "--ray-address", metavar="ADDRESS", help="Of the cluster; default: auto, the one of this machine."
-    ),
-    click.option(
-        "--trial-cpus", type=_POSITIVE, metavar="N", help="Cores of one trial in the cluster; default: 1."
-    ),
+    *_ENGINES,
     click.option(
         "--latency-table",
         metavar="TUNE.JSON",
@@ -282,6 +286,31 @@ tuning = _all(
     _OPSET,
     _MIN_ORT,
     _DYNAMIC,
+)
+
+sweeping = _all(
+    click.option(
+        "--passes",
+        metavar="SPACE",
+        required=True,
+        help="What to compare: a spec with {several,values}, ranges 0.4..0.9/0.1, and passes that take turns.",
+    ),
+    click.option("--seeds", type=click.IntRange(1), metavar="N", help="Seeds of every spec; default: 1."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table."),
+    _TARGET,
+    _CALIB,
+    _CALIB_LIMIT,
+    _EVAL,
+    _LABEL_FIELD,
+    click.option(
+        "--output", "-o", metavar="DIR", help="Folder for models and sweep.csv; default: ./<name>-swept."
+    ),
+    *_ENGINES,
+)
+
+listing = _all(
+    click.option("--output", "-o", metavar="DIR", help="Folder for the models; default: that of the list."),
+    *_ENGINES,
 )
 
 timing = _all(
@@ -310,7 +339,12 @@ printing = _all(
 def given() -> dict[str, Any]:
     """The options that the user typed, by the api's names; for all others the api's defaults hold."""
     ctx = click.get_current_context()
-    skip = {"quiet", "as_json", *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
+    skip = {
+        "quiet",
+        "as_json",
+        "as_csv",
+        *(p.name for p in ctx.command.params if isinstance(p, click.Argument)),
+    }
     return {
         name: value
         for name, value in ctx.params.items()

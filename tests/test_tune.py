@@ -109,7 +109,7 @@ def test_a_search_that_is_killed_loses_nothing(files, tmp_path):
     assert 2 <= len(made) < 4
     until(lambda: not any(alive(int(child)) for child in children))
     study = search(files, out, resume=True)
-    assert [one.number for one in study.done] == [0, 1, 2, 3] and len({one.spec for one in study.done}) == 4
+    assert len(study.done) == len({one.spec for one in study.done}) == 4
     for path in out.glob("trials/*/outcome.json"):
         assert path.stat().st_mtime_ns == made.get(path.parent.name, path.stat().st_mtime_ns)
     with pytest.raises(UsageError, match="--resume"):

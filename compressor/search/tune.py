@@ -60,6 +60,7 @@ def tune(
     workers: int | None = None,
     ray_address: str = "auto",
     trial_cpus: float = 1.0,
+    running: Engine | None = None,
     latency_table: str | Path | None = None,
     told: Callable[[Outcome], None] = lambda outcome: None,
     **options: Any,
@@ -69,8 +70,8 @@ def tune(
     model, calibration: files, which workers read too. objectives: `latency`, `size`, `macs`, `params`; the first
     decides which model is the best. constraints: `drop<=1.0` and others, see `objectives`. passes: a space (see
     `space`); one that suits model and target if None. trials, timeout (seconds): whichever ends first. resume: goes on
-    with the search in `output`. engine: `local` with so many `workers` (one for each core if None), or `ray`.
-    latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial. options: the fields
+    with the search in `output`. engine: `local` with so many `workers` (one for each core if None), or `ray`; running:
+    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial. options: the fields
     of `Options`.
 
     `output`/best holds the best model, or the nearest to the constraints where none keeps to them; `output`/pareto
@@ -90,7 +91,8 @@ def tune(
             )
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-tuned")
     values = tuple(dict.fromkeys(map(objective, objectives)))
-    with alone(folder, resume), opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+    here = contextlib.nullcontext(running) if running is not None else None
+    with alone(folder, resume), here or opened_engine(engine, workers, ray_address, trial_cpus) as runner:
         task, graph = made_task(model, calibration, target, folder, options)
         task = dataclasses.replace(task, constraints=tuple(wanted))
         space = Space(
