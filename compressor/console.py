@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections import Counter
@@ -142,6 +143,45 @@ def show_search(summary: Mapping[str, Any], console: Console) -> None:
     within = ", ".join(summary["constraints"])
     stopped = f"; {summary['stopped']}" if summary["stopped"] else ""
     console.print(escape(f"{len(trials)} trials ({counts}), {summary['feasible']} within {within}{stopped}"))
+
+
+def show_sweep(lines: Sequence[Mapping[str, Any]], notices: Sequence[str], console: Console) -> None:
+    """One row a spec: means over its seeds, and their spread where there are several."""
+    names = [name for name in _SWEPT if any(name in line["values"] for line in lines)]
+    made = table("passes", *(_SWEPT[name] for name in names), right=[_SWEPT[name] for name in names])
+    for line in lines:
+        cells = [_spread(*line["values"].get(name, (math.nan, math.nan))) for name in names]
+        made.add_row(escape(line["spec"]), *cells)
+        for why in line["failed"]:
+            made.add_row(f"  {escape(why)}")
+    console.print(made)
+    for notice in notices:
+        console.print(escape(notice))
+
+
+_SWEPT = {
+    "macs": "MACs left", "flops": "FLOPs", "params_count": "params", "size_mb": "MB", "metric": "metric", "drop": "drop",
+    "sqnr": "SQNR dB", "agreement": "top-1 equal", "p50_ms": "p50 ms", "p95_ms": "p95 ms", "speedup": "speed",
+    "throughput": "samples/s", "joules": "J",
+}  # fmt: skip
+
+
+def _spread(mean: float, spread: float) -> str:
+    if math.isnan(mean):
+        return "n/a"
+    return f"{mean:.4g}" if math.isnan(spread) else f"{mean:.4g} ± {spread:.2g}"
+
+
+def show_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One row a model of a list."""
+    names = [name for name in _SEARCHED if any(name in row["values"] for row in rows)]
+    made = table(
+        "model", "passes", *(_SEARCHED[name] for name in names), right=[_SEARCHED[name] for name in names]
+    )
+    for row in rows:
+        what = row["spec"] if row["state"] == "done" else f"{row['state']}: {row['why']}"
+        made.add_row(escape(row["model"]), escape(what), *(_searched(name, row["values"]) for name in names))
+    console.print(made)
 
 
 def _searched(name: str, values: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def batch(
     workers: int | None = None,
     ray_address: str = "auto",
     trial_cpus: float = 1.0,
-    told: Callable[[str, Outcome], None] = lambda name, outcome: None,
+    told: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[tuple[Entry, Outcome]]:
     """Compiles or searches every model of a TOML list (see above) into its folder; what becomes of each.
 
@@ -100,8 +100,8 @@ def batch(
             except CompressorError as error:
                 found[number] = Outcome(number, "", REFUSED, str(error).splitlines()[0])
             if number in found:
-                told(entry.path.name, found[number])
-        for outcome in runner.run(asked, lambda outcome: told(entries[outcome.number].path.name, outcome)):
+                told(found[number])
+        for outcome in runner.run(asked, told):
             found[outcome.number] = _published(runner, *tasks[outcome.number], outcome)
     return [(entry, found[number]) for number, entry in enumerate(entries)]
 
@@ -230,8 +230,3 @@ def _moved(made: Path, entry: Entry, key: str, outcome: Outcome) -> None:
             os.replace(entry.output, old)
         os.replace(fresh, entry.output)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def failures(made: Sequence[tuple[Entry, Outcome]]) -> list[str]:
-    """One line for every model that was not made."""
-    return [f"{entry.path.name}: {outcome.why}" for entry, outcome in made if outcome.state != DONE]

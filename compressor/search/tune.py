@@ -71,8 +71,8 @@ def tune(
     decides which model is the best. constraints: `drop<=1.0` and others, see `objectives`. passes: a space (see
     `space`); one that suits model and target if None. trials, timeout (seconds): whichever ends first. resume: goes on
     with the search in `output`. engine: `local` with so many `workers` (one for each core if None), or `ray`; running:
-    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial. options: the fields
-    of `Options`.
+    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial.
+    options: the fields of `Options`.
 
     `output`/best holds the best model, or the nearest to the constraints where none keeps to them; `output`/pareto
     those that no other beats. UsageError where a search is there already, or none is to resume.
