@@ -161,8 +161,8 @@ def show_sweep(lines: Sequence[Mapping[str, Any]], notices: Sequence[str], conso
 
 _SWEPT = {
     "macs": "MACs left", "flops": "FLOPs", "params_count": "params", "size_mb": "MB", "metric": "metric",
-    "drop": "drop", "sqnr": "SQNR dB", "agreement": "top-1 equal", "p50_ms": "p50 ms", "p95_ms": "p95 ms", "speedup": "speed",
-    "throughput": "samples/s", "joules": "J",
+    "drop": "drop", "sqnr": "SQNR dB", "agreement": "top-1 equal", "p50_ms": "p50 ms", "p95_ms": "p95 ms",
+    "speedup": "speed", "throughput": "samples/s", "joules": "J",
 }  # fmt: skip
 
 

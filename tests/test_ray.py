@@ -28,7 +28,7 @@ def cluster() -> Iterator[str]:
     """A head and two workers of one core, on the loopback alone."""
     from ray.cluster_utils import Cluster
 
-    place = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
+    place = {"node_ip_address": "127.0.0.2", "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {SLOT: 1}, **place})
     for _ in range(2):
         made.add_node(num_cpus=1, **place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -142,7 +141,7 @@ def test_a_worker_that_dies_is_replaced(files, tmp_path, monkeypatch):
         "        os._exit(9)\n"
         "    return 1.0\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)  # which workers inherit
     study = search(files, tmp_path / "out", evaluate="deadly:metric", workers=2)
     states = {number: one.state for number, one in study.outcomes.items()}
     assert states == {0: "done", 1: "failed", 2: "done", 3: "done"}
@@ -158,7 +157,7 @@ def test_a_metric_that_raises_or_is_not_a_number_costs_its_trial_alone(files, tm
         "    if len(seen) == 3: raise RuntimeError('no camera')\n"
         "    return float('nan') if len(seen) == 6 else 0.5\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)  # which workers inherit
     study = search(files, tmp_path / "out", evaluate="moody:metric")
     failed = [one.why for one in study.outcomes.values() if one.state == "failed"]
     assert any("RuntimeError: no camera" in why for why in failed) and len(study.done) >= 1
@@ -183,10 +182,10 @@ def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_pa
 def test_trials_without_hope_end_early(files, tmp_path):
     study = search(
         files, tmp_path / "out", passes="prune(macs={0.95,0.15},reach=best,criterion=l1),fold",
-        constraints=["sqnr>=60"], trials=2,
+        constraints=["sqnr>=200"], trials=2,
     )  # fmt: skip
     assert {one.state for one in study.outcomes.values()} == {"hopeless"}
-    assert all("after prune" in one.why and "sqnr>=60" in one.why for one in study.outcomes.values())
+    assert all("after prune" in one.why and "sqnr>=200" in one.why for one in study.outcomes.values())
     assert "no trial gave a model" in study.failure()
 
 

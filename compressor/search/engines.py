@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import tarfile
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from . import trial
 from .trial import FAILED, Outcome, Task
 
 TRIES = 2  # of a trial whose worker died
+ANSWER_SECONDS = 10.0
 SLOT = "latency_slot"  # the resource of a Ray node that times one model at a time
 Asked = tuple[
     Task, int, str
@@ -144,6 +146,7 @@ class Ray(Engine):
         except ImportError as error:
             raise UsageError("--engine ray needs Ray: pip install 'compressor[ray]'") from error
         self.ray = ray
+        _require_answer(address)
         try:
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
@@ -191,6 +194,18 @@ class Ray(Engine):
         if task.digest not in self._parcels:
             self._parcels[task.digest] = self.ray.put(_packed(_named(task)))
         return self._parcels[task.digest]
+
+
+def _require_answer(address: str) -> None:
+    """UsageError where nothing listens there, which Ray itself would wait for for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, `local`
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--ray-address {address}: no Ray cluster answers there: {why}") from error
 
 
 # -------------------------------------------------------------------- what travels
