@@ -204,7 +204,7 @@ class Pipeline:
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
         if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
             ctx = dataclasses.replace(ctx, original=graph.copy())
-        graph.lineage = {}
+        graph.lineage, graph.ancestors = {}, {}
         for one in self.passes:
             start = time.perf_counter()
             with ctx.progress(str(one), None):

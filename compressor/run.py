@@ -36,6 +36,8 @@ from .emit import Emitted, companion_of
 from .errors import DataError, TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator
 from .ir import Graph
+from .layers import SAMPLES
+from .layers import layers as layers_of
 from .load import Loaded
 from .opening import Options, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Pipeline, Row, parse
@@ -150,12 +152,16 @@ class Run:
                 evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
+            original = graph.copy()
             rows = self.pipeline.run(graph, ctx)
+            with self.step("comparing layers"):
+                layers = layers_of(graph, original, rows, held_out.limited(SAMPLES))
             here = not self.stopwatch.elsewhere
             self.notices += notices.of_passes(rows, self.target, here=here)
             shipped = self.shipped(graph)
             made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
             made["model"] |= came
+            made["layers"] = layers
             if loaded.continued is not None:
                 made["continued_from"] = loaded.continued.facts()
                 made["history"] = loaded.continued.runs

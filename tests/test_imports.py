@@ -99,7 +99,7 @@ TIERS = [
     ["measure"],
     ["jitter", "advice"],
     ["pipeline", "delivery"],
-    ["notices"],
+    ["notices", "layers"],
     ["budgets", "survey", "stopwatch", "identities", "watch", "forms", "equalise", "detections"],
     ["rebuild", "splits", "pixels", "mixed", "tables", "quantised"],
     ["rounding", "weight_only"],
