@@ -25,7 +25,9 @@ SAMPLES = 8  # that outputs are compared on: enough for a decibel, a fraction of
 
 _SUMS = frozenset({"add", "sub", "mul", "div"})  # a table of positions, a gain that nothing took in
 _LAYERS = CONTRACTIONS | NORMS | _SUMS | {"batch_norm", "embedding", "prelu", "integer_matmul", OPAQUE}
-_IN_FRONT = frozenset({"conv", "conv_transpose", "batch_norm", "group_norm", "instance_norm"})  # channels: axis 1
+_IN_FRONT = frozenset(
+    {"conv", "conv_transpose", "batch_norm", "group_norm", "instance_norm"}
+)  # channels: axis 1
 _BEHIND = frozenset({"linear", "addmm", "matmul", "integer_matmul", "layer_norm", "rms_norm", "embedding"})
 
 
@@ -100,7 +102,7 @@ def _weights(node: Node, stored: Mapping[Node, Sequence[Node]]) -> list[Node]:
 def _precision(node: Node, stored: Mapping[Node, Sequence[Node]]) -> str:
     """Dtypes of the first value that an operator reads and of its largest tensor."""
     operands = [one for one in node.all_input_nodes if is_tensor(one)]
-    values = [_dtype(one) for one in operands if one not in stored]
+    values = [_dtype(one) for one in operands if one not in stored and kind(node) != "embedding"]
     tensors = [tensor for one in operands for tensor in stored.get(one, ())]
     names = values[:1]
     if kind(node) == "integer_matmul":

@@ -105,7 +105,7 @@ TIERS = [
     ["rounding", "weight_only"],
     ["passes", "targets"],
     ["report", "registry", "opening"],
-    ["program", "metrics"],
+    ["program", "metrics", "page"],
     ["run"],
     ["api"],
     ["console", "options"],
