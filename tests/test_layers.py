@@ -1,4 +1,4 @@
-"""What a report says of each layer: its cost, its precision, its width, and how far its output is from the original's."""
+"""What a report says of each layer: cost, precision, width, and how far its output is from the original's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressor.data import Data, open_data
 from compressor.ir import Ancestor, Graph
 from compressor.layers import layers
 from compressor.ops import macs
-from compressor.pipeline import Context, Pipeline, parse
+from compressor.pipeline import Context, Pipeline, Row, parse
 from compressor.registry import passes, target
 
 
@@ -28,7 +28,9 @@ def net() -> nn.Module:
         return m.head(x.mean((2, 3)))
 
     norms = {f"bn{i}": nn.BatchNorm2d(width) for i, width in ((1, 16), (2, 32), (3, 16))}
-    made = Net(forward, conv1=conv(3, 16), conv2=conv(16, 32), conv3=conv(32, 16), head=nn.Linear(16, 10), **norms)
+    made = Net(
+        forward, conv1=conv(3, 16), conv2=conv(16, 32), conv3=conv(32, 16), head=nn.Linear(16, 10), **norms
+    )
     made.train()(torch.randn(64, 3, 8, 8))
     return made.eval()
 
@@ -37,7 +39,9 @@ def stream(graph: Graph, inputs: Tensor) -> Data:
     return open_data([(inputs,)], graph.inputs)
 
 
-def compiled(spec: str, model: nn.Module | None = None, inputs: Tensor | None = None) -> tuple[Graph, Graph, Any]:
+def compiled(
+    spec: str, model: nn.Module | None = None, inputs: Tensor | None = None
+) -> tuple[Graph, Graph, Any]:
     """Original, graph, and what is said of its layers."""
     inputs = torch.randn(256, 3, 8, 8) if inputs is None else inputs
     graph = capture(model or net(), (inputs[:2],))
@@ -73,7 +77,9 @@ def test_pruned_layers_say_their_width_and_are_compared_on_what_is_left() -> Non
     # conv2 reads what nobody pruned, or what was: without its neighbour's channels it is another sum, and finite
     assert all(math.isfinite(row["sqnr_db"]) for row in rows)
     narrow = by_site(compiled("prune(macs=0.6,align=1,repair=false,ignore=conv1+conv3)")[2])
-    assert narrow["conv2"]["width"][1] < 32 and narrow["conv2"]["sqnr_db"] > 100, "what is left is what it was"
+    assert narrow["conv2"]["width"][1] < 32 and narrow["conv2"]["sqnr_db"] > 100, (
+        "what is left is what it was"
+    )
     assert narrow["conv3"]["sqnr_db"] < 40, "and what reads it is not"
 
 
@@ -135,7 +141,5 @@ def test_weights_of_few_bits_and_tables() -> None:
 def test_facts_of_other_passes_are_no_ranks(said: Any) -> None:
     original, graph, _ = compiled("fold")
 
-    class Row:
-        facts = {"layers": said}
-
-    assert {row["rank"] for row in layers(graph, original, [Row()])} == {None}  # type: ignore[list-item]
+    row = Row("other", "other", "exact", "proved", 0, 0, 0, facts={"layers": said})
+    assert {one["rank"] for one in layers(graph, original, [row])} == {None}
