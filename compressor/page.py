@@ -193,7 +193,7 @@ def _steps(name: str, rows: Sequence[Report], emitted: Report) -> dict[str, Any]
                 "name": words.named(row),
                 "contract": contract,
                 "status": status,
-                "error": words.error(contract, row.get("checks") or ()),
+                "error": words.error(contract, row.get("checks") or ()).partition(" of ")[0],
                 "total": words.decibels(row.get("total_db")),
                 "params": words.count(row.get("params")),
                 "macs": words.count(row.get("macs")),
@@ -249,7 +249,7 @@ def _draw(steps: Sequence[dict[str, Any]]) -> None:
     slowest = max((ms for pair in times for ms in pair if ms is not None), default=0.0)
     for i, (step, now, (slow, fast)) in enumerate(zip(steps, sizes, times, strict=True)):
         step["size"] = Cell(now, words.size(step["bytes"]))
-        step["size_bar"] = _bar(sizes[i - 1] if i else now, now, max(sizes))
+        step["size_bar"] = _bar(sizes[i - 1] if i and step["contract"] else now, now, max(sizes))
         shown = [f"{ms:.3g}" for ms in (slow, fast) if ms is not None]
         step["latency"] = f"{ARROW.join(shown)} ms" if shown else ""
         step["latency_bar"] = (
@@ -345,11 +345,12 @@ def _strip(layers: Sequence[Report]) -> dict[str, Any]:
         shown = "" if fits[0] else "wide" if fits[1] else "hidden"
         parts.append({"name": name, "start": round(start, 3), "share": round(share, 3), "shown": shown})
         start += share
-    told = [one for row in layers if (one := _number(row.get("sqnr_db"))) is not None]
+    told = [(one, str(row["site"])) for row in layers if (one := _number(row.get("sqnr_db"))) is not None]
+    worst, where = min(told, default=(math.inf, ""))
     ends = [LOUD_DB + (QUIET_DB - LOUD_DB) * i / 4 for i in range(5)]
     return {
         "told": len(told),
-        "worst": f"{min(told):.1f} dB" if told and min(told) < math.inf else "",
+        "worst": f"{where} at {worst:.1f} dB" if worst < math.inf else "",
         "parts": parts,
         "legend": [(f"{level:g}", _heat(level)) for level in ends],
     }

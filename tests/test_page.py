@@ -91,7 +91,7 @@ def test_a_page_is_sound_and_says_what_the_report_says(tmp_path: Path) -> None:
         "98.50 % was 99.00 %", "-0.50 points", "Warned", "merge proved", "int8 warned", "file verified on CPU",
         "int8: output SQNR 19.2 dB [check the metric]", "0.44 \u2192 0.23 ms", "0.5 \u2192 0.47 ms", "64 \u2192 60",
         "its output is read twice 5", "layer3 (conv2d)", "out[:, 0:4]", "compress digits.pt2 --passes merge,int8",
-        "sha256 0123456789ab", "the worst is at 20.0 dB", "12, 8", "u8 \u00d7 i8", "537 MB at most",
+        "sha256 0123456789ab", "the worst is layer0.0.conv at 20.0 dB", "12, 8", "u8 \u00d7 i8", "537 MB at most",
     ):  # fmt: skip
         assert words in seen.words, words
     ids = seen.attributes("id")
