@@ -368,6 +368,12 @@ class Graph:
         twin.lineage, twin.ancestors = dict(self.lineage), dict(self.ancestors)
         return twin
 
+    def become(self, other: Graph) -> None:
+        """Takes over nodes, tensors and journal of another graph with the same inputs and outputs, which is given up."""
+        self.graph, self.tensors, self.parameters = other.graph, other.tensors, other.parameters
+        self.journal, self.lineage, self.notices = other.journal, other.lineage, other.notices
+        self.ancestors = other.ancestors
+
     # ---------------------------------------------------------------- invariants and views
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ from .layers import SAMPLES
 from .layers import layers as layers_of
 from .load import Loaded
 from .opening import Options, capture_model, require_finite, streams, take_pixels
-from .pipeline import Context, Pipeline, Row, parse
+from .pipeline import Context, Memory, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
 from .target import Target, release
@@ -86,6 +86,7 @@ class Run:
         self.large = False
         self.evaluator: Evaluator | None = None
         self.plan: postprocess.Plan | None = None
+        self.kept: Memory | None = None  # of passes that other runs have made
         self.stopwatch = Stopwatch(target, opt.latency_cmd, _latency_table(opt.latency_table))
         self.metric: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
@@ -117,7 +118,7 @@ class Run:
     def compile(self, loaded: Loaded, example: Any, calibration: Any, stage: Path | None) -> Result:
         opt = self.opt
         with self.step("capturing"):
-            graph = capture_model(loaded, example, opt)
+            graph = self.capture(loaded, example)
             self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
             came = {
                 "sha256": loaded.sha256 or graph.fingerprint(),
@@ -153,7 +154,7 @@ class Run:
                 progress=self.progress,
             )
             original = graph.copy()
-            rows = self.pipeline.run(graph, ctx)
+            rows = self.pipeline.run(graph, ctx, self.kept)
             with self.step("comparing layers"):
                 layers = layers_of(graph, original, rows, held_out.limited(SAMPLES))
             here = not self.stopwatch.elsewhere
@@ -180,6 +181,9 @@ class Run:
         made["steps"] = self.steps
         made["seconds"] = time.perf_counter() - self.start
         return Result(None, None, made, graph)
+
+    def capture(self, loaded: Loaded, example: Any) -> Graph:
+        return capture_model(loaded, example, self.opt)
 
     def shipped(self, graph: Graph) -> Graph:
         """What is emitted of a graph: with `--postprocess` it ends in detections, which no pass may see."""

@@ -77,6 +77,12 @@ class Check:
     def proves(self) -> bool:
         return self.power >= POWER * self.tolerance
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Check:
+        """The check that `to_dict` made this of."""
+        numbers = ("error", "tolerance", "power", "sqnr_db", "cosine")
+        return cls(**{k: float("nan" if v is None else v) if k in numbers else v for k, v in plain.items()})
+
     def to_dict(self) -> dict[str, Any]:
         return {k: _json_number(v) for k, v in asdict(self).items()}
 
