@@ -110,11 +110,14 @@ def facts(report: Report) -> dict[str, Any]:
 def _verdict(rows: Sequence[Report], emitted: Report) -> dict[str, Any]:
     judged = [row for row in rows if row.get("status") in _VERDICTS]
     worst = max((row["status"] for row in judged), key=list(_VERDICTS).index, default="proved")
-    said = [f"{words.named(row)} {row['status']}" for row in judged]
+    said = []
+    for status in reversed(_VERDICTS):
+        if names := [words.named(row) for row in judged if row["status"] == status]:
+            said.append(f"{status}: {', '.join(names)}")
     if emitted.get("verified"):
         checks = emitted.get("checks") or ()
         level = f", {words.error('bounded', checks)}" if words.error("bounded", checks) else ""
-        said.append(f"file verified {emitted['verified']}{level}")
+        said.append(f"file: verified {emitted['verified']}{level}")
     elif not emitted:
         said.append("nothing was emitted")
     return {

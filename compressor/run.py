@@ -153,10 +153,7 @@ class Run:
                 evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
-            original = graph.copy()
-            rows = self.pipeline.run(graph, ctx, self.kept)
-            with self.step("comparing layers"):
-                layers = layers_of(graph, original, rows, held_out.limited(SAMPLES))
+            rows, layers = self.passed(graph, ctx)
             here = not self.stopwatch.elsewhere
             self.notices += notices.of_passes(rows, self.target, here=here)
             shipped = self.shipped(graph)
@@ -184,6 +181,13 @@ class Run:
 
     def capture(self, loaded: Loaded, example: Any) -> Graph:
         return capture_model(loaded, example, self.opt)
+
+    def passed(self, graph: Graph, ctx: Context) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Runs the passes over a graph; their rows, and what became of each layer."""
+        original = graph.copy()
+        rows = self.pipeline.run(graph, ctx, self.kept)
+        with self.step("comparing layers"):
+            return rows, layers_of(graph, original, rows, ctx.held_out.limited(SAMPLES))
 
     def shipped(self, graph: Graph) -> Graph:
         """What is emitted of a graph: with `--postprocess` it ends in detections, which no pass may see."""

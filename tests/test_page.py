@@ -18,7 +18,8 @@ from sample_report import sample_report
 from compressor import page, report
 from compressor.errors import UsageError
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(2)>&amp;{{ 7 * 7 }}\u202e\ud800\x00"
+HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(2)>&amp;{{ 7 * 7 }}"
+HOSTILE += "\u202e\ud800\x00"
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
 
@@ -88,7 +89,7 @@ def test_a_page_is_sound_and_says_what_the_report_says(tmp_path: Path) -> None:
     seen = Document(page.render(read))
     for words in (
         "digits", "700 kB was 3.7 MB", "5.29x smaller than fp32 ONNX", "0.2 ms was 0.42 ms", "2.10x faster", "1 thread",
-        "98.50 % was 99.00 %", "-0.50 points", "Warned", "merge proved", "int8 warned", "file verified on CPU",
+        "98.50 % was 99.00 %", "-0.50 points", "Warned", "warned: int8 proved: merge file: verified on CPU",
         "int8: output SQNR 19.2 dB [check the metric]", "0.44 \u2192 0.23 ms", "0.5 \u2192 0.47 ms", "64 \u2192 60",
         "its output is read twice 5", "layer3 (conv2d)", "out[:, 0:4]", "compress digits.pt2 --passes merge,int8",
         "sha256 0123456789ab", "the worst is layer0.0.conv at 20.0 dB", "12, 8", "u8 \u00d7 i8", "537 MB at most",
