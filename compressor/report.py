@@ -1,7 +1,8 @@
 """report.json (schema 1) on disk, and the same report as terminal tables; `page` makes report.html of it.
 
 The file is the record of one run: what each pass did, how its promise about the numbers was checked, and what
-was emitted. Nothing in the tables is measured anew: `compress inspect report.json` shows what the run showed.
+was emitted. Its `rows` are what `pipeline.Row` says of each pass, its `layers` what `layers.layers` says of each layer.
+Nothing in the tables is measured anew: `compress inspect report.json` shows what the run showed.
 """
 
 from __future__ import annotations

@@ -329,6 +329,17 @@ def test_a_search_leaves_what_it_names(tab: chromium.Page, address: str) -> None
     assert len(tab.ask(SITES)) == 26 and tab.console == []
 
 
+def test_a_layer_of_the_strip_leads_to_its_row(tab: chromium.Page, address: str) -> None:
+    tab.open(address)
+    tab.ask("location.hash = document.querySelectorAll('.strip a')[24].getAttribute('href')")
+    place = """(() => {
+        const box = (one) => document.querySelector(one).getBoundingClientRect();
+        return [box('#l25').top - box('#layers thead th').bottom, box('.tall').bottom - box('#l25').bottom];
+    })()"""
+    assert min(tab.ask(place)) >= -1, "in sight, below the head of the table"
+    assert tab.ask("document.querySelector(':target').cells[1].textContent") == "layer6.0.conv"
+
+
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
 def test_nothing_scrolls_sideways_but_tables_in_themselves(
     tab: chromium.Page, address: str, width: int
