@@ -369,7 +369,7 @@ class Graph:
         return twin
 
     def become(self, other: Graph) -> None:
-        """Takes over nodes, tensors and journal of another graph of the same inputs and outputs, which is given up."""
+        """Takes over nodes, tensors and journal of another graph with the same inputs and outputs."""
         self.graph, self.tensors, self.parameters = other.graph, other.tensors, other.parameters
         self.journal, self.lineage, self.notices = other.journal, other.lineage, other.notices
         self.ancestors = other.ancestors
