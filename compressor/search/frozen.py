@@ -47,7 +47,9 @@ def freeze(graph: Graph, base: Graph, path: Path, facts: Any = None) -> None:
             for name, axes in graph.lineage.items()
         },
         "ancestors": {
-            name: None if one is None else [one.name, None if one.scale is None else memories.place(one.scale)]
+            name: None
+            if one is None
+            else [one.name, None if one.scale is None else memories.place(one.scale)]
             for name, one in graph.ancestors.items()
         },
         "notices": graph.notices,
@@ -72,7 +74,9 @@ def thaw(path: Path, base: Graph) -> tuple[Graph, Any]:
             for name, axes in record["lineage"].items()
         }
         graph.ancestors = {
-            name: None if one is None else Ancestor(one[0], None if one[1] is None else memories.tensor(one[1]))
+            name: None
+            if one is None
+            else Ancestor(one[0], None if one[1] is None else memories.tensor(one[1]))
             for name, one in record["ancestors"].items()
         }
         _restore(graph, record["nodes"], {node.name: node for node in base.placeholders})

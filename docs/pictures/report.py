@@ -23,7 +23,7 @@ from compressor import page, report  # noqa: E402
 PICTURES: dict[str, tuple[dict, int]] = {
     "report-light": ({"width": 1240}, 1360),
     "report-dark": ({"width": 1240, "dark": True}, 1360),
-    "report-phone": ({"width": 360, "scale": 1.25}, 2250),
+    "report-phone": ({"width": 360, "scale": 1.25}, 2100),
 }
 
 
