@@ -109,7 +109,7 @@ def facts(report: Report) -> dict[str, Any]:
 
 def _verdict(rows: Sequence[Report], emitted: Report) -> dict[str, Any]:
     judged = [row for row in rows if row.get("status") in _VERDICTS]
-    worst = max((row["status"] for row in judged), key=list(_VERDICTS).index, default="proved")
+    worst = max((row["status"] for row in judged), key=list(_VERDICTS).index, default="unchanged")
     said = []
     for status in reversed(_VERDICTS):
         if names := [words.named(row) for row in judged if row["status"] == status]:
@@ -122,7 +122,7 @@ def _verdict(rows: Sequence[Report], emitted: Report) -> dict[str, Any]:
         said.append("nothing was emitted")
     return {
         "state": worst.replace(" ", "-"),
-        "word": _VERDICTS[worst] if judged else "Unchanged",
+        "word": _VERDICTS.get(worst, "Unchanged"),
         "said": said,
     }
 
@@ -412,7 +412,7 @@ def _check(check: Report) -> dict[str, Any]:
         value = _number(check.get(key))
         cells.append(Cell(value, "" if value is None else ENDLESS if value == math.inf else form(value)))
     where = f"{check.get('output', '')}{check.get('slice') or ''}"
-    return {"where": where, "cells": cells, "finite": check.get("finite", True)}
+    return {"where": where, "cells": cells}
 
 
 def _costs(report: Report) -> dict[str, str]:
