@@ -20,6 +20,7 @@ from . import (
     handover,
     heads,
     measure,
+    page,
     postprocess,
     registry,
     report,
@@ -75,7 +76,7 @@ def compress(
     output: str | Path | None = None,
     **options: Any,
 ) -> Result:
-    """Compiles a model, checks every pass, and writes model.onnx, report.json and signature.json to `output`.
+    """Compiles a model, checks every pass, and writes model.onnx, its reports and signature.json to `output`.
 
     model: a module in memory, an exported program, or a file (see README for kinds). example_inputs: a tensor, a
     tuple, or a mapping of keyword inputs; not needed where the file carries one or `inputs` describes them.
@@ -97,7 +98,8 @@ def compress(
             return run.compile(loaded, example_inputs, calibration, None)
         with delivery.staging(folder) as stage:
             result = run.compile(loaded, example_inputs, calibration, stage)
-            report.write_report(stage / "report.json", result.report)
+            written = report.write_report(stage / "report.json", result.report)
+            page.write(stage / page.NAME, report.read_report(written))
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
 
 

@@ -282,6 +282,9 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
     help="Show what a phone's accelerators take of an ONNX file, in how many pieces, and why not the rest: nnapi, "
     "coreml, xnnpack, qnn, several between commas, or all.",
 )
+@click.option(
+    "--html", metavar="FILE", help="Write a report as a web page, as a run leaves it beside report.json."
+)
 @loading
 @printing
 def inspect(
@@ -289,6 +292,7 @@ def inspect(
     groups: bool,
     layers: bool,
     partitions: str | None,
+    html: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -305,15 +309,23 @@ def inspect(
         emitted = found.parent / ((report.get("emitted") or {}).get("file") or "model.onnx")
         if partitions:
             found = Path(existing(str(emitted)))
+    if html and not (found.suffix == ".json" and found.is_file()):
+        raise UsageError(f"{found}: --html is for the report.json of a run")
     if found.suffix == ".json" and found.is_file():
         if layers:
             raise UsageError(
                 f"{found}: --layers is for a PyTorch model; inspect the model of this run instead"
             )
+        if html:
+            from . import page
+
+            page.write(Path(html), report)
         if as_json:
             _json(report)
         elif groups and not quiet:
             console.show_ledger(console.ledger_of(report, found), console.output())
+        elif html and not quiet:
+            click.echo(html)
         elif not quiet:
             render(report, console.output(), details=True)
             if emitted.is_file():

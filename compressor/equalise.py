@@ -125,8 +125,8 @@ def rescale(labels: Labels, scales: Tensor) -> list[Node]:
     graph, changed = labels.graph, []
     for node, one in labels.of.items():
         for part in one if isinstance(one, list) else [one]:
-            if part is not None and bool((scales[part.clamp(min=0)] != 1).any()):
-                graph.disclaim(node)
+            if part is not None and bool(((factor := scales[part.clamp(min=0)]) != 1).any()):
+                graph.disclaim(node, factor if part is one else None)
     for made in labels.written:
         outs, ins = scales[made.outs], torch.where(made.ins == ZERO, 1.0, scales[made.ins.clamp(min=0)])
         if bool((outs == 1).all() and (ins == 1).all()):

@@ -11,7 +11,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx
@@ -64,12 +64,25 @@ class Journal:
 
     `equal[old] = new`: the value `new` of this graph claims to be the value `old` of the graph it was copied from.
     `kept[name][axis]`: indices of the original axis that are left. `born`: names that the original never had.
+    `scaled[name]`: what a value was multiplied with, of its rank and 1 wide where it is constant.
     """
 
     equal: dict[str, str] = field(default_factory=dict)
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    scaled: dict[str, Tensor] = field(default_factory=dict)
     born: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """The value of the captured graph that a value stands for, and what it was multiplied with since (None: 1)."""
+
+    name: str
+    scale: Tensor | None = None
+
+    def times(self, factor: Tensor) -> Ancestor:
+        return replace(self, scale=factor if self.scale is None else self.scale * factor)
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,8 @@ class Graph:
     inputs: the tensors it takes, in order; outputs: path names of the tensors it returns, in order.
     example: one flat tuple of inputs that it was captured with (batch >= 2 where the batch is dynamic).
     tensors: name -> parameter, buffer or constant; `parameters` are the names that a trainer would have updated.
-    lineage: like `journal.kept`, over all passes since the graph was captured.
+    lineage: like `journal.kept`, over all passes since the graph was captured. ancestors: over the same passes, what a
+    value stands for that is not still itself; None for one that the captured graph never had.
     origin: what the model's state dict and its answer looked like.
     keep: puts a new tensor where it is to lie, in memory or in a mapped file, and answers it from there.
     """
@@ -120,6 +134,7 @@ class Graph:
         self.notices: list[str] = []
         self.journal = Journal()
         self.lineage: dict[str, dict[int, Tensor]] = {}
+        self.ancestors: dict[str, Ancestor | None] = {}
         self.keep: Callable[[Tensor], Tensor] = _in_memory
 
     # ---------------------------------------------------------------- reading
@@ -263,9 +278,14 @@ class Graph:
         if target is not None:
             node.target = target
 
-    def disclaim(self, node: Node) -> None:
-        """The value of a node is another than it was, though its operator is not: no claim in the journal holds."""
+    def disclaim(self, node: Node, scale: Tensor | None = None) -> None:
+        """The value of a node is another than it was, though its operator is not: no claim in the journal holds.
+
+        scale: it is what it was times this, of the value's rank.
+        """
         self.journal.born.add(node.name)
+        if scale is not None:
+            self.journal.scaled[node.name] = scale
         self.journal.equal = {old: new for old, new in self.journal.equal.items() if new != node.name}
 
     def replace_uses(self, old: Node, new: Node) -> None:
@@ -321,11 +341,19 @@ class Graph:
             node.meta["val"] = self.execute(node, env)
 
     def turn_page(self) -> None:
-        """A new journal; which slices of the captured graph's values are left, goes into `lineage`."""
+        """A new journal; what it says of the captured graph's values goes into `lineage` and `ancestors`."""
+        values, slices = dict(self.ancestors), dict(self.lineage)
+        self.ancestors |= dict.fromkeys(self.journal.born)
+        for name, factor in self.journal.scaled.items():
+            known = values.get(name, Ancestor(name))
+            self.ancestors[name] = known.times(factor) if known is not None else None
+        for old, new in self.journal.equal.items():
+            self.ancestors[new] = values.get(old, Ancestor(old))
+            self.lineage[new] = slices.get(old, {})
         for name, axes in self.journal.kept.items():
-            before = self.lineage.get(name, {})
-            sliced = {axis: before[axis][left] if axis in before else left for axis, left in axes.items()}
-            self.lineage[name] = {**before, **sliced}
+            earlier = self.lineage.get(name, {})
+            sliced = {axis: earlier[axis][left] if axis in earlier else left for axis, left in axes.items()}
+            self.lineage[name] = {**earlier, **sliced}
         self.journal = Journal()
 
     def copy(self) -> Graph:
@@ -337,13 +365,14 @@ class Graph:
             mapping[node].meta = dict(node.meta)
         twin = Graph(graph, self.tensors, self.inputs, self.outputs, self.example, self.parameters)
         twin.origin, twin.notices, twin.keep = self.origin, list(self.notices), self.keep
-        twin.lineage = dict(self.lineage)
+        twin.lineage, twin.ancestors = dict(self.lineage), dict(self.ancestors)
         return twin
 
     def become(self, other: Graph) -> None:
         """Takes over nodes, tensors and journal of another graph with the same inputs and outputs."""
         self.graph, self.tensors, self.parameters = other.graph, other.tensors, other.parameters
         self.journal, self.lineage, self.notices = other.journal, other.lineage, other.notices
+        self.ancestors = other.ancestors
 
     # ---------------------------------------------------------------- invariants and views
 
@@ -451,7 +480,8 @@ def operator_name(node: Node) -> str:
 
 def short_name(node: Node) -> str:
     """`conv2d` for `aten.conv2d.default`: what an operator is called in reports."""
-    return operator_name(node).removesuffix(".default").removeprefix("aten.").split(".")[0]
+    name = operator_name(node)
+    return name.split(".")[-2] if name.count(".") > 1 else name
 
 
 def site(node: Node) -> str:

@@ -230,7 +230,7 @@ class Pipeline:
             raise DataError(f"{ctx.held_out.description}: the model does not run on it: {first}") from error
         if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
             ctx = dataclasses.replace(ctx, original=graph.copy())
-        graph.lineage = {}
+        graph.lineage, graph.ancestors = {}, {}
         if memory is not None and (known := memory.recall(self.passes, graph)) is not None:
             before, rows = known
             graph.become(before)

@@ -1,7 +1,8 @@
-"""report.json (schema 1) on disk, and the same report as terminal tables.
+"""report.json (schema 1) on disk, and the same report as terminal tables; `page` makes report.html of it.
 
 The file is the record of one run: what each pass did, how its promise about the numbers was checked, and what
-was emitted. Nothing in the tables is measured anew: `compress inspect report.json` shows what the run showed.
+was emitted. Its `rows` are what `pipeline.Row` says of each pass, its `layers` what `layers.layers` says of each layer.
+Nothing in the tables is measured anew: `compress inspect report.json` shows what the run showed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ def write_report(path: str | Path, report: Mapping[str, Any]) -> Path:
 
     OutputError if the folder cannot be written.
     """
-    path = Path(path)
-    text = dumps(report)
+    return write_text(Path(path), dumps(report))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text beside the one that is there, and put it in its place when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -126,12 +130,17 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 
 def metric(name: str, value: Any, before: Any = None) -> str:
     """`97.50 % (-0.28)` for shares, with the change in points; other metrics as four digits."""
-    share = name in _SHARES
+    share = is_share(name)
     text = f"{100 * float(value):.2f} %" if share else f"{float(value):.4g}"
     if before is None:
         return text
     change = (float(value) - float(before)) * (100 if share else 1)
     return f"{text} ({change:+.2f})" if share else f"{text} ({change:+.2g})"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share, of which changes are points of a percent."""
+    return name in _SHARES
 
 
 def error(contract: str, checks: Sequence[Mapping[str, Any]]) -> str:
@@ -212,26 +221,27 @@ def _passes(rows: Sequence[Mapping[str, Any]]) -> Table:
         contract = row.get("contract") or ""
         words = ", ".join(word for word in (contract, status) if word)
         made.add_row(
-            escape(_title(row)),
+            escape(named(row)),
             f"[{_STYLES.get(status, 'default')}]{escape(words)}[/]",
             error(contract, checks),
-            _decibels(row.get("total_db")),
+            decibels(row.get("total_db")),
             count(row.get("params")),
             count(row.get("macs")),
             size(row.get("bytes")),
             *metrics,
-            *([_milliseconds(row.get("latency"))] if timed else []),
+            *([milliseconds(row.get("latency"))] if timed else []),
             seconds(row.get("seconds")),
         )
     return made
 
 
-def _decibels(value: Any) -> str:
+def decibels(value: Any) -> str:
     """SQNR against the model as it came; empty where nothing but rounding differs."""
     return f"{value:.1f} dB" if isinstance(value, (int, float)) and value < 80 else ""
 
 
-def _title(row: Mapping[str, Any]) -> str:
+def named(row: Mapping[str, Any]) -> str:
+    """A pass as it was asked for, and its step."""
     title = row.get("config") or row["pass"]
     return f"{title}: {row['step']}" if row.get("step") else title
 
@@ -240,18 +250,24 @@ def _metric_cell(metrics: Mapping[str, Any], name: str, before: Mapping[str, Any
     return metric(name, metrics[name], before.get(name)) if name in metrics else ""
 
 
-def _milliseconds(latency: Mapping[str, Any] | None) -> str:
+def milliseconds(latency: Mapping[str, Any] | None) -> str:
     if not latency or latency.get("median_ms") is None:
         return ""
     return f"{float(latency['median_ms']):.3g} ms"
 
 
-def _declines(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """What passes considered and left, one line a reason: the answer to *why not*."""
+def declines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """What passes considered and left: (pass, reason) -> sites."""
     sites: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         for decline in row.get("declines") or ():
             sites[row["pass"], decline["reason"]].append(decline["site"])
+    return sites
+
+
+def _declines(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One line a reason: the answer to *why not*."""
+    sites = declines(rows)
     if not sites:
         return
     made = table("left alone by", "count", "because", "where", right=["count"])
@@ -293,7 +309,8 @@ def _check(check: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _provenance(report: Mapping[str, Any], console: Console) -> None:
+def provenance(report: Mapping[str, Any]) -> dict[str, str]:
+    """What ran, on what, in words; without what the report does not say."""
     model, machine = report.get("model") or {}, report.get("machine") or {}
     held = report.get("data") or {}
     versions = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items())
@@ -309,9 +326,12 @@ def _provenance(report: Mapping[str, Any], console: Console) -> None:
         "versions": ", ".join(part for part in (f"compressor {report.get('compressor')}", versions) if part),
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items()),
     }
-    for name, fact in facts.items():
-        if fact not in (None, ""):
-            console.print(f"[bold]{name:<12}[/]{escape(str(fact))}", highlight=False, soft_wrap=True)
+    return {name: str(fact) for name, fact in facts.items() if fact not in (None, "")}
+
+
+def _provenance(report: Mapping[str, Any], console: Console) -> None:
+    for name, fact in provenance(report).items():
+        console.print(f"[bold]{name:<12}[/]{escape(fact)}", highlight=False, soft_wrap=True)
 
 
 def _digest(sha256: str | None) -> str:
@@ -331,13 +351,13 @@ def _emitted(report: Mapping[str, Any], console: Console) -> None:
     lines = [f"[bold]{escape(str(emitted.get('file', 'model.onnx')))}[/]  {size(emitted.get('bytes'))}"]
     if emitted.get("bytes") and emitted.get("float_bytes"):
         ratio = emitted["float_bytes"] / emitted["bytes"]
-        lines[0] += f", {_times(ratio, 'smaller', 'larger')} than fp32 ONNX ({size(emitted['float_bytes'])})"
+        lines[0] += f", {times(ratio, 'smaller', 'larger')} than fp32 ONNX ({size(emitted['float_bytes'])})"
     latency = emitted.get("latency") or {}
     if latency.get("model"):
-        text = f"latency   {_milliseconds(latency['model'])}"
+        text = f"latency   {milliseconds(latency['model'])}"
         if latency.get("ratio") and latency.get("float"):
-            faster = _times(float(latency["ratio"]), "faster", "slower")
-            text += f", {faster} than fp32 ONNX ({_milliseconds(latency['float'])})"
+            faster = times(float(latency["ratio"]), "faster", "slower")
+            text += f", {faster} than fp32 ONNX ({milliseconds(latency['float'])})"
         if latency.get("threads"):
             text += f", {latency['threads']} threads" if latency["threads"] != 1 else ", 1 thread"
         text += f"; {latency['note']}" if latency.get("note") else ""
@@ -378,5 +398,5 @@ def _line(console: Console, markup: str) -> None:
     console.print(f" {markup}", highlight=False, soft_wrap=True)
 
 
-def _times(ratio: float, more: str, less: str) -> str:
+def times(ratio: float, more: str, less: str) -> str:
     return f"{ratio:.2f}x {more}" if ratio >= 1 else f"{1 / ratio:.2f}x {less}"

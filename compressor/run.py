@@ -36,6 +36,8 @@ from .emit import Emitted, companion_of
 from .errors import DataError, TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator
 from .ir import Graph
+from .layers import SAMPLES
+from .layers import layers as layers_of
 from .load import Loaded
 from .opening import Options, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Memory, Pipeline, Row, parse
@@ -151,12 +153,13 @@ class Run:
                 evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
-            rows = self.pipeline.run(graph, ctx, self.kept)
+            rows, layers = self.passed(graph, ctx)
             here = not self.stopwatch.elsewhere
             self.notices += notices.of_passes(rows, self.target, here=here)
             shipped = self.shipped(graph)
             made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
             made["model"] |= came
+            made["layers"] = layers
             if loaded.continued is not None:
                 made["continued_from"] = loaded.continued.facts()
                 made["history"] = loaded.continued.runs
@@ -178,6 +181,13 @@ class Run:
 
     def capture(self, loaded: Loaded, example: Any) -> Graph:
         return capture_model(loaded, example, self.opt)
+
+    def passed(self, graph: Graph, ctx: Context) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Runs the passes over a graph; their rows, and what became of each layer."""
+        original = graph.copy()
+        rows = self.pipeline.run(graph, ctx, self.kept)
+        with self.step("comparing layers"):
+            return rows, layers_of(graph, original, rows, ctx.held_out.limited(SAMPLES))
 
     def shipped(self, graph: Graph) -> Graph:
         """What is emitted of a graph: with `--postprocess` it ends in detections, which no pass may see."""

@@ -374,19 +374,35 @@ def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Ite
     for node in before.graph.nodes:
         if node.name in floats and node.name not in journal.born and node.op == "call_function":
             pairs.setdefault(node.name, node.name)
+    for node, reference, value in side_by_side(before, after, pairs, journal.kept, inputs):
+        yield _value_check(node, reference, value)
+
+
+def side_by_side(
+    before: Graph,
+    after: Graph,
+    pairs: Mapping[str, str],
+    kept: Mapping[str, Mapping[int, Tensor]],
+    inputs: Sequence[Tensor],
+) -> Iterator[tuple[Node, Tensor, Tensor]]:
+    """Node, its value in `before` and in `after`, in the order of `after`, for the same inputs.
+
+    pairs: name in `after` -> name in `before`. kept: name in `after` -> axis -> indices of it that are left there.
+    Both graphs run at once: a value is held until it is compared, no longer.
+    """
     wanted = Counter(pairs.values())
     running, stash = before.values(*inputs), dict[str, Tensor]()
     for node, value in after.values(*inputs):
         old = pairs.get(node.name)
         if old is None:
             continue
-        if old not in stash:  # both graphs run side by side: a value is held until it is compared, no longer
+        if old not in stash:
             stash |= _until(old, running, wanted)
         wanted[old] -= 1
         reference = stash[old] if wanted[old] else stash.pop(old)
-        for axis, kept in journal.kept.get(node.name, {}).items():
-            reference = reference.index_select(axis, kept)
-        yield _value_check(node, reference, value)
+        for axis, indices in kept.get(node.name, {}).items():
+            reference = reference.index_select(axis, indices)
+        yield node, reference, value
 
 
 def _until(name: str, running: Iterator[tuple[Node, Any]], wanted: Mapping[str, int]) -> dict[str, Tensor]:

@@ -70,8 +70,10 @@ def test_the_whole_line(files, run):
     assert code == 0, err
     folder = files / "net-compressed"
     assert {p.name for p in folder.iterdir()} == {
-        "model.onnx", "report.json", "signature.json", "test_data_set_0", "usage.md",
+        "model.onnx", "report.html", "report.json", "signature.json", "test_data_set_0", "usage.md",
     }  # fmt: skip
+    assert run("inspect", folder, "--html", "again.html") == (0, "again.html\n", "")
+    assert Path("again.html").read_bytes() == (folder / "report.html").read_bytes()
     report = json.loads((folder / "report.json").read_text())
     assert [r["pass"] for r in report["rows"]] == ["input", "merge", "prune", "fold", "int8"]
     assert report["inserted"] == ["fold"]
@@ -79,6 +81,7 @@ def test_the_whole_line(files, run):
     assert contracts["merge"] == ("exact", "proved") and contracts["fold"] == ("exact", "proved")
     assert contracts["prune"] == ("masked, bounded", "proved")
     assert report["rows"][2]["macs"] <= 0.8 * report["rows"][0]["macs"]
+    assert sum(row["macs"] for row in report["layers"]) == report["rows"][-1]["macs"]
     assert report["emitted"]["float_bytes"] / report["emitted"]["bytes"] > 2
     assert report["emitted"]["operators"]["QLinearConv"] == 2
     assert report["rows"][0]["metric"]["top1"] == 1.0

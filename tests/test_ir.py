@@ -184,3 +184,28 @@ def test_a_new_page_of_the_journal_keeps_what_is_left_of_the_captured_values(gra
     graph.turn_page()
     assert {a: t.tolist() for a, t in graph.lineage["relu"].items()} == {1: [2, 3], 2: [0]}
     assert twin.lineage["relu"][1].tolist() == [0, 2, 3]
+
+
+def test_what_values_stand_for_outlives_the_journal(graph):
+    relu = find(graph, aten.relu.default)
+    reader = next(iter(relu.users))
+    twice = graph.insert(aten.mul.Tensor, (relu, 2.0), before=reader)
+    graph.replace_uses(relu, twice)
+    graph.turn_page()
+    assert graph.ancestors[twice.name].name == relu.name and relu.name not in graph.ancestors
+    factor = torch.full((1, 4, 1, 1), 3.0)
+    for _ in range(2):
+        graph.disclaim(twice, factor)
+        graph.turn_page()
+    assert torch.equal(graph.ancestors[twice.name].scale, 9 * torch.ones(1, 4, 1, 1))
+    graph.journal.kept = {twice.name: {1: torch.tensor([0, 2])}}
+    graph.turn_page()
+    again = graph.insert(aten.relu.default, (twice,), before=reader)
+    graph.replace_uses(twice, again)
+    copy = graph.copy()
+    graph.turn_page()
+    assert graph.ancestors[again.name] == graph.ancestors[twice.name] and again.name not in copy.ancestors
+    assert graph.lineage[again.name][1].tolist() == [0, 2]
+    graph.disclaim(again)
+    graph.turn_page()
+    assert graph.ancestors[again.name] is None

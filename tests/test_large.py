@@ -130,7 +130,7 @@ def test_a_large_model_from_end_to_end(large, tmp_path):
         torch.manual_seed(0)
         results.append(compressor.compress(Words(), (IDS,), passes="merge", output=tmp_path / name))
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "model.onnx", "model.onnx.data", "report.json", "signature.json", "test_data_set_0", "usage.md",
+        "model.onnx", "model.onnx.data", "report.html", "report.json", "signature.json", "test_data_set_0", "usage.md",
     ]  # fmt: skip
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -157,6 +157,7 @@ def test_what_is_frozen_thaws_to_the_same(tmp_path):
         assert {n: {a: k.tolist() for a, k in axes.items()} for n, axes in again.lineage.items()} == {
             n: {a: k.tolist() for a, k in axes.items()} for n, axes in now.lineage.items()
         }
+        assert again.ancestors.keys() == now.ancestors.keys() and str(again.ancestors) == str(now.ancestors)
         seen.append(row.name)
 
     Pipeline(parse(SPEC, registry.passes()), registry.passes(), after=after).run(graph, ctx)

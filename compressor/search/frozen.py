@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ..errors import CompressorError
-from ..ir import Graph
+from ..ir import Ancestor, Graph
 
 _FUNCTIONS = ("operator", "_operator", "math", "torch")  # modules whose functions may stand in a graph
 _META = "nn_module_stack", "stack_trace"
@@ -46,6 +46,12 @@ def freeze(graph: Graph, base: Graph, path: Path, facts: Any = None) -> None:
             name: {str(axis): memories.place(kept) for axis, kept in axes.items()}
             for name, axes in graph.lineage.items()
         },
+        "ancestors": {
+            name: None
+            if one is None
+            else [one.name, None if one.scale is None else memories.place(one.scale)]
+            for name, one in graph.ancestors.items()
+        },
         "notices": graph.notices,
         "fingerprint": graph.fingerprint(),
         "facts": facts,
@@ -66,6 +72,12 @@ def thaw(path: Path, base: Graph) -> tuple[Graph, Any]:
         graph.lineage = {
             name: {int(axis): memories.tensor(place) for axis, place in axes.items()}
             for name, axes in record["lineage"].items()
+        }
+        graph.ancestors = {
+            name: None
+            if one is None
+            else Ancestor(one[0], None if one[1] is None else memories.tensor(one[1]))
+            for name, one in record["ancestors"].items()
         }
         _restore(graph, record["nodes"], {node.name: node for node in base.placeholders})
         graph.reinfer()
