@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, data, delivery, measure, registry, report
+from .. import __version__, data, delivery, measure, page, registry, report
 from ..emit import Emitted, feeds
 from ..errors import CompressorError, OutputError
 from ..ir import Graph
@@ -166,7 +166,8 @@ def run(task: Task, number: int, spec: str) -> Outcome:
         trial = Trial(task, number, spec)
         with trial.memory, delivery.staging(folder) as stage:
             result = trial.compile(_opened(task)[0], None, task.calibration, stage)
-            report.write_report(stage / "report.json", result.report)
+            written = report.write_report(stage / "report.json", result.report)
+            page.write(stage / page.NAME, report.read_report(written))
         made = result.report["emitted"]
         last = Row.of(result.report["rows"][-1])
         values = _quality(last, trial.first, made.get("metric")) | _sizes(result.report)
