@@ -16,6 +16,7 @@ from . import (
     delivery,
     detections,
     detectors,
+    divergence,
     handover,
     heads,
     measure,
@@ -105,6 +106,7 @@ def verify(
     *,
     data: Any = None,
     tolerance: float | None = None,
+    layers: bool = False,
     example_inputs: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -114,7 +116,8 @@ def verify(
     postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
     then compared before that, and of the detections is stated how many agree.
     tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
-    Returns {"ok", "checks", "provider", "samples"}.
+    layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
+    Returns {"ok", "checks", "provider", "samples"}, and with it {"inside"}.
     """
     opt = Options.of(options)
     loaded = load_model(model, opt)
@@ -148,12 +151,17 @@ def verify(
         for c in checks
         if not c.finite or (c.error > tolerance if tolerance else c.sqnr_db < contracts.WARN_DB)
     ]
-    return {
+    result: dict[str, Any] = {
         "ok": not bad,
         "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": provider,
         "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
     }
+    if layers or bad:
+        whole = graph if ends is None else ends.applied(graph)
+        inside = divergence.look_inside(whole, Path(onnx), inputs, samples, tolerance)
+        result["inside"] = inside.to_dict()
+    return result
 
 
 def inspect(

@@ -161,7 +161,10 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
 @loading
 @printing
 def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ."""
+    """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ.
+
+    Where they do, the first layer inside that is wrong is named.
+    """
     existing(model)
     existing(onnx)
     from . import console
@@ -173,7 +176,7 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
     if as_json:
         _json(result)
     elif not quiet:
-        console.show_verification(result, console.output())
+        console.show_verification(result, console.output(), options["layers"])
         _next("bench", onnx)
     if not result.get("ok", True):
         raise ContractError(f"{onnx}: its outputs differ from those of {model}")

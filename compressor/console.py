@@ -119,8 +119,8 @@ def show_settings(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def show_verification(result: Mapping[str, Any], console: Console) -> None:
-    """One row an output slice, worst first, and in a word whether the two models agree."""
+def show_verification(result: Mapping[str, Any], console: Console, layers: bool = False) -> None:
+    """One row an output slice, worst first, and in a word whether the two models agree; then what is inside."""
     numbers = ["error", "SQNR", "cosine", "agreement"]
     made = table("output", "slice", *numbers, right=numbers)
     for check in result.get("checks") or ():
@@ -138,6 +138,50 @@ def show_verification(result: Mapping[str, Any], console: Console) -> None:
     )
     words = "the two models agree" if result.get("ok", True) else "the two models do not agree"
     console.print(f" {words}" + (f" ({escape(where)})" if where else ""), highlight=False)
+    if "inside" in result:
+        _show_inside(result["inside"], console, layers)
+
+
+def _show_inside(inside: Mapping[str, Any], console: Console, layers: bool) -> None:
+    """The first layer that is wrong and the loudest; with `layers` one row for each that has a counterpart."""
+    if layers:
+        numbers = ["error", "SQNR"]
+        made = table("layer", "operator", "in the model", *numbers, right=numbers)
+        for row in inside["layers"]:
+            words = (row["module"], row["operator"], row["counterpart"])
+            made.add_row(*map(escape, words), f"{float(row['error']):.1e}", f"{float(row['sqnr_db']):.1f} dB")
+        console.print(made)
+    first, loudest = inside["first"], inside["loudest"]
+    lines = []
+    if first:
+        lines.append(f"[bold]first wrong[/]  {escape(_layer(first))}")
+        lines.append(f"  error {float(first['before']):.1e} before it, {float(first['error']):.1e} after it")
+        lines += [
+            f"  {word}  {escape(first[key])}"
+            for word, key in (("expected", "expected"), ("seen    ", "seen"))
+        ]
+        if first["through"]:
+            lines.append(
+                f"  or one of {escape(_named(first['through']))}, which have no counterpart in the model"
+            )
+        if first["lacks"]:
+            lines.append(f"  nothing in the file is the model's {escape(_named(first['lacks']))}")
+    if loudest and not first:
+        lost = f"{float(loudest['before_db']):.1f} dB before it, {float(loudest['sqnr_db']):.1f} dB after it"
+        lines.append(f"[bold]most is lost in[/]  {escape(_layer(loudest))}: {lost}")
+    lines.append(f"{inside['paired']} of {inside['values']} values inside have a counterpart in the model")
+    for line in lines:
+        console.print(f" {line}", highlight=False, soft_wrap=True)
+
+
+def _layer(row: Mapping[str, Any]) -> str:
+    where = f" at {row['module']}" if row["module"] else ""
+    return f"{row['operator']}{where} ({row['counterpart']} in the model)"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _MODULES
+    return ", ".join(names[:_MODULES]) + (f" and {more} more" if more > 0 else "")
 
 
 _CHECK_FORMATS = (("sqnr_db", "{:.1f} dB"), ("cosine", "{:.6f}"), ("agreement", "{:.1%}"))

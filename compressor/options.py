@@ -208,6 +208,12 @@ loading = _all(
 comparing = _all(
     click.option("--data", metavar="DATA", help="Inputs to compare on; default: generated ones."),
     click.option("--tolerance", type=_POSITIVE, metavar="X", help="Allowed relative error."),
+    click.option(
+        "--layers",
+        is_flag=True,
+        help="Compare the values inside, too, layer by layer; where an output differs, the first that is wrong is "
+        "named anyway.",
+    ),
     _POSTPROCESS,
 )
 
