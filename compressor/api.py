@@ -13,9 +13,11 @@ from torch.export import ExportedProgram
 
 from . import (
     advice,
+    claims,
     delivery,
     detections,
     detectors,
+    differences,
     divergence,
     handover,
     heads,
@@ -32,7 +34,7 @@ from .channels import analyse, carrier_of
 from .costs import layers as layers_of
 from .delivery import CPU
 from .emit import companion_of
-from .errors import CompressorError, UsageError
+from .errors import CompressorError, FileError, UsageError
 from .ir import Graph
 from .ledger import Ledger
 from .load import adapters_of, peek, sniff
@@ -101,12 +103,13 @@ def trainable(
 
 
 def verify(
-    model: nn.Module | ExportedProgram | str | Path,
-    onnx: str | Path,
+    model: nn.Module | ExportedProgram | str | Path | None,
+    onnx: str | Path | None,
     *,
     data: Any = None,
     tolerance: float | None = None,
     layers: bool = False,
+    against: str | Path | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -118,7 +121,15 @@ def verify(
     tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
     layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
     Returns {"ok", "checks", "provider", "samples"}, and with it {"inside"}.
+
+    against: a report.json, whose every claim is checked again instead, see `claims`; `data` is then what the run was
+    calibrated on. model and onnx may be None: the model that it names, if it is there, and the file beside it. Returns
+    {"ok", "claims", "model", "onnx"}.
     """
+    if against is not None:
+        return _recheck(Path(against), model, onnx, data, Options.of(options))
+    if model is None or onnx is None:
+        raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
     opt = Options.of(options)
     loaded = load_model(model, opt)
     graph = capture_model(loaded, example_inputs, opt)
@@ -165,11 +176,12 @@ def verify(
 
 
 def inspect(
-    path: str | Path,
+    path: str | Path | None,
     *,
     groups: bool = False,
     layers: bool = False,
     partitions: str | None = None,
+    diff: tuple[str | Path, str | Path] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
@@ -177,10 +189,15 @@ def inspect(
     groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
     layers: also what each operator costs (`costs.layers`). partitions: also what phones' accelerators take of an ONNX
     file, and why not the rest (`delivery.on_accelerators`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
+    diff: instead, what differs between two ONNX files, or two reports (`differences.between`); path is then None.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
     """
+    if diff is not None:
+        return differences.between(Path(diff[0]), Path(diff[1]))
+    if path is None:
+        raise UsageError("inspect shows a model, an ONNX file or a report: name one")
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
         if groups:
@@ -273,6 +290,34 @@ def bench(
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: Options) -> dict[str, Any]:
+    told = report.read_report(where)
+    if not told.get("emitted"):
+        raise UsageError(f"{where}: nothing was emitted in this run, so there is nothing to check")
+    try:
+        path = Path(onnx) if onnx is not None else where.parent / told["emitted"]["file"]
+        if not path.is_file():
+            raise FileError(f"{path}: no such file; name the ONNX file that {where} is about")
+        named = model is not None
+        if not named and Path(told["model"]["path"]).exists():
+            model = told["model"]["path"]
+        made_for = registry.target(told["target"]["name"]).speaking(told["target"]["opset"])
+        opt = dataclasses.replace(opt, seed=told["seed"])
+        found = list(claims.recheck(told, path, model, opt, made_for, data, named=named))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: a damaged report: {type(error).__name__} {error}") from error
+    return {
+        "ok": not any(one.state == claims.NOT_HELD for one in found),
+        "claims": [one.to_dict() for one in found],
+        "model": None
+        if model is None
+        else str(model)
+        if isinstance(model, (str, Path))
+        else type(model).__name__,
+        "onnx": str(path),
+    }
 
 
 def _provider(onnx: Path) -> str:

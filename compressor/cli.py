@@ -20,7 +20,17 @@ import click
 
 from . import __version__
 from .errors import CompressorError, ContractError, FileError, UsageError
-from .options import comparing, compiling, debugging, existing, given, loading, printing, timing
+from .options import (
+    comparing,
+    compiling,
+    debugging,
+    existing,
+    given,
+    loading,
+    printing,
+    recorded,
+    timing,
+)
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
@@ -155,35 +165,54 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
 
 
 @commands.command()
-@click.argument("model")
-@click.argument("onnx")
+@click.argument("files", nargs=-1, metavar="MODEL ONNX")
 @comparing
 @loading
 @printing
-def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def verify(files: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ.
 
-    Where they do, the first layer inside that is wrong is named.
+    Where they do, the first layer inside that is wrong is named. With --against, every claim of a report is checked
+    again instead; MODEL or ONNX, or both, may then be left out.
     """
-    existing(model)
-    existing(onnx)
+    against = options["against"]
+    if len(files) != 2 and (against is None or len(files) > 2):
+        raise click.UsageError("verify takes MODEL and ONNX; with --against REPORT they may be left out")
+    for one in (*files, *((against,) if against else ())):
+        existing(one)
+    onnx = next((one for one in files[-1:] if len(files) == 2 or one.endswith((".onnx", ".ort"))), None)
+    model = files[0] if files and files[0] != onnx else None
     from . import console
 
-    with console.working(console.progress(quiet), "comparing"):
+    typed = given()
+    if against is not None:
+        from .report import read_report
+
+        found = Path(against)
+        typed["against"] = found = found / "report.json" if found.is_dir() else found
+        before = recorded(str(read_report(found).get("command", "")))
+        calibration = before.pop("calibration", None)
+        typed = before | ({"data": calibration} if calibration else {}) | typed
+    with console.working(console.progress(quiet), "checking" if against else "comparing"):
         from . import api
 
-        result = api.verify(model, onnx, **given())
+        result = api.verify(model, onnx, **typed)
     if as_json:
         _json(result)
+    elif not quiet and against is not None:
+        console.show_claims(result, console.output())
+        _next("inspect", typed["against"])
     elif not quiet:
         console.show_verification(result, console.output(), options["layers"])
-        _next("bench", onnx)
+        _next("bench", files[1])
+    if not result.get("ok", True) and against is not None:
+        raise ContractError(f"{typed['against']}: not all that it says is so")
     if not result.get("ok", True):
         raise ContractError(f"{onnx}: its outputs differ from those of {model}")
 
 
 @commands.command()
-@click.argument("path", metavar="REPORT|ONNX|MODEL")
+@click.argument("path", metavar="REPORT|ONNX|MODEL", required=False)
 @click.option(
     "--groups",
     is_flag=True,
@@ -200,18 +229,31 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
     help="Show what a phone's accelerators take of an ONNX file, in how many pieces, and why not the rest: nnapi, "
     "coreml, xnnpack, qnn, several between commas, or all.",
 )
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="A B",
+    help="Show what differs between two ONNX files (operators, weights, inputs, outputs, metadata), or two reports.",
+)
 @loading
 @printing
 def inspect(
-    path: str,
+    path: str | None,
     groups: bool,
     layers: bool,
     partitions: str | None,
+    diff: tuple[str, str] | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show a report, an ONNX file, or what a model holds, its adapters first."""
+    """Show a report, an ONNX file, or what a model holds, its adapters first; or what differs between two."""
+    if (path is None) == (diff is None):
+        raise click.UsageError("inspect takes one REPORT, ONNX or MODEL, or two of a kind with --diff")
+    if diff is not None:
+        _show_difference(diff, quiet, as_json)
+        return
+    assert path is not None
     found = Path(existing(path))
     if (found / "report.json").is_file():
         found = found / "report.json"
@@ -261,6 +303,23 @@ def inspect(
             _next(path, "--model", model, "--input", "x:f32[?,3,224,224]")
         elif "problem" not in facts:
             _next(path, *(word for one in options["adapter"] for word in ("--adapter", one)))
+
+
+def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
+    paths = []
+    for one in map(Path, map(existing, diff)):
+        inside = [one / name for name in ("report.json", "model.onnx") if (one / name).is_file()]
+        paths.append(inside[0] if inside else one)
+    from . import console
+
+    with console.working(console.progress(quiet), "comparing"):
+        from . import api
+
+        result = api.inspect(None, diff=(paths[0], paths[1]))
+    if as_json:
+        _json(result)
+    elif not quiet:
+        console.show_difference(result, console.output())
 
 
 @commands.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import IO, Any, NoReturn
@@ -182,6 +183,61 @@ def _layer(row: Mapping[str, Any]) -> str:
 def _named(names: Sequence[str]) -> str:
     more = len(names) - _MODULES
     return ", ".join(names[:_MODULES]) + (f" and {more} more" if more > 0 else "")
+
+
+_HELD = {"held": "green", "not held": "red"}
+
+
+def show_claims(result: Mapping[str, Any], console: Console) -> None:
+    """One row a claim of a report: what it said, what is found now, and whether it holds."""
+    made = table("claim", "said", "found", "", "")
+    for row in result["claims"]:
+        brief = [_brief(row[key]) for key in ("claimed", "found")]
+        if row["state"] == "held" and brief[0] == brief[1]:
+            brief[1] = "the same"
+        state = f"[{_HELD.get(row['state'], 'yellow')}]{row['state']}[/]"
+        made.add_row(escape(row["what"]), *map(escape, brief), state, escape(row["why"]))
+    console.print(made)
+    counts = Counter(row["state"] for row in result["claims"])
+    words = ", ".join(f"{number} {state}" for state, number in counts.items())
+    console.print(f" {words}: {escape(str(result['onnx']))}", highlight=False)
+
+
+def _brief(value: Any) -> str:
+    """What fits a column: of a hash its beginning, of a table how much it holds."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return f"{sum(value.values())} of {len(value)} kinds"
+    if isinstance(value, list):
+        return f"{len(value)} entries"
+    text = _value(value)
+    return text[:12] if len(text) == 64 and " " not in text else text
+
+
+def show_difference(result: Mapping[str, Any], console: Console) -> None:
+    """One row whatever differs between two files: facts, then operators, weights or passes."""
+    for key, first in (
+        ("facts", "what"),
+        ("operators", "operator"),
+        ("passes", "what"),
+        ("initializers", "tensor"),
+    ):
+        rows = result.get(key) or ()
+        weights = key == "initializers"
+        named = ["pass"] if key == "passes" else []
+        made = table(*named, first, "A", "B", *(["", "error"] if weights else []), right=["error"])
+        for row in rows:
+            cells = [row["pass"]] if named else []
+            cells += [row["name"] if weights else row["what"], *(_brief(row[one]) for one in "ab")]
+            if weights:
+                cells += [row["state"], "" if row["error"] is None else f"{float(row['error']):.1e}"]
+            made.add_row(*map(escape, cells))
+        if rows:
+            console.print(made)
+    equal = result.get("equal_initializers")
+    words = "no difference" if result["same"] else f"A is {result['a']}, B is {result['b']}"
+    console.print(f" {escape(words)}" + (f"; {equal} tensors are equal" if equal else ""), highlight=False)
 
 
 _CHECK_FORMATS = (("sqnr_db", "{:.1f} dB"), ("cosine", "{:.6f}"), ("agreement", "{:.1%}"))

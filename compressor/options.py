@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -206,7 +207,25 @@ loading = _all(
 )
 
 comparing = _all(
-    click.option("--data", metavar="DATA", help="Inputs to compare on; default: generated ones."),
+    click.option(
+        "--data",
+        metavar="DATA",
+        help="Inputs to compare on; default: generated ones. With --against: what the run was calibrated on.",
+    ),
+    click.option(
+        "--against",
+        metavar="REPORT",
+        help="Check every claim of a report.json again: hashes, sizes, operators, losses, metrics, and latency as a "
+        "ratio. MODEL and ONNX are then those that it names, if they are not given.",
+    ),
+    click.option(
+        "--eval", "evaluate", metavar="DATA", help="With --against: what the metrics were measured on."
+    ),
+    click.option(
+        "--measure/--no-measure",
+        default=True,
+        help="With --against: time the file, or not; default: measure.",
+    ),
     click.option("--tolerance", type=_POSITIVE, metavar="X", help="Allowed relative error."),
     click.option(
         "--layers",
@@ -249,6 +268,53 @@ def given() -> dict[str, Any]:
         for name, value in ctx.params.items()
         if name not in skip and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
+
+
+# Options of a recorded command that only say how to read what is there. Those that run code, of the user's or of a
+# checkpoint's, are not taken from a file: whoever checks it gives them again.
+_READING = {
+    *(
+        "adapter",
+        "allow_missing",
+        "calib_limit",
+        "calibration",
+        "combine",
+        "dynamic",
+        "evaluate",
+        "image_input",
+    ),
+    *("inputs", "label_field", "postprocess", "preprocess", "task", "text_field"),
+}
+
+
+def recorded(command: str) -> dict[str, Any]:
+    """How a recorded `compress MODEL ...` reads model and data, by the api's names; nothing that would run code.
+
+    Files that are not there any more are left out, and so is everything of a command that is none.
+    """
+
+    @click.command()
+    @click.argument("model")
+    @compiling
+    @loading
+    @debugging
+    @printing
+    def typed(**_: Any) -> None:
+        """Never called."""
+
+    try:
+        words = shlex.split(command)[1:]
+        ctx = typed.make_context("compress", list(words))
+    except (ValueError, click.ClickException, click.exceptions.Exit):
+        return {}
+    with ctx:
+        found = {name: value for name, value in given().items() if name in _READING}
+    for name in ("calibration", "evaluate", "preprocess"):
+        value = found.get(name)
+        words_of_ours = value == "imagenet" or str(value).startswith("nms")
+        if value is not None and not words_of_ours and not Path(value).exists():
+            del found[name]
+    return found
 
 
 def existing(name: str) -> str:
