@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from . import (
     advice,
+    apart,
     claims,
     delivery,
     detections,
@@ -23,6 +24,7 @@ from . import (
     heads,
     measure,
     postprocess,
+    profiling,
     registry,
     report,
     runtime,
@@ -256,37 +258,43 @@ def inspect(
 def bench(
     paths: Sequence[str | Path],
     *,
-    threads: int | None = None,
-    batch: int = 1,
+    threads: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] = 1,
     seconds: float = 5.0,
     advise: bool = False,
+    profile: bool = False,
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
 
     Each runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
-    threads: inside an operator, 1 if None, 0 for all cores. advise: of one file, which session settings suit it best
-    here, with up to so many threads (`advice.advise`).
+    threads: inside an operator, 1 if None, 0 for all cores; batch: of a dynamic batch; several of them are a grid, each
+    cell of which takes `seconds`. Rows are {"path", "provider", "threads", "batch", "median_ms", "p95_ms", "iqr_ms",
+    "runs", "ratio", "spread"}: how many times faster than the first, with quartiles. advise: of one file, which session
+    settings suit it best here, with up to so many threads (`advice.advise`). profile: where the time goes instead, by
+    operator and by module (`profiling.profile`).
     """
+    files = [Path(path) for path in paths]
+    cores = tuple(threads) if isinstance(threads, Sequence) else (threads,)
+    sizes = tuple(batch) if isinstance(batch, Sequence) else (batch,)
+    if (advise or profile) and max(len(cores), len(sizes)) > 1:
+        raise UsageError("--advise and --profile take one number of threads and one batch")
     if advise and len(paths) > 1:
         raise UsageError("--advise is about one model; name one")
-    files = [Path(path) for path in paths]
-    with delivery.opened(files[0]) as session:
-        arrays = measure.random_feeds(session, batch=batch)
-    if advise:
-        settings = advice.advise(
-            files[0], arrays, most=threads or 0, seconds=seconds, provider=_provider(files[0])
-        )
-        return [{"path": str(paths[0]), **row} for row in settings]
-    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
     providers = [_provider(path) for path in files]
-    threads = 1 if threads is None else threads
-    found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
-    rows = []
-    for path, provider, latency in zip(paths, providers, found, strict=True):
-        row = {"path": str(path), "provider": provider, **dataclasses.asdict(latency)}
-        row.pop("rounds")
-        rows.append(row)
-    return rows
+    if advise:
+        arrays = _feeds(files[0], sizes[0])
+        settings = advice.advise(files[0], arrays, most=cores[0] or 0, seconds=seconds, provider=providers[0])
+        return [{"path": str(paths[0]), **row} for row in settings]
+    grid = [(1 if count is None else count, size) for count in cores for size in sizes]
+    if profile:
+        options: dict[str, Any] = {"threads": grid[0][0], "seconds": seconds, "providers": providers}
+        measured = apart.call if any(map(delivery.is_large, files)) else _here
+        return list(measured(profiling.profile, files, _feeds(files[0], grid[0][1]), **options))
+    return [
+        row
+        for count, size in grid
+        for row in _timed(paths, providers, threads=count, batch=size, seconds=seconds)
+    ]
 
 
 # -------------------------------------------------------------------- helpers
@@ -318,6 +326,38 @@ def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: O
         else type(model).__name__,
         "onnx": str(path),
     }
+
+
+def _here(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(*args, **options)
+
+
+def _feeds(path: Path, batch: int) -> dict[str, np.ndarray]:
+    """Inputs of so many samples; UsageError where the file fixes another number of them."""
+    with delivery.opened(path) as session:
+        arrays = measure.random_feeds(session, batch=batch)
+        fixed = {spec.shape[0] for spec in session.get_inputs() if spec.shape}
+    if batch > 1 and all(isinstance(size, int) for size in fixed) and batch not in fixed:
+        raise UsageError(
+            f"{path}: its batch is fixed to {', '.join(map(str, fixed))}; compress with --dynamic to measure others"
+        )
+    return arrays
+
+
+def _timed(
+    paths: Sequence[str | Path], providers: Sequence[str], *, threads: int, batch: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of one cell of the grid."""
+    files = [Path(path) for path in paths]
+    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
+    arrays = _feeds(files[0], batch)
+    found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
+    for path, provider, latency in zip(paths, providers, found, strict=True):
+        faster = measure.ratio(found[0], latency)
+        row = {"path": str(path), "provider": provider, "threads": threads, "batch": batch}
+        row |= {**dataclasses.asdict(latency), "ratio": faster.median, "spread": [faster.low, faster.high]}
+        row.pop("rounds")
+        yield row
 
 
 def _provider(onnx: Path) -> str:

@@ -326,8 +326,13 @@ def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
 @click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]")
 @timing
 @click.option("--advise", is_flag=True, help="Of one file: which threads, spinning and arena suit it here.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Show where the time goes, by ONNX Runtime's profiler: operators, and modules of the model.",
+)
 @printing
-def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, **_: Any) -> None:
+def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, profile: bool, **_: Any) -> None:
     """Measure the latency of ONNX files in turns, A B A B, and compare their medians."""
     for one in onnx:
         existing(one)
@@ -340,7 +345,9 @@ def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, **_: 
     if as_json:
         _json(rows)
     elif not quiet:
-        show = console.show_settings if advise else console.show_latencies
+        show = (
+            console.show_settings if advise else console.show_profile if profile else console.show_latencies
+        )
         show(rows, console.output())
         _next("inspect", onnx[0])
 

@@ -236,16 +236,39 @@ comparing = _all(
     _POSTPROCESS,
 )
 
+
+class Numbers(click.ParamType[int | tuple[int, ...]]):
+    """A whole number, or several between commas."""
+
+    name = "numbers"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | tuple[int, ...]:
+        words = str(value).split(",")
+        if not all(word.isdigit() and int(word) >= self.least for word in words):
+            self.fail(
+                f"'{value}' is not a number from {self.least} on, or several between commas", param, ctx
+            )
+        found = tuple(dict.fromkeys(map(int, words)))
+        return found if len(found) > 1 else found[0]
+
+
 timing = _all(
     click.option(
         "--threads",
-        type=click.IntRange(0),
+        type=Numbers(0),
+        metavar="N,...",
         show_default="1; with --advise the most that are tried, all cores",
-        help="Inside an operator; 0: all cores.",
+        help="Inside an operator; 0: all cores. Several make a grid with --batch.",
     ),
     click.option(
         "--batch",
-        type=click.IntRange(1),
+        type=Numbers(1),
+        metavar="N,...",
         default=1,
         show_default=True,
         help="Size of a dynamic batch.",

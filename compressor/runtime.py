@@ -163,11 +163,17 @@ def operators_that_ran(path: str | os.PathLike[str], feeds: Sequence[np.ndarray]
     try:
         run(one, feeds)
     finally:
-        trace = Path(one.end_profiling())
-        events = json.loads(trace.read_text())
-        trace.unlink()
+        events = trace(one)
     ran = {e["name"]: e["args"]["op_name"] for e in events if e["cat"] == "Node" and "op_name" in e["args"]}
     return dict(Counter(ran.values()).most_common())
+
+
+def trace(session: ort.InferenceSession) -> list[dict[str, Any]]:
+    """What a session with `profile=True` has done so far, as Chrome's trace events; its file goes."""
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text())
+    path.unlink()
+    return list(events)
 
 
 def float_operators_inside(path: str | os.PathLike[str]) -> list[str]:

@@ -97,7 +97,7 @@ TIERS = [
     ["runtime", "handover", "edges"],
     ["verify", "apart"],
     ["measure"],
-    ["jitter", "advice"],
+    ["jitter", "advice", "profiling"],
     ["pipeline", "delivery"],
     ["notices"],
     [
