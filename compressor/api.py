@@ -42,6 +42,7 @@ from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import kind, macs
+from .progress import Watch, counted
 from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run
@@ -133,9 +134,11 @@ def verify(
     if model is None or onnx is None:
         raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
     opt = Options.of(options)
-    loaded = load_model(model, opt)
-    graph = capture_model(loaded, example_inputs, opt)
-    opt = take_pixels(graph, opt)
+    watch = Watch(opt.console, opt.log)
+    with watch("reading the model"):
+        loaded = load_model(model, opt)
+        graph = capture_model(loaded, example_inputs, opt)
+        opt = take_pixels(graph, opt)
     ends = None
     if opt.postprocess is not None:
         ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
@@ -151,13 +154,15 @@ def verify(
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
         samples = [batch.inputs for batch in (source or held_out).limited(opt.calib_limit)]
         stated = []
-        if ends is None:
-            comparison = delivery.compare_session(graph, session, inputs, samples)
-        else:
-            comparison, found = detections.compare(
-                ends.applied(graph), Path(onnx), inputs, samples, provider=provider
-            )
-            stated = [found]
+        with watch("comparing", sum((source or held_out).limited(opt.calib_limit).sizes)) as advance:
+            shown = counted(samples, advance, lambda one: one[0].shape[0] if one[0].dim() else 1)
+            if ends is None:
+                comparison = delivery.compare_session(graph, session, inputs, shown)
+            else:
+                comparison, found = detections.compare(
+                    ends.applied(graph), Path(onnx), inputs, shown, provider=provider
+                )
+                stated = [found]
     checks = comparison.checks(tolerance)
     bad = [
         c
@@ -172,7 +177,8 @@ def verify(
     }
     if layers or bad:
         whole = graph if ends is None else ends.applied(graph)
-        inside = divergence.look_inside(whole, Path(onnx), inputs, samples, tolerance)
+        with watch("looking inside"):
+            inside = divergence.look_inside(whole, Path(onnx), inputs, samples, tolerance)
         result["inside"] = inside.to_dict()
     return result
 
@@ -263,6 +269,8 @@ def bench(
     seconds: float = 5.0,
     advise: bool = False,
     profile: bool = False,
+    console: Any = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
 
@@ -271,8 +279,9 @@ def bench(
     cell of which takes `seconds`. Rows are {"path", "provider", "threads", "batch", "median_ms", "p95_ms", "iqr_ms",
     "runs", "ratio", "spread"}: how many times faster than the first, with quartiles. advise: of one file, which session
     settings suit it best here, with up to so many threads (`advice.advise`). profile: where the time goes instead, by
-    operator and by module (`profiling.profile`).
+    operator and by module (`profiling.profile`). console, log: see `progress.Watch`.
     """
+    watch = Watch(console, log)
     files = [Path(path) for path in paths]
     cores = tuple(threads) if isinstance(threads, Sequence) else (threads,)
     sizes = tuple(batch) if isinstance(batch, Sequence) else (batch,)
@@ -289,12 +298,13 @@ def bench(
     if profile:
         options: dict[str, Any] = {"threads": grid[0][0], "seconds": seconds, "providers": providers}
         measured = apart.call if any(map(delivery.is_large, files)) else _here
-        return list(measured(profiling.profile, files, _feeds(files[0], grid[0][1]), **options))
-    return [
-        row
-        for count, size in grid
-        for row in _timed(paths, providers, threads=count, batch=size, seconds=seconds)
-    ]
+        with watch("profiling"):
+            return list(measured(profiling.profile, files, _feeds(files[0], grid[0][1]), **options))
+    rows: list[dict[str, Any]] = []
+    for count, size in grid:
+        with watch(f"measuring, {count} threads, batch {size}") as advance:
+            rows += _timed(paths, providers, threads=count, batch=size, seconds=seconds, advance=advance)
+    return rows
 
 
 # -------------------------------------------------------------------- helpers
@@ -345,16 +355,16 @@ def _feeds(path: Path, batch: int) -> dict[str, np.ndarray]:
 
 
 def _timed(
-    paths: Sequence[str | Path], providers: Sequence[str], *, threads: int, batch: int, seconds: float
+    paths: Sequence[str | Path], providers: Sequence[str], *, batch: int, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one cell of the grid."""
     files = [Path(path) for path in paths]
     timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
     arrays = _feeds(files[0], batch)
-    found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
+    found = timed(files, feeds=arrays, providers=providers, **options)
     for path, provider, latency in zip(paths, providers, found, strict=True):
         faster = measure.ratio(found[0], latency)
-        row = {"path": str(path), "provider": provider, "threads": threads, "batch": batch}
+        row = {"path": str(path), "provider": provider, "threads": options["threads"], "batch": batch}
         row |= {**dataclasses.asdict(latency), "ratio": faster.median, "spread": [faster.low, faster.high]}
         row.pop("rounds")
         yield row

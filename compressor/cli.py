@@ -168,7 +168,9 @@ def commands() -> None:
 @loading
 @debugging
 @printing
-def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def compress_model(
+    model: str, quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any
+) -> None:
     """Compile MODEL to a smaller, faster ONNX model.
 
     Every pass is checked against its contract on data that it has not seen, and the emitted file is run and
@@ -178,11 +180,11 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
     from . import console
     from .report import dumps, render
 
-    errors = console.progress(quiet)
-    with console.working(errors, "loading PyTorch"):
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
     typed = click.get_current_context().obj
-    result = api.compress(model, command=typed, console=errors, **given())
+    result = api.compress(model, command=typed, **shown, **given())
     if as_json:
         click.echo(dumps(result.report), nl=False)
     elif not quiet:
@@ -195,7 +197,9 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
 @comparing
 @loading
 @printing
-def verify(files: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
+def verify(
+    files: tuple[str, ...], quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any
+) -> None:
     """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ.
 
     Where they do, the first layer inside that is wrong is named. With --against, every claim of a report is checked
@@ -219,10 +223,10 @@ def verify(files: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -
         before = recorded(str(read_report(found).get("command", "")))
         calibration = before.pop("calibration", None)
         typed = before | ({"data": calibration} if calibration else {}) | typed
-    with console.working(console.progress(quiet), "checking" if against else "comparing"):
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-
-        result = api.verify(model, onnx, **typed)
+    result = api.verify(model, onnx, **shown, **typed)
     if as_json:
         _json(result)
     elif not quiet and against is not None:
@@ -358,16 +362,25 @@ def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
     help="Show where the time goes, by ONNX Runtime's profiler: operators, and modules of the model.",
 )
 @printing
-def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, profile: bool, **_: Any) -> None:
+def bench(
+    onnx: tuple[str, ...],
+    advise: bool,
+    profile: bool,
+    quiet: bool,
+    verbose: bool,
+    log_format: str,
+    as_json: bool,
+    **_: Any,
+) -> None:
     """Measure the latency of ONNX files in turns, A B A B, and compare their medians."""
     for one in onnx:
         existing(one)
     from . import console
 
-    with console.working(console.progress(quiet), "measuring"):
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-
-        rows = api.bench(list(onnx), **given())
+    rows = api.bench(list(onnx), **shown, **given())
     if as_json:
         _json(rows)
     elif not quiet:

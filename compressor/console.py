@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import UsageError
-from .report import count, error, pieces, size, table
+from .report import count, dumps, error, pieces, seconds, size, table
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
 _FORMATS = {"params": count, "macs": count, "bytes": size}
@@ -42,6 +43,36 @@ def progress(quiet: bool = False) -> Console:
 def _console(file: IO[str]) -> Console:
     fixed = not file.isatty() and "COLUMNS" not in os.environ
     return _Console(file=file, width=_PIPE_WIDTH if fixed else None)
+
+
+def logging(quiet: bool, verbose: bool, log_format: str) -> dict[str, Any]:
+    """Where the api shows its work, as its options: bars, or lines on standard error instead.
+
+    `log` is there only where the user asked for lines. Quiet, only lines of JSON are written.
+    """
+    if log_format == "json":
+        return {"console": progress(True), "log": _write_json}
+    if verbose and not quiet:
+        return {"console": progress(True), "log": _write_line}
+    return {"console": progress(quiet)}
+
+
+def _write_json(event: Mapping[str, Any]) -> None:
+    print(dumps({"time": round(time.time(), 3), **event}, indent=None), end="", file=sys.stderr, flush=True)
+
+
+def _write_line(event: Mapping[str, Any]) -> None:
+    """`  calibrating int8  1.2 s, 64 at 53.3/s, peak 512 MB`: of what ended; of a pass, what became of it."""
+    if event["event"] == "begin":
+        words = f"{'  ' * event['depth']}{event['what']} ..."
+    elif event["event"] == "end":
+        rate = f", {event['count']} at {event['rate']:.3g}/s" if event.get("count") else ""
+        failed = " failed after" if event["status"] == "failed" else ""
+        words = f"{'  ' * event['depth']}{event['what']}{failed}  {seconds(event['seconds'])}{rate}"
+        words += f", peak {event['peak_mb']:.0f} MB"
+    else:
+        words = f"{event['what']}: {', '.join(filter(None, (event['contract'], event['status'])))}"
+    print(words, file=sys.stderr, flush=True)
 
 
 def working(console: Console, words: str) -> AbstractContextManager[Any]:
@@ -132,7 +163,9 @@ def show_profile(files: Sequence[Mapping[str, Any]], console: Console) -> None:
         words = f"{one['ms']:.3f} ms a run, median of {one['runs']}, the profiler at work"
         mapped = f"{one['mapped']:.1%} of the operators' time has a module"
         console.print(
-            f" {letter} {escape(one['path'])}: {words}; {mapped}".replace("   ", " "), highlight=False
+            f" {letter} {escape(one['path'])}: {words}; {mapped}".replace("   ", " "),
+            highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -302,14 +302,30 @@ timing = _all(
 
 printing = _all(
     click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+    click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        help="Say on standard error what begins and ends, and how long it took.",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Of what --verbose says; json: an object a line, without --verbose too.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
 )
+
+
+PRINTING = ("quiet", "verbose", "log_format", "as_json")
 
 
 def given() -> dict[str, Any]:
     """The options that the user typed, by the api's names; for all others the api's defaults hold."""
     ctx = click.get_current_context()
-    skip = {"quiet", "as_json", *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
+    skip = {*PRINTING, *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
     return {
         name: value
         for name, value in ctx.params.items()

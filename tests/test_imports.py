@@ -97,7 +97,7 @@ TIERS = [
     ["runtime", "handover", "edges"],
     ["verify", "apart"],
     ["measure"],
-    ["jitter", "advice", "profiling"],
+    ["jitter", "advice", "profiling", "progress"],
     ["pipeline", "delivery"],
     ["notices"],
     [
