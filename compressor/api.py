@@ -42,6 +42,7 @@ from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import kind, macs
+from .pipeline import Size
 from .progress import Watch, counted
 from .receipt import Continued
 from .registry import passes, targets
@@ -51,7 +52,18 @@ from .trainable import Trainable
 from .trainable import trainable as as_module
 from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
+__all__ = [
+    "Options",
+    "Result",
+    "bench",
+    "compress",
+    "inspect",
+    "passes",
+    "plan",
+    "targets",
+    "trainable",
+    "verify",
+]
 
 
 def compress(
@@ -88,6 +100,49 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def plan(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Any = None,
+    *,
+    passes: str | None = None,
+    target: str | Target = "cpu",
+    calibration: Any = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `compress` would do with the same arguments, without doing it: the model is captured, no data are read.
+
+    Returns {"target": its settings, "output", "passes": one row each, the model as it comes first}: pass, config,
+    inserted (another pass needs it), contract, params, macs and bytes, which are estimates, rule (behind them), and
+    refuses (why it would not run).
+    """
+    opt = Options.of(options)
+    watch = Watch(opt.console, opt.log)
+    where = target if isinstance(target, Target) else registry.target(target)
+    where = where.speaking(opt.opset, opt.min_ort)
+    run = Run(opt, where, passes or where.recipe)
+    with watch("reading the model"):
+        loaded = load_model(model, opt)
+        graph = capture_model(loaded, example_inputs, opt)
+        take_pixels(graph, opt)
+    size = Size(measure.parameters(graph), macs(graph), measure.bytes_of(graph))
+    rows: list[dict[str, Any]] = [{"pass": "input", **dataclasses.asdict(size), "rule": "as it comes"}]
+    for one in run.pipeline.passes:
+        row = {"pass": one.name, "config": str(one), "contract": one.contract.name}
+        row |= {"inserted": one.name in run.pipeline.inserted, "rule": "", "refuses": ""}
+        try:
+            size, row["rule"] = one.plan(size, graph, calibration is not None)
+        except UsageError as error:
+            row["refuses"] = str(error)
+        rows.append(row | dataclasses.asdict(size))
+    settings = {f.name: getattr(where, f.name) for f in dataclasses.fields(where) if f.name not in _UNSHOWN}
+    folder = output if output is not None else f"{_stem(model)}-compressed"
+    return {"target": settings, "fixed": run.fixed(graph), "output": str(folder), "passes": rows}
+
+
+_UNSHOWN = ("summary", "quant", "lacks", "slow", "dialect")
 
 
 def trainable(

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from . import __version__, completion
+from . import __version__, completion, config
 from .errors import CompressorError, ContractError, FileError, UsageError
 from .options import (
     comparing,
@@ -27,6 +27,7 @@ from .options import (
     existing,
     given,
     loading,
+    planning,
     printing,
     recorded,
     timing,
@@ -166,6 +167,7 @@ def commands() -> None:
 @click.argument("model", shell_complete=completion.files)
 @compiling
 @loading
+@planning
 @debugging
 @printing
 def compress_model(
@@ -176,14 +178,28 @@ def compress_model(
     Every pass is checked against its contract on data that it has not seen, and the emitted file is run and
     compared with the original. If a check fails, nothing is written.
     """
+    ctx = click.get_current_context()
+    typed = ctx.obj
+    if options["config"]:
+        typed = shlex.join(["compress", *config.words(config.given(ctx))])
+        if not quiet:
+            click.echo(f"options of {options['config']} hold where none is typed", err=True)
     existing(model)
+    if options["save_config"]:
+        config.save(Path(options["save_config"]), config.given(ctx))
     from . import console
     from .report import dumps, render
 
     shown = console.logging(quiet, verbose, log_format)
     with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    typed = click.get_current_context().obj
+    if options["dry_run"]:
+        plan = api.plan(model, **shown, **given())
+        if as_json:
+            _json(plan)
+        elif not quiet:
+            console.show_plan(plan, console.output())
+        return
     result = api.compress(model, command=typed, **shown, **given())
     if as_json:
         click.echo(dumps(result.report), nl=False)

@@ -94,6 +94,29 @@ def show_passes(registry: Mapping[str, type], console: Console) -> None:
     console.print(made)
 
 
+def show_plan(plan: Mapping[str, Any], console: Console) -> None:
+    """Where the model is to run, one row a pass in order with estimates of what is left, and what would refuse."""
+    settings = plan["target"] | (
+        {"sizes": ", ".join(f"{k}={v}" for k, v in plan["fixed"].items())} if plan["fixed"] else {}
+    )
+    words = ", ".join(f"{key}={_value(value)}" for key, value in settings.items() if key != "name")
+    console.print(
+        f" [bold]target {escape(settings['name'])}[/]: {escape(words)}", highlight=False, soft_wrap=True
+    )
+    numbers = ["params", "MACs", "size"]
+    made = table("pass", "contract", *numbers, "estimated by", right=numbers)
+    for row in plan["passes"]:
+        name = f"{row.get('config') or row['pass']}{' (added: a later pass needs it)' if row.get('inserted') else ''}"
+        why = f"[red]refuses[/]: {escape(row['refuses'])}" if row.get("refuses") else escape(row["rule"])
+        costs = (count(round(row["params"])), count(round(row["macs"])), size(round(row["bytes"])))
+        made.add_row(escape(name), row.get("contract", ""), *costs, why)
+    console.print(made)
+    console.print(
+        f" these are estimates; nothing was run, and nothing written to {escape(plan['output'])}",
+        highlight=False,
+    )
+
+
 def show_targets(registry: Mapping[str, Any], console: Console) -> None:
     """One row a target: what it is for, and its settings."""
     made = table("target", "what it is for", "settings")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from . import completion
+from . import completion, config
 from .errors import FileError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -140,6 +140,41 @@ compiling = _all(
         help="Measure on the device: a shell command with {onnx} for the path of the model, whose last printed number "
         "is milliseconds: 'sh examples/latency_over_adb.sh {onnx}', or 'scp -q {onnx} pi:m.onnx && ssh pi python3 "
         "bench.py m.onnx'.",
+    ),
+)
+
+
+def _configured(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Reads --config, or a compress.toml that is there, before any other option is looked at."""
+    beside = Path(config.NAME)
+    path = Path(existing(value)) if value is not None else beside
+    if value is None and (ctx.resilient_parsing or not beside.is_file()):
+        return None
+    ctx.default_map = config.read(path, ctx.command, named=value is not None)
+    return str(path)
+
+
+planning = _all(
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show the plan and write nothing: passes in order, the target's settings, sizes as estimates, what wants "
+        "data.",
+    ),
+    click.option(
+        "--config",
+        metavar="FILE",
+        is_eager=True,
+        callback=_configured,
+        shell_complete=completion.files,
+        help=f"Options from a TOML file, under the names of their flags; default: ./{config.NAME} if it is there. What "
+        "is typed beats what is in it.",
+    ),
+    click.option(
+        "--save-config",
+        metavar="FILE",
+        shell_complete=completion.files,
+        help="Write what was given into such a file.",
     ),
 )
 
@@ -319,17 +354,19 @@ printing = _all(
 )
 
 
-PRINTING = ("quiet", "verbose", "log_format", "as_json")
+# Of the command line itself, and not of the api.
+PRINTING = ("quiet", "verbose", "log_format", "as_json", "dry_run", "config", "save_config")
 
 
 def given() -> dict[str, Any]:
-    """The options that the user typed, by the api's names; for all others the api's defaults hold."""
+    """The options that the user typed, or has in a file, by the api's names; for others the api's defaults hold."""
     ctx = click.get_current_context()
     skip = {*PRINTING, *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
     return {
         name: value
         for name, value in ctx.params.items()
-        if name not in skip and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name not in skip
+        and ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     }
 
 

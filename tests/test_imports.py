@@ -119,7 +119,7 @@ TIERS = [
     ["run"],
     ["claims"],
     ["api"],
-    ["completion"],
+    ["completion", "config"],
     ["console", "options"],
     ["cli"],
 ]
