@@ -107,7 +107,7 @@ def given(ctx: click.Context) -> dict[str, Any]:
 
 def text(values: Mapping[str, Any]) -> str:
     """The values as TOML, whose strings, numbers and lists are written as JSON writes them."""
-    lines = (f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
     return "".join(lines).replace("\x7f", "\\u007f")
 
 

@@ -296,7 +296,7 @@ comparing = _all(
 )
 
 
-class Numbers(click.ParamType[int | tuple[int, ...]]):
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # which click 8.1 does not take
     """A whole number, or several between commas."""
 
     name = "numbers"

@@ -122,7 +122,7 @@ def test_a_file_that_is_not_there(run: Run, calls: list) -> None:
 
 def test_text_survives_toml() -> None:
     values = {
-        "MODEL": 'a "b"\\c\x7f\n\u00e9',
+        "MODEL": 'a "b"\\c\x7f\n\u00e9\U0001f600',
         "adapter": ["x", "y\t"],
         "seed": 3,
         "tolerance": 1e-05,
