@@ -249,7 +249,8 @@ def _show_inside(inside: Mapping[str, Any], console: Console, layers: bool) -> N
     first, loudest = inside["first"], inside["loudest"]
     lines = []
     if first:
-        lines.append(f"[bold]first wrong[/]  {escape(_layer(first))}")
+        unshown = "" if inside["shown"] else ", though no output shows it"
+        lines.append(f"[bold]first wrong{unshown}[/]  {escape(_layer(first))}")
         lines.append(f"  error {float(first['before']):.1e} before it, {float(first['error']):.1e} after it")
         lines += [
             f"  {word}  {escape(first[key])}"

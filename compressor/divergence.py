@@ -81,13 +81,15 @@ class Layer:
 class Inside:
     """What was found.
 
-    layers: in the order of the file, those that compute something. first: the first value that is wrong; None where no
-    output is, or the file rounds them all. loudest: the layer that adds most noise. tolerance: the error that was still
-    right. values, paired: floats in the file that depend on its inputs, and how many have a counterpart.
+    layers: in the order of the file, those that compute something. first: the first value that is wrong; None where
+    none is, or the file rounds them all. shown: whether an output is wrong. loudest: the layer that adds most noise.
+    tolerance: the error that was still right. values, paired: floats in the file that depend on its inputs, and how
+    many have a counterpart.
     """
 
     layers: tuple[Layer, ...]
     first: Layer | None
+    shown: bool
     loudest: Layer | None
     tolerance: float
     values: int
@@ -96,6 +98,7 @@ class Inside:
     def to_dict(self) -> dict[str, Any]:
         return {
             "first": self.first.to_dict() if self.first else None,
+            "shown": self.shown,
             "loudest": self.loudest.to_dict() if self.loudest else None,
             "layers": [one.to_dict() for one in self.layers],
             "tolerance": self.tolerance,
@@ -125,14 +128,14 @@ def look_inside(
     file.forget()
     first = None
     if not file.rounds:
-        region = _region(file, wrong, allowed)
+        region = _region(file, wrong, allowed) if wrong else _unshown(file, allowed)
         for name in set(file.pairs) - set(region):
             if not file.right(name, allowed):  # what reads it is right: the file says it in other words
                 del file.pairs[name]
         first = _first(file, region, model)
     shown = tuple(_layer(file, name) for name in file.pairs if not file.moves(file.maker[name]))
     loudest = max((one for one in shown if one.noise > 0), key=lambda one: one.noise, default=None)
-    return Inside(shown, first, loudest, allowed, len(file.values), len(file.pairs))
+    return Inside(shown, first, bool(wrong), loudest, allowed, len(file.values), len(file.pairs))
 
 
 def _telling(
@@ -184,6 +187,17 @@ def _region(file: File, wrong: Sequence[str], tolerance: float) -> list[str]:
     return [name for name in file.maker if name in found]
 
 
+def _unshown(file: File, tolerance: float) -> list[str]:
+    """Values that are wrong and make others wrong, of which no output shows anything any more.
+
+    One that is wrong alone is said in other words by the file.
+    """
+    wrong = [name for name in file.values if name in file.pairs and not file.right(name, tolerance)]
+    heard = {source for name in wrong for source in file.before(name)}
+    found = [name for name in wrong if name in heard]
+    return [name for name in wrong if name in found or set(file.before(name)) & set(found)]
+
+
 def _first(file: File, region: Sequence[str], model: Model) -> Layer | None:
     """The first value in the region that has a counterpart, and what else may be at fault."""
     first = next((name for name in region if name in file.pairs), None)
@@ -206,7 +220,10 @@ def _lacking(file: File, name: str, model: Model) -> tuple[str, ...]:
     stands = {pair.number for pair in file.pairs.values()}
     places = {node: number for number, node in enumerate(model.nodes)}
     found: dict[Node, None] = {}
-    stack = [model.nodes[file.pairs[name].number]]
+    last = model.nodes[file.pairs[name].number]
+    while kind(last) == "batch_norm":  # with the layer that it was folded into
+        last = last.all_input_nodes[0]
+    stack = [last]
     while stack:
         for source in stack.pop().all_input_nodes:
             if source.op != "call_function" or places.get(source) in stands or source in found:

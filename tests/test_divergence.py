@@ -94,7 +94,7 @@ def planted(path: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
     return bad
 
 
-def weight(name: str, at: int | None = None) -> Callable[[onnx.GraphProto], None]:
+def weight(name: str, at: int | None = None, by: float = 0.25) -> Callable[[onnx.GraphProto], None]:
     """Another weight, or only one of its numbers changed."""
 
     def change(graph: onnx.GraphProto) -> None:
@@ -103,7 +103,7 @@ def weight(name: str, at: int | None = None) -> Callable[[onnx.GraphProto], None
         if at is None:
             array += np.random.default_rng(0).normal(size=array.shape).astype(array.dtype) * array.std()
         else:
-            array.reshape(-1)[at] += np.abs(array).max() / 4
+            array.reshape(-1)[at] += np.abs(array).max() * by
         tensor.CopyFrom(numpy_helper.from_array(array, name))
 
     return change
@@ -181,6 +181,13 @@ def test_only_what_feeds_a_wrong_output_is_searched(made: tuple[Graph, Path]) ->
     assert inside.first is not None and inside.first.module == "scores"
     classes = next(layer for layer in inside.layers if layer.module == "classes")
     assert classes.error < 1e-5
+
+
+def test_what_no_output_shows_is_found_all_the_same(made: tuple[Graph, Path]) -> None:
+    graph, path = made
+    inside = look(graph, planted(path, weight("body.0.conv.weight", 3, by=1e-3)))
+    assert inside.first is not None and inside.first.module == "body.0.conv" and not inside.shown
+    assert look(graph, planted(path, weight("body.0.conv.weight"))).shown
 
 
 def test_memory_in_pieces_gives_the_same(made: tuple[Graph, Path], monkeypatch: pytest.MonkeyPatch) -> None:
