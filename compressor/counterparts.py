@@ -147,6 +147,10 @@ class File:
         for node in graph.node:
             if self.moving & set(self.reads[id(node)]):
                 self.moving |= {name for name in node.output if name}
+        self.suppressed: set[str] = set()  # behind suppression, which turns over at the last bit of a score
+        for node in graph.node:
+            if node.op_type == "NonMaxSuppression" or self.suppressed & set(self.reads[id(node)]):
+                self.suppressed |= set(node.output)
         self.last = self._last_of_modules()
         kinds = {node.op_type for node in graph.node}
         halves = any(

@@ -24,6 +24,7 @@ from .ops import kind
 from .verify import EMITTED, json_number
 
 SAMPLES = 4  # that the values inside are compared on
+AT_ONCE = 100.0  # times the error before it that a fault has at least
 FINEST = 1e-5  # rounding alone moves values inside by this much of their scale
 # Kinds of the model's operators that compute nothing: none is at fault where it has no counterpart.
 _MOVING = {
@@ -119,16 +120,16 @@ def look_inside(
     inputs: the file's, in the order of the graph's. samples: those that outputs were compared on; the first few that
     differ are taken, or the first of all. Runs on the CPU, operator by operator as they stand in the file.
     """
-    part, errors = _telling(graph, path, inputs, samples, tolerance or EMITTED)
+    file = File(path)
+    part, errors = _telling(graph, file, inputs, samples, tolerance or EMITTED)
     allowed = min(tolerance or EMITTED, max(max(errors.values(), default=0.0) / 10, FINEST))
     wrong = [name for name, error in errors.items() if not error <= (tolerance or EMITTED)]
     model = Model(graph, part)
-    file = File(path)
     pair(model, file, feeds(inputs, part), allowed)
     file.forget()
     first = None
     if not file.rounds:
-        region = _region(file, wrong, allowed) if wrong else _unshown(file, allowed)
+        region = _region(file, wrong, allowed) if wrong else _unshown(file, tolerance or EMITTED)
         for name in set(file.pairs) - set(region):
             if not file.right(name, allowed):  # what reads it is right: the file says it in other words
                 del file.pairs[name]
@@ -139,11 +140,11 @@ def look_inside(
 
 
 def _telling(
-    graph: Graph, path: Path, inputs: Sequence[Input], samples: Iterable[Sequence[Tensor]], tolerance: float
+    graph: Graph, file: File, inputs: Sequence[Input], samples: Iterable[Sequence[Tensor]], tolerance: float
 ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
     """The first few samples on which an output is wrong, else those where outputs differ most; and their errors."""
     found: tuple[tuple[Tensor, ...], dict[str, float]] | None = None
-    with delivery.opened(path) as session:
+    with delivery.opened(file.path) as session:
         names = [o.name for o in session.get_outputs()]
         for whole in samples:
             for part in delivery.pieces(graph.inputs, inputs, whole):
@@ -153,10 +154,10 @@ def _telling(
                     errors = {
                         name: compared(reference[name], delivery.to_tensors([value])[0])[0]
                         for name, value in seen.items()
-                        if name in reference
+                        if name in reference and name not in file.suppressed
                     }
-                    worst = max(errors.values(), default=math.inf)
-                    if found is None or worst > max(found[1].values(), default=math.inf):
+                    worst = max(errors.values(), default=0.0)
+                    if found is None or worst > max(found[1].values(), default=0.0):
                         found = few, errors
                     if worst > tolerance:
                         return found
@@ -188,14 +189,20 @@ def _region(file: File, wrong: Sequence[str], tolerance: float) -> list[str]:
 
 
 def _unshown(file: File, tolerance: float) -> list[str]:
-    """Values that are wrong and make others wrong, of which no output shows anything any more.
+    """Values that are wrong at once and make others wrong, of which no output shows anything any more.
 
-    One that is wrong alone is said in other words by the file.
+    One that is wrong alone is said in other words by the file; what grows from value to value is rounding.
     """
     wrong = [name for name in file.values if name in file.pairs and not file.right(name, tolerance)]
     heard = {source for name in wrong for source in file.before(name)}
-    found = [name for name in wrong if name in heard]
-    return [name for name in wrong if name in found or set(file.before(name)) & set(found)]
+    for name in wrong:
+        before = max((file.pairs[source].error for source in file.before(name)), default=0.0)
+        if name in heard and file.pairs[name].error > AT_ONCE * before:
+            found = {name}
+            for later in wrong:
+                found |= {later} if found & set(file.before(later)) else set()
+            return [one for one in wrong if one in found]
+    return []
 
 
 def _first(file: File, region: Sequence[str], model: Model) -> Layer | None:
