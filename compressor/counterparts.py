@@ -346,16 +346,17 @@ def _counterpart(
         likely = range(len(numbers))
     elif not moves:  # what it moves is wrong already, or is said in other words
         likely = [
-            i for i, number in enumerate(numbers) if _may_be(model.nodes[number], node, name in file.last)
+            i
+            for i, number in enumerate(numbers)
+            if model.shapes[number][-1:] == array.shape[-1:]  # in one order, perhaps with other axes made one
+            and _may_be(model.nodes[number], node, name in file.last)
         ]
     if not likely:
         return None
     best = max(likely, key=lambda i: decibels[i])
     least = float(decibels[best]) + NEARER_DB if file.rounds else -20 * math.log10(tolerance)
-    if (
-        _as_multiple(sketches[best], _sketch(array)) > least
-    ):  # a scale was folded in, which another layer takes out
-        return None
+    if _as_multiple(sketches[best], _sketch(array)) > least:
+        return None  # a scale was folded in, which another layer takes out
     number = int(numbers[best])
     if decibels[best] < ALIKE_DB and not file.norms:
         number = model.folded(number)

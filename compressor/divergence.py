@@ -191,9 +191,11 @@ def _region(file: File, wrong: Sequence[str], tolerance: float) -> list[str]:
 def _unshown(file: File, tolerance: float) -> list[str]:
     """Values that are wrong at once and make others wrong, of which no output shows anything any more.
 
-    One that is wrong alone is said in other words by the file; what grows from value to value is rounding.
+    One that is wrong alone, or stands in no module, is said in other words by the file; what grows from value to value
+    is rounding.
     """
     wrong = [name for name in file.values if name in file.pairs and not file.right(name, tolerance)]
+    wrong = [name for name in wrong if module_of(file.maker[name].name)]
     heard = {source for name in wrong for source in file.before(name)}
     for name in wrong:
         before = max((file.pairs[source].error for source in file.before(name)), default=0.0)
