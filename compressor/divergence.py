@@ -195,11 +195,11 @@ def _unshown(file: File, tolerance: float) -> list[str]:
     is rounding.
     """
     wrong = [name for name in file.values if name in file.pairs and not file.right(name, tolerance)]
-    wrong = [name for name in wrong if module_of(file.maker[name].name)]
     heard = {source for name in wrong for source in file.before(name)}
     for name in wrong:
         before = max((file.pairs[source].error for source in file.before(name)), default=0.0)
-        if name in heard and file.pairs[name].error > AT_ONCE * before:
+        placed = module_of(file.maker[name].name)
+        if placed and name in heard and file.pairs[name].error > AT_ONCE * before:
             found = {name}
             for later in wrong:
                 found |= {later} if found & set(file.before(later)) else set()
