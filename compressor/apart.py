@@ -85,10 +85,12 @@ class Process:
 class Session:
     """What `runtime.session(model, **options)` answers, as far as we use it, in a process of its own."""
 
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | bytes, **options: Any) -> None:
         self._process = Process()
         try:
-            self._process.hold(runtime.session, os.fspath(model), **options)
+            self._process.hold(
+                runtime.session, model if isinstance(model, bytes) else os.fspath(model), **options
+            )
             self._inputs, self._outputs = self._process.call(_slots)
         except BaseException:
             self._process.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,19 @@ from torch.export import ExportedProgram
 
 from . import (
     advice,
+    apart,
+    claims,
     delivery,
     detections,
     detectors,
+    differences,
+    divergence,
     handover,
     heads,
     measure,
     page,
     postprocess,
+    profiling,
     registry,
     report,
     runtime,
@@ -33,12 +38,14 @@ from .channels import analyse, carrier_of
 from .costs import layers as layers_of
 from .delivery import CPU
 from .emit import companion_of
-from .errors import CompressorError, UsageError
+from .errors import CompressorError, FileError, UsageError
 from .ir import Graph
 from .ledger import Ledger
 from .load import adapters_of, peek, sniff
 from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import kind, macs
+from .pipeline import Size
+from .progress import Watch, counted
 from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run
@@ -58,6 +65,7 @@ __all__ = [
     "compress",
     "inspect",
     "passes",
+    "plan",
     "sweep",
     "targets",
     "trainable",
@@ -139,6 +147,49 @@ def _optuna() -> Iterator[None]:
         raise UsageError("searches need optuna: pip install 'compressor[tune]'") from error
 
 
+def plan(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Any = None,
+    *,
+    passes: str | None = None,
+    target: str | Target = "cpu",
+    calibration: Any = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `compress` would do with the same arguments, without doing it: the model is captured, no data are read.
+
+    Returns {"target": its settings, "output", "passes": one row each, the model as it comes first}: pass, config,
+    inserted (another pass needs it), contract, params, macs and bytes, which are estimates, rule (behind them), and
+    refuses (why it would not run).
+    """
+    opt = Options.of(options)
+    watch = Watch(opt.console, opt.log)
+    where = target if isinstance(target, Target) else registry.target(target)
+    where = where.speaking(opt.opset, opt.min_ort)
+    run = Run(opt, where, passes or where.recipe)
+    with watch("reading the model"):
+        loaded = load_model(model, opt)
+        graph = capture_model(loaded, example_inputs, opt)
+        take_pixels(graph, opt)
+    size = Size(measure.parameters(graph), macs(graph), measure.bytes_of(graph))
+    rows: list[dict[str, Any]] = [{"pass": "input", **dataclasses.asdict(size), "rule": "as it comes"}]
+    for one in run.pipeline.passes:
+        row = {"pass": one.name, "config": str(one), "contract": one.contract.name}
+        row |= {"inserted": one.name in run.pipeline.inserted, "rule": "", "refuses": ""}
+        try:
+            size, row["rule"] = one.plan(size, graph, calibration is not None)
+        except UsageError as error:
+            row["refuses"] = str(error)
+        rows.append(row | dataclasses.asdict(size))
+    settings = {f.name: getattr(where, f.name) for f in dataclasses.fields(where) if f.name not in _UNSHOWN}
+    folder = output if output is not None else f"{_stem(model)}-compressed"
+    return {"target": settings, "fixed": run.fixed(graph), "output": str(folder), "passes": rows}
+
+
+_UNSHOWN = ("summary", "quant", "lacks", "slow", "dialect")
+
+
 def trainable(
     model: nn.Module | ExportedProgram | str | Path, example_inputs: Any = None, **options: Any
 ) -> Trainable:
@@ -155,11 +206,13 @@ def trainable(
 
 
 def verify(
-    model: nn.Module | ExportedProgram | str | Path,
-    onnx: str | Path,
+    model: nn.Module | ExportedProgram | str | Path | None,
+    onnx: str | Path | None,
     *,
     data: Any = None,
     tolerance: float | None = None,
+    layers: bool = False,
+    against: str | Path | None = None,
     example_inputs: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -169,12 +222,23 @@ def verify(
     postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
     then compared before that, and of the detections is stated how many agree.
     tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
-    Returns {"ok", "checks", "provider", "samples"}.
+    layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
+    Returns {"ok", "checks", "provider", "samples"}, and with it {"inside"}.
+
+    against: a report.json, whose every claim is checked again instead, see `claims`; `data` is then what the run was
+    calibrated on. model and onnx may be None: the model that it names, if it is there, and the file beside it. Returns
+    {"ok", "claims", "model", "onnx"}.
     """
+    if against is not None:
+        return _recheck(Path(against), model, onnx, data, Options.of(options))
+    if model is None or onnx is None:
+        raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
     opt = Options.of(options)
-    loaded = load_model(model, opt)
-    graph = capture_model(loaded, example_inputs, opt)
-    opt = take_pixels(graph, opt)
+    watch = Watch(opt.console, opt.log)
+    with watch("reading the model"):
+        loaded = load_model(model, opt)
+        graph = capture_model(loaded, example_inputs, opt)
+        opt = take_pixels(graph, opt)
     ends = None
     if opt.postprocess is not None:
         ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
@@ -190,33 +254,42 @@ def verify(
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
         samples = [batch.inputs for batch in (source or held_out).limited(opt.calib_limit)]
         stated = []
-        if ends is None:
-            comparison = delivery.compare_session(graph, session, inputs, samples)
-        else:
-            comparison, found = detections.compare(
-                ends.applied(graph), Path(onnx), inputs, samples, provider=provider
-            )
-            stated = [found]
+        with watch("comparing", sum((source or held_out).limited(opt.calib_limit).sizes)) as advance:
+            shown = counted(samples, advance, lambda one: one[0].shape[0] if one[0].dim() else 1)
+            if ends is None:
+                comparison = delivery.compare_session(graph, session, inputs, shown)
+            else:
+                comparison, found = detections.compare(
+                    ends.applied(graph), Path(onnx), inputs, shown, provider=provider
+                )
+                stated = [found]
     checks = comparison.checks(tolerance)
     bad = [
         c
         for c in checks
         if not c.finite or (c.error > tolerance if tolerance else c.sqnr_db < contracts.WARN_DB)
     ]
-    return {
+    result: dict[str, Any] = {
         "ok": not bad,
         "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": provider,
         "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
     }
+    if layers or bad:
+        whole = graph if ends is None else ends.applied(graph)
+        with watch("looking inside"):
+            inside = divergence.look_inside(whole, Path(onnx), inputs, samples, tolerance)
+        result["inside"] = inside.to_dict()
+    return result
 
 
 def inspect(
-    path: str | Path,
+    path: str | Path | None,
     *,
     groups: bool = False,
     layers: bool = False,
     partitions: str | None = None,
+    diff: tuple[str | Path, str | Path] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
@@ -224,10 +297,15 @@ def inspect(
     groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
     layers: also what each operator costs (`costs.layers`). partitions: also what phones' accelerators take of an ONNX
     file, and why not the rest (`delivery.on_accelerators`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
+    diff: instead, what differs between two ONNX files, or two reports (`differences.between`); path is then None.
 
     Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
     and the problem.
     """
+    if diff is not None:
+        return differences.between(Path(diff[0]), Path(diff[1]))
+    if path is None:
+        raise UsageError("inspect shows a model, an ONNX file or a report: name one")
     path = Path(path)
     if path.suffix in (".onnx", ".ort"):
         if groups:
@@ -286,40 +364,110 @@ def inspect(
 def bench(
     paths: Sequence[str | Path],
     *,
-    threads: int | None = None,
-    batch: int = 1,
+    threads: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] = 1,
     seconds: float = 5.0,
     advise: bool = False,
+    profile: bool = False,
+    console: Any = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
 
     Each runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
-    threads: inside an operator, 1 if None, 0 for all cores. advise: of one file, which session settings suit it best
-    here, with up to so many threads (`advice.advise`).
+    threads: inside an operator, 1 if None, 0 for all cores; batch: of a dynamic batch; several of them are a grid, each
+    cell of which takes `seconds`. Rows are {"path", "provider", "threads", "batch", "median_ms", "p95_ms", "iqr_ms",
+    "runs", "ratio", "spread"}: how many times faster than the first, with quartiles. advise: of one file, which session
+    settings suit it best here, with up to so many threads (`advice.advise`). profile: where the time goes instead, by
+    operator and by module (`profiling.profile`). console, log: see `progress.Watch`.
     """
+    watch = Watch(console, log)
+    files = [Path(path) for path in paths]
+    cores = tuple(threads) if isinstance(threads, Sequence) else (threads,)
+    sizes = tuple(batch) if isinstance(batch, Sequence) else (batch,)
+    if (advise or profile) and max(len(cores), len(sizes)) > 1:
+        raise UsageError("--advise and --profile take one number of threads and one batch")
     if advise and len(paths) > 1:
         raise UsageError("--advise is about one model; name one")
-    files = [Path(path) for path in paths]
-    with delivery.opened(files[0]) as session:
-        arrays = measure.random_feeds(session, batch=batch)
-    if advise:
-        settings = advice.advise(
-            files[0], arrays, most=threads or 0, seconds=seconds, provider=_provider(files[0])
-        )
-        return [{"path": str(paths[0]), **row} for row in settings]
-    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
     providers = [_provider(path) for path in files]
-    threads = 1 if threads is None else threads
-    found = timed(files, feeds=arrays, threads=threads, seconds=seconds, providers=providers)
-    rows = []
-    for path, provider, latency in zip(paths, providers, found, strict=True):
-        row = {"path": str(path), "provider": provider, **dataclasses.asdict(latency)}
-        row.pop("rounds")
-        rows.append(row)
+    if advise:
+        arrays = _feeds(files[0], sizes[0])
+        settings = advice.advise(files[0], arrays, most=cores[0] or 0, seconds=seconds, provider=providers[0])
+        return [{"path": str(paths[0]), **row} for row in settings]
+    grid = [(1 if count is None else count, size) for count in cores for size in sizes]
+    if profile:
+        options: dict[str, Any] = {"threads": grid[0][0], "seconds": seconds, "providers": providers}
+        measured = apart.call if any(map(delivery.is_large, files)) else _here
+        with watch("profiling"):
+            return list(measured(profiling.profile, files, _feeds(files[0], grid[0][1]), **options))
+    rows: list[dict[str, Any]] = []
+    for count, size in grid:
+        with watch(f"measuring, {count} threads, batch {size}") as advance:
+            rows += _timed(paths, providers, threads=count, batch=size, seconds=seconds, advance=advance)
     return rows
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: Options) -> dict[str, Any]:
+    told = report.read_report(where)
+    if not told.get("emitted"):
+        raise UsageError(f"{where}: nothing was emitted in this run, so there is nothing to check")
+    try:
+        path = Path(onnx) if onnx is not None else where.parent / told["emitted"]["file"]
+        if not path.is_file():
+            raise FileError(f"{path}: no such file; name the ONNX file that {where} is about")
+        named = model is not None
+        if not named and Path(told["model"]["path"]).exists():
+            model = told["model"]["path"]
+        made_for = registry.target(told["target"]["name"]).speaking(told["target"]["opset"])
+        opt = dataclasses.replace(opt, seed=told["seed"])
+        found = list(claims.recheck(told, path, model, opt, made_for, data, named=named))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: a damaged report: {type(error).__name__} {error}") from error
+    return {
+        "ok": not any(one.state == claims.NOT_HELD for one in found),
+        "claims": [one.to_dict() for one in found],
+        "model": None
+        if model is None
+        else str(model)
+        if isinstance(model, (str, Path))
+        else type(model).__name__,
+        "onnx": str(path),
+    }
+
+
+def _here(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(*args, **options)
+
+
+def _feeds(path: Path, batch: int) -> dict[str, np.ndarray]:
+    """Inputs of so many samples; UsageError where the file fixes another number of them."""
+    with delivery.opened(path) as session:
+        arrays = measure.random_feeds(session, batch=batch)
+        fixed = {spec.shape[0] for spec in session.get_inputs() if spec.shape}
+    if batch > 1 and all(isinstance(size, int) for size in fixed) and batch not in fixed:
+        raise UsageError(
+            f"{path}: its batch is fixed to {', '.join(map(str, fixed))}; compress with --dynamic to measure others"
+        )
+    return arrays
+
+
+def _timed(
+    paths: Sequence[str | Path], providers: Sequence[str], *, batch: int, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """The rows of one cell of the grid."""
+    files = [Path(path) for path in paths]
+    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
+    arrays = _feeds(files[0], batch)
+    found = timed(files, feeds=arrays, providers=providers, **options)
+    for path, provider, latency in zip(paths, providers, found, strict=True):
+        faster = measure.ratio(found[0], latency)
+        row = {"path": str(path), "provider": provider, "threads": options["threads"], "batch": batch}
+        row |= {**dataclasses.asdict(latency), "ratio": faster.median, "spread": [faster.low, faster.high]}
+        row.pop("rounds")
+        yield row
 
 
 def _provider(onnx: Path) -> str:

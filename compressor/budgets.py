@@ -16,7 +16,7 @@ from .errors import UsageError
 from .ir import Graph
 from .measure import live
 from .ops import shape
-from .pipeline import Context
+from .pipeline import Context, Size
 from .verify import compare, observe
 from .widths import ROUNDING, Costs
 
@@ -81,6 +81,24 @@ class Budget:
         """What the user asked for, by name."""
         names = ("macs", "params", "size_mb", "latency", "latency_ms", "max_drop", "sqnr")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def plan(self, size: Size, unnamed: str = "") -> tuple[Size, str]:
+        """What would be left, as `Pass.plan` says it. unnamed: the words where there is no budget; `MACS` if empty."""
+        wanted = self.named
+        if unnamed and not wanted:
+            return size, unnamed
+        if "size_mb" in wanted:
+            share = min(1.0, wanted["size_mb"] * 1e6 / size.bytes)
+            return size.times(share), f"down to {wanted['size_mb']:g} MB; the MACs fall as the bytes do"
+        if shares := {name: wanted[name] for name in ("macs", "params") if name in wanted}:
+            name, share = min(shares.items(), key=lambda entry: entry[1])
+            return size.times(share), f"{name}={share:g}; what else there is falls alike"
+        if wanted:
+            return (
+                size,
+                f"{', '.join(wanted)} is measured on copies: how small they are cannot be told before",
+            )
+        return size.times(MACS), f"macs={MACS:g} where nothing is asked for; what else there is falls alike"
 
     def goal(self, before: Amounts, least: Amounts) -> Goal:
         """The budgets that follow from widths, given what the model costs and the shares that are least reachable.

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, completion, config
 from .errors import CompressorError, ContractError, FileError, UsageError
 from .options import (
     comparing,
@@ -28,7 +28,9 @@ from .options import (
     given,
     listing,
     loading,
+    planning,
     printing,
+    recorded,
     sweeping,
     timing,
     tuning,
@@ -60,6 +62,15 @@ class Commands(click.Group):
             raise FileError(f"{first}: no such file; did you mean the command '{close[0]}'?")
         return compress_model
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Commands, and what may begin the default command."""
+        model = completion.files(ctx, self.params[0], incomplete) if not incomplete.startswith("-") else []
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *compress_model.shell_complete(ctx, incomplete),
+            *model,
+        ]
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND ...", prefix="       ")
@@ -71,6 +82,8 @@ class Commands(click.Group):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error is one line on standard error."""
+    if argv is None and (code := _completed()) is not None:
+        return code
     args = list(sys.argv[1:] if argv is None else argv)
     trace = "--traceback" in args
     args = [arg for arg in args if arg != "--traceback"]
@@ -101,6 +114,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if trace else "; run it again with --traceback and report what it prints"
         return _fail(f"{what} (this is a bug in compressor{hint})", BUG, error if trace else None)
+
+
+def _completed() -> int | None:
+    """The exit code where a shell asks what may follow (`_COMPRESS_COMPLETE`), which only it sets."""
+    name = _program().replace("-", "_").replace(" ", "_")
+    variable = f"_{name.upper()}_COMPLETE"
+    instruction = os.environ.get(variable)
+    if not instruction:
+        return None
+    before = completion.words_before(variable, instruction, name)
+    try:
+        command = commands.choose(before) if before else commands
+    except FileError:
+        command = compress_model
+    return completion.complete(command, variable, instruction, name)
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
@@ -139,26 +167,43 @@ def commands() -> None:
 
 
 @click.command("compress", context_settings=_SETTINGS, epilog=_EXIT_CODES)
-@click.argument("model")
+@click.argument("model", shell_complete=completion.files)
 @compiling
 @loading
+@planning
 @debugging
 @printing
-def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def compress_model(
+    model: str, quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any
+) -> None:
     """Compile MODEL to a smaller, faster ONNX model.
 
     Every pass is checked against its contract on data that it has not seen, and the emitted file is run and
     compared with the original. If a check fails, nothing is written.
     """
+    ctx = click.get_current_context()
+    typed = ctx.obj
+    if options["config"]:
+        typed = shlex.join(["compress", *config.words(config.given(ctx))])
+        if not quiet:
+            click.echo(f"options of {options['config']} hold where none is typed", err=True)
     existing(model)
+    if options["save_config"]:
+        config.save(Path(options["save_config"]), config.given(ctx))
     from . import console
     from .report import dumps, render
 
-    errors = console.progress(quiet)
-    with console.working(errors, "loading PyTorch"):
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    typed = click.get_current_context().obj
-    result = api.compress(model, command=typed, console=errors, **given())
+    if options["dry_run"]:
+        plan = api.plan(model, **shown, **given())
+        if as_json:
+            _json(plan)
+        elif not quiet:
+            console.show_plan(plan, console.output())
+        return
+    result = api.compress(model, command=typed, **shown, **given())
     if as_json:
         click.echo(dumps(result.report), nl=False)
     elif not quiet:
@@ -240,32 +285,56 @@ def compress_list(listed: str, quiet: bool, as_json: bool, **options: Any) -> No
 
 
 @commands.command()
-@click.argument("model")
-@click.argument("onnx")
+@click.argument("files", nargs=-1, metavar="MODEL ONNX", shell_complete=completion.files)
 @comparing
 @loading
 @printing
-def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ."""
-    existing(model)
-    existing(onnx)
+def verify(
+    files: tuple[str, ...], quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any
+) -> None:
+    """Compare MODEL with an ONNX file, output by output; exit code 7 if they differ.
+
+    Where they do, the first layer inside that is wrong is named. With --against, every claim of a report is checked
+    again instead; MODEL or ONNX, or both, may then be left out.
+    """
+    against = options["against"]
+    if len(files) != 2 and (against is None or len(files) > 2):
+        raise click.UsageError("verify takes MODEL and ONNX; with --against REPORT they may be left out")
+    for one in (*files, *((against,) if against else ())):
+        existing(one)
+    onnx = next((one for one in files[-1:] if len(files) == 2 or one.endswith((".onnx", ".ort"))), None)
+    model = files[0] if files and files[0] != onnx else None
     from . import console
 
-    with console.working(console.progress(quiet), "comparing"):
-        from . import api
+    typed = given()
+    if against is not None:
+        from .report import read_report
 
-        result = api.verify(model, onnx, **given())
+        found = Path(against)
+        typed["against"] = found = found / "report.json" if found.is_dir() else found
+        before = recorded(str(read_report(found).get("command", "")))
+        calibration = before.pop("calibration", None)
+        typed = before | ({"data": calibration} if calibration else {}) | typed
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
+        from . import api
+    result = api.verify(model, onnx, **shown, **typed)
     if as_json:
         _json(result)
+    elif not quiet and against is not None:
+        console.show_claims(result, console.output())
+        _next("inspect", typed["against"])
     elif not quiet:
-        console.show_verification(result, console.output())
-        _next("bench", onnx)
+        console.show_verification(result, console.output(), options["layers"])
+        _next("bench", files[1])
+    if not result.get("ok", True) and against is not None:
+        raise ContractError(f"{typed['against']}: not all that it says is so")
     if not result.get("ok", True):
         raise ContractError(f"{onnx}: its outputs differ from those of {model}")
 
 
 @commands.command()
-@click.argument("path", metavar="REPORT|ONNX|MODEL")
+@click.argument("path", metavar="REPORT|ONNX|MODEL", required=False, shell_complete=completion.files)
 @click.option(
     "--groups",
     is_flag=True,
@@ -285,19 +354,32 @@ def verify(model: str, onnx: str, quiet: bool, as_json: bool, **options: Any) ->
 @click.option(
     "--html", metavar="FILE", help="Write a report as a web page, as a run leaves it beside report.json."
 )
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="A B",
+    help="Show what differs between two ONNX files (operators, weights, inputs, outputs, metadata), or two reports.",
+)
 @loading
 @printing
 def inspect(
-    path: str,
+    path: str | None,
     groups: bool,
     layers: bool,
     partitions: str | None,
     html: str | None,
+    diff: tuple[str, str] | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show a report, an ONNX file, or what a model holds, its adapters first."""
+    """Show a report, an ONNX file, or what a model holds, its adapters first; or what differs between two."""
+    if (path is None) == (diff is None):
+        raise click.UsageError("inspect takes one REPORT, ONNX or MODEL, or two of a kind with --diff")
+    if diff is not None:
+        _show_difference(diff, quiet, as_json)
+        return
+    assert path is not None
     found = Path(existing(path))
     if (found / "report.json").is_file():
         found = found / "report.json"
@@ -357,25 +439,58 @@ def inspect(
             _next(path, *(word for one in options["adapter"] for word in ("--adapter", one)))
 
 
+def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
+    paths = []
+    for one in map(Path, map(existing, diff)):
+        inside = [one / name for name in ("report.json", "model.onnx") if (one / name).is_file()]
+        paths.append(inside[0] if inside else one)
+    from . import console
+
+    with console.working(console.progress(quiet), "comparing"):
+        from . import api
+
+        result = api.inspect(None, diff=(paths[0], paths[1]))
+    if as_json:
+        _json(result)
+    elif not quiet:
+        console.show_difference(result, console.output())
+
+
 @commands.command()
-@click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]")
+@click.argument("onnx", nargs=-1, required=True, metavar="ONNX [ONNX]", shell_complete=completion.files)
 @timing
 @click.option("--advise", is_flag=True, help="Of one file: which threads, spinning and arena suit it here.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Show where the time goes, by ONNX Runtime's profiler: operators, and modules of the model.",
+)
 @printing
-def bench(onnx: tuple[str, ...], quiet: bool, as_json: bool, advise: bool, **_: Any) -> None:
+def bench(
+    onnx: tuple[str, ...],
+    advise: bool,
+    profile: bool,
+    quiet: bool,
+    verbose: bool,
+    log_format: str,
+    as_json: bool,
+    **_: Any,
+) -> None:
     """Measure the latency of ONNX files in turns, A B A B, and compare their medians."""
     for one in onnx:
         existing(one)
     from . import console
 
-    with console.working(console.progress(quiet), "measuring"):
+    shown = console.logging(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-
-        rows = api.bench(list(onnx), **given())
+    rows = api.bench(list(onnx), **shown, **given())
     if as_json:
         _json(rows)
     elif not quiet:
-        show = console.show_settings if advise else console.show_latencies
+        show = (
+            console.show_settings if advise else console.show_profile if profile else console.show_latencies
+        )
         show(rows, console.output())
         _next("inspect", onnx[0])
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import UsageError
-from .report import count, error, pieces, size, table
+from .report import count, dumps, error, pieces, seconds, size, table
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
 _FORMATS = {"params": count, "macs": count, "bytes": size}
@@ -45,6 +46,36 @@ def _console(file: IO[str]) -> Console:
     return _Console(file=file, width=_PIPE_WIDTH if fixed else None)
 
 
+def logging(quiet: bool, verbose: bool, log_format: str) -> dict[str, Any]:
+    """Where the api shows its work, as its options: bars, or lines on standard error instead.
+
+    `log` is there only where the user asked for lines. Quiet, only lines of JSON are written.
+    """
+    if log_format == "json":
+        return {"console": progress(True), "log": _write_json}
+    if verbose and not quiet:
+        return {"console": progress(True), "log": _write_line}
+    return {"console": progress(quiet)}
+
+
+def _write_json(event: Mapping[str, Any]) -> None:
+    print(dumps({"time": round(time.time(), 3), **event}, indent=None), end="", file=sys.stderr, flush=True)
+
+
+def _write_line(event: Mapping[str, Any]) -> None:
+    """`  calibrating int8  1.2 s, 64 at 53.3/s, peak 512 MB`: of what ended; of a pass, what became of it."""
+    if event["event"] == "begin":
+        words = f"{'  ' * event['depth']}{event['what']} ..."
+    elif event["event"] == "end":
+        rate = f", {event['count']} at {event['rate']:.3g}/s" if event.get("count") else ""
+        failed = " failed after" if event["status"] == "failed" else ""
+        words = f"{'  ' * event['depth']}{event['what']}{failed}  {seconds(event['seconds'])}{rate}"
+        words += f", peak {event['peak_mb']:.0f} MB"
+    else:
+        words = f"{event['what']}: {', '.join(filter(None, (event['contract'], event['status'])))}"
+    print(words, file=sys.stderr, flush=True)
+
+
 def working(console: Console, words: str) -> AbstractContextManager[Any]:
     """A transient spinner while something without steps of its own runs."""
     return console.status(words)
@@ -64,6 +95,29 @@ def show_passes(registry: Mapping[str, type], console: Console) -> None:
     console.print(made)
 
 
+def show_plan(plan: Mapping[str, Any], console: Console) -> None:
+    """Where the model is to run, one row a pass in order with estimates of what is left, and what would refuse."""
+    settings = plan["target"] | (
+        {"sizes": ", ".join(f"{k}={v}" for k, v in plan["fixed"].items())} if plan["fixed"] else {}
+    )
+    words = ", ".join(f"{key}={_value(value)}" for key, value in settings.items() if key != "name")
+    console.print(
+        f" [bold]target {escape(settings['name'])}[/]: {escape(words)}", highlight=False, soft_wrap=True
+    )
+    numbers = ["params", "MACs", "size"]
+    made = table("pass", "contract", *numbers, "estimated by", right=numbers)
+    for row in plan["passes"]:
+        name = f"{row.get('config') or row['pass']}{' (added: a later pass needs it)' if row.get('inserted') else ''}"
+        why = f"[red]refuses[/]: {escape(row['refuses'])}" if row.get("refuses") else escape(row["rule"])
+        costs = (count(round(row["params"])), count(round(row["macs"])), size(round(row["bytes"])))
+        made.add_row(escape(name), row.get("contract", ""), *costs, why)
+    console.print(made)
+    console.print(
+        f" these are estimates; nothing was run, and nothing written to {escape(plan['output'])}",
+        highlight=False,
+    )
+
+
 def show_targets(registry: Mapping[str, Any], console: Console) -> None:
     """One row a target: what it is for, and its settings."""
     made = table("target", "what it is for", "settings")
@@ -78,23 +132,31 @@ def show_targets(registry: Mapping[str, Any], console: Console) -> None:
 
 
 def show_latencies(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """One row a model; the ratio is the first model's median over this one's (above 1 is faster).
+    """One row a model, or one for each number of threads and size of a batch; speed is the first model's median over
+    this one's (above 1 is faster), with its quartiles.
 
     A provider is named where it is not the CPU's.
     """
-    numbers = ["median ms", "p95 ms", "iqr ms", "runs", "speed"]
+    keys = [key for key in ("threads", "batch") if len({row.get(key) for row in rows}) > 1]
+    numbers = [*keys, "median ms", "p95 ms", "iqr ms", "runs", "speed"]
     made = table("model", *numbers, right=numbers)
+    firsts: dict[tuple[Any, ...], float] = {}
     for row in rows:
+        cell = tuple(row.get(key) for key in keys)
         median = float(row["median_ms"])
+        first = firsts.setdefault(cell, median)
         provider = str(row.get("provider", "CPU")).removesuffix("ExecutionProvider")
         on = "" if provider == "CPU" else f" (on {provider})"
-        speed = f"{float(rows[0]['median_ms']) / median:.2f}x" if median else ""
+        speed = f"{row.get('ratio', first / median):.2f}x" if median else ""
+        low, high = row.get("spread") or (1, 1)
+        spread = f" ({low:.2f}-{high:.2f})" if low != high else ""
         made.add_row(
             escape(f"{row.get('path', '')}{on}"),
+            *map(str, cell),
             f"{median:.3f}",
             *(f"{float(row[key]):.3f}" if row.get(key) is not None else "" for key in ("p95_ms", "iqr_ms")),
             str(row.get("runs", "")),
-            speed,
+            f"{speed}{spread}",
         )
     console.print(made)
 
@@ -192,6 +254,38 @@ def _searched(name: str, values: Mapping[str, float]) -> str:
     return f"{value:.{digits.get(name, 3)}f}" + ("x" if name == "speedup" else "")
 
 
+_TOP = 15  # rows of a profile; --json has them all
+
+
+def show_profile(files: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Milliseconds of one run by module, by operator and by node, the slowest first; a column for each file."""
+    times = ["ms"] if len(files) == 1 else [f"ms {letter}" for letter in "ABCDEFGH"[: len(files)]]
+    for key, group in (("module", "modules"), ("operator", "operators"), ("node", "nodes")):
+        tables = [{row[key]: row["ms"] for row in one[group]} for one in files]
+        names = sorted(
+            {name for one in tables for name in one}, key=lambda n: -max(one.get(n, 0.0) for one in tables)
+        )
+        made = table(key, *times, "share", right=[*times, "share"])
+        whole = sum(tables[0].values()) or 1.0
+        for name in names[:_TOP]:
+            words = "(the runtime's own)" if name is None else name or "(the model itself)"
+            cells = [f"{one[name]:.3f}" if name in one else "" for one in tables]
+            made.add_row(escape(words), *cells, f"{tables[0].get(name, 0.0) / whole:.1%}")
+        if len(names) > _TOP:
+            rest = [sum(one.get(n, 0.0) for n in names[_TOP:]) for one in tables]
+            share = f"{rest[0] / whole:.1%}"
+            made.add_row(f"{len(names) - _TOP} others", *(f"{ms:.3f}" for ms in rest), share)
+        console.print(made)
+    for letter, one in zip("ABCDEFGH" if len(files) > 1 else " ", files, strict=False):
+        words = f"{one['ms']:.3f} ms a run, median of {one['runs']}, the profiler at work"
+        mapped = f"{one['mapped']:.1%} of the operators' time has a module"
+        console.print(
+            f" {letter} {escape(one['path'])}: {words}; {mapped}".replace("   ", " "),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def show_settings(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One row a setting, fastest first, and the advised one in words that can be copied."""
     numbers = ["threads", "median ms", "p95 ms", "all cores ms", "MB"]
@@ -214,8 +308,8 @@ def show_settings(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def show_verification(result: Mapping[str, Any], console: Console) -> None:
-    """One row an output slice, worst first, and in a word whether the two models agree."""
+def show_verification(result: Mapping[str, Any], console: Console, layers: bool = False) -> None:
+    """One row an output slice, worst first, and in a word whether the two models agree; then what is inside."""
     numbers = ["error", "SQNR", "cosine", "agreement"]
     made = table("output", "slice", *numbers, right=numbers)
     for check in result.get("checks") or ():
@@ -233,6 +327,106 @@ def show_verification(result: Mapping[str, Any], console: Console) -> None:
     )
     words = "the two models agree" if result.get("ok", True) else "the two models do not agree"
     console.print(f" {words}" + (f" ({escape(where)})" if where else ""), highlight=False)
+    if "inside" in result:
+        _show_inside(result["inside"], console, layers)
+
+
+def _show_inside(inside: Mapping[str, Any], console: Console, layers: bool) -> None:
+    """The first layer that is wrong and the loudest; with `layers` one row for each that has a counterpart."""
+    if layers:
+        numbers = ["error", "SQNR"]
+        made = table("layer", "operator", "in the model", *numbers, right=numbers)
+        for row in inside["layers"]:
+            words = (row["module"], row["operator"], row["counterpart"])
+            made.add_row(*map(escape, words), f"{float(row['error']):.1e}", f"{float(row['sqnr_db']):.1f} dB")
+        console.print(made)
+    first, loudest = inside["first"], inside["loudest"]
+    lines = []
+    if first:
+        unshown = "" if inside["shown"] else ", though no output shows it"
+        lines.append(f"[bold]first wrong{unshown}[/]  {escape(_layer(first))}")
+        lines.append(f"  error {float(first['before']):.1e} before it, {float(first['error']):.1e} after it")
+        lines += [
+            f"  {word}  {escape(first[key])}"
+            for word, key in (("expected", "expected"), ("seen    ", "seen"))
+        ]
+        if first["through"]:
+            lines.append(
+                f"  or one of {escape(_named(first['through']))}, which have no counterpart in the model"
+            )
+        if first["lacks"]:
+            lines.append(f"  nothing in the file is the model's {escape(_named(first['lacks']))}")
+    if loudest and not first:
+        lost = f"{float(loudest['before_db']):.1f} dB before it, {float(loudest['sqnr_db']):.1f} dB after it"
+        lines.append(f"[bold]most is lost in[/]  {escape(_layer(loudest))}: {lost}")
+    lines.append(f"{inside['paired']} of {inside['values']} values inside have a counterpart in the model")
+    for line in lines:
+        console.print(f" {line}", highlight=False, soft_wrap=True)
+
+
+def _layer(row: Mapping[str, Any]) -> str:
+    where = f" at {row['module']}" if row["module"] else ""
+    return f"{row['operator']}{where} ({row['counterpart']} in the model)"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _MODULES
+    return ", ".join(names[:_MODULES]) + (f" and {more} more" if more > 0 else "")
+
+
+_HELD = {"held": "green", "not held": "red"}
+
+
+def show_claims(result: Mapping[str, Any], console: Console) -> None:
+    """One row a claim of a report: what it said, what is found now, and whether it holds."""
+    made = table("claim", "said", "found", "", "")
+    for row in result["claims"]:
+        brief = [_brief(row[key]) for key in ("claimed", "found")]
+        if row["state"] == "held" and brief[0] == brief[1]:
+            brief[1] = "the same"
+        state = f"[{_HELD.get(row['state'], 'yellow')}]{row['state']}[/]"
+        made.add_row(escape(row["what"]), *map(escape, brief), state, escape(row["why"]))
+    console.print(made)
+    counts = Counter(row["state"] for row in result["claims"])
+    words = ", ".join(f"{number} {state}" for state, number in counts.items())
+    console.print(f" {words}: {escape(str(result['onnx']))}", highlight=False)
+
+
+def _brief(value: Any) -> str:
+    """What fits a column: of a hash its beginning, of a table how much it holds."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return f"{sum(value.values())} of {len(value)} kinds"
+    if isinstance(value, list):
+        return f"{len(value)} entries"
+    text = _value(value)
+    return text[:12] if len(text) == 64 and " " not in text else text
+
+
+def show_difference(result: Mapping[str, Any], console: Console) -> None:
+    """One row whatever differs between two files: facts, then operators, weights or passes."""
+    for key, first in (
+        ("facts", "what"),
+        ("operators", "operator"),
+        ("passes", "what"),
+        ("initializers", "tensor"),
+    ):
+        rows = result.get(key) or ()
+        weights = key == "initializers"
+        named = ["pass"] if key == "passes" else []
+        made = table(*named, first, "A", "B", *(["", "error"] if weights else []), right=["error"])
+        for row in rows:
+            cells = [row["pass"]] if named else []
+            cells += [row["name"] if weights else row["what"], *(_brief(row[one]) for one in "ab")]
+            if weights:
+                cells += [row["state"], "" if row["error"] is None else f"{float(row['error']):.1e}"]
+            made.add_row(*map(escape, cells))
+        if rows:
+            console.print(made)
+    equal = result.get("equal_initializers")
+    words = "no difference" if result["same"] else f"A is {result['a']}, B is {result['b']}"
+    console.print(f" {escape(words)}" + (f"; {equal} tensors are equal" if equal else ""), highlight=False)
 
 
 _CHECK_FORMATS = (("sqnr_db", "{:.1f} dB"), ("cosine", "{:.6f}"), ("agreement", "{:.1%}"))

@@ -7,6 +7,7 @@ what `fold` or the runtime fuses later no longer moves, and no processor cache i
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +127,16 @@ def _weight(node: Node) -> list[int] | None:
         return list(sizes(named))
     constants = [sizes(n) for n in node.all_input_nodes if is_constant(n)]
     return list(max(constants, key=math.prod)) if constants else None
+
+
+def weights_share(graph: Graph, kinds: Collection[str]) -> float:
+    """Which share of all numbers that a graph reads are weights of operators of these kinds; shared ones count once."""
+    read = {str(n.target): graph.tensor(n).numel() for n in graph.nodes if n.op == "get_attr" and n.users}
+    theirs = {
+        str(source.target)
+        for node in graph.nodes
+        if kind(node) in kinds
+        for source in node.all_input_nodes
+        if source.op == "get_attr" and graph.tensor(source).dim() > 1
+    }
+    return sum(read[name] for name in theirs) / max(sum(read.values()), 1)

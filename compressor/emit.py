@@ -94,10 +94,10 @@ def emit(
         (f"{n.domain}::{n.op_type}".removeprefix("::"), n.name or "") for n in model.graph.all_nodes()
     )
     size = total + path.stat().st_size
-    return Emitted(path, ready.inputs, ready.outputs, size, is_integer(graph), nodes, _since(model))
+    return Emitted(path, ready.inputs, ready.outputs, size, is_integer(graph), nodes, since_of(model))
 
 
-def _since(model: onnx_ir.Model) -> str:
+def since_of(model: onnx_ir.Model) -> str:
     """See `Emitted.since`."""
     found = set()
     for node in model.graph.all_nodes():

@@ -8,7 +8,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -105,13 +105,14 @@ def bench(
     rounds: int = 15,
     seconds: float = 2.0,
     providers: Sequence[str] = (),
+    advance: Callable[[int], None] = lambda n: None,
 ) -> list[Latency]:
     """Latency of each model, in turns (A B, B A, A B ...), so that a drift of the machine hits all alike.
 
     feeds: by input name, or in order (then the models may name their inputs differently). threads: inside an
     operator, 0 for all cores. rounds: turns of each model, at least 3. seconds: time for all of them
     together, after a warm-up; every round runs each model at least once. providers: one for each model, the CPU's if
-    empty.
+    empty. advance: is told of each run that was timed.
     """
     if rounds < 3 or not models:
         raise UsageError("a latency comparison needs at least one model and 3 rounds")
@@ -123,6 +124,7 @@ def bench(
         order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
         for i in order:
             times[i].append(stopwatches[i].round())
+            advance(len(times[i][-1]))
     return [_latency(one) for one in times]
 
 
@@ -134,6 +136,7 @@ def bench_alone(
     seconds: float = 2.0,
     weights: Sequence[str] = (),
     providers: Sequence[str] = (),
+    advance: Callable[[int], None] = lambda n: None,
 ) -> list[Latency]:
     """Like `bench`, for models too large to lie in memory side by side: a process for each, one at a time.
 
@@ -149,6 +152,7 @@ def bench_alone(
         options = _on(providers, i) | ({"weights": weights[i]} if weights else {})
         with apart.Session(models[i], threads=threads, **options) as session:
             times[i] += session.call(_rounds, feeds, share)
+        advance(sum(map(len, times[i][-ALONE_ROUNDS:])))
     return [_latency(one) for one in times]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Options:
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
     `device`. max_mb: what each of the model's files may weigh, in MB of 10^6 bytes. emit: formats to write beside ONNX:
-    `pt2`. command: what to write in the report.
+    `pt2`. command: what to write in the report. console: of rich, for bars; log: is told what begins and ends, see
+    `progress.Watch`.
     """
 
     kwargs: Mapping[str, Any] | None = None
@@ -83,6 +84,7 @@ class Options:
     time: bool = False
     command: str | None = None
     console: Any = None
+    log: Callable[[dict[str, Any]], None] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:

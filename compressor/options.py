@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from . import completion, config
 from .errors import FileError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -44,11 +46,17 @@ _POSTPROCESS = click.option(
     "background=CLASS or none.",
 )
 
-_TARGET = click.option("--target", metavar="NAME", help="Where the model will run; default: cpu.")
+_TARGET = click.option(
+    "--target",
+    metavar="NAME",
+    shell_complete=completion.targets,
+    help="Where the model will run; default: cpu.",
+)
 _CALIB = click.option(
     "--calib",
     "calibration",
     metavar="DATA",
+    shell_complete=completion.files,
     help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, a folder of images, or texts "
     "as .txt, .jsonl, .csv, .tsv or .parquet.",
 )
@@ -62,6 +70,7 @@ _EVAL = click.option(
     "--eval",
     "evaluate",
     metavar="DATA",
+    shell_complete=completion.files,
     help="Data with labels (key y) or module:function; adds a metric to every row of the report. For a detector: "
     "nms(...), or data without labels beside --postprocess.",
 )
@@ -94,6 +103,7 @@ compiling = _all(
     click.option(
         "--passes",
         metavar="SPEC",
+        shell_complete=completion.passes,
         help="Passes in order, e.g. merge,prune(macs=0.5),int8. Default: the target's own recipe.",
     ),
     _TARGET,
@@ -103,7 +113,11 @@ compiling = _all(
     _LABEL_FIELD,
     _POSTPROCESS,
     click.option(
-        "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
+        "--output",
+        "-o",
+        metavar="DIR",
+        shell_complete=completion.files,
+        help="Folder for the result; default: ./<name>-compressed.",
     ),
     click.option(
         "--emit",
@@ -140,11 +154,55 @@ compiling = _all(
     _LATENCY_CMD,
 )
 
+
+def _configured(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Reads --config, or a compress.toml that is there, before any other option is looked at."""
+    beside = Path(config.NAME)
+    path = Path(existing(value)) if value is not None else beside
+    if value is None and (ctx.resilient_parsing or not beside.is_file()):
+        return None
+    ctx.default_map = config.read(path, ctx.command, named=value is not None)
+    return str(path)
+
+
+planning = _all(
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show the plan and write nothing: passes in order, the target's settings, sizes as estimates, what wants "
+        "data.",
+    ),
+    click.option(
+        "--config",
+        metavar="FILE",
+        is_eager=True,
+        callback=_configured,
+        shell_complete=completion.files,
+        help=f"Options from a TOML file, under the names of their flags; default: ./{config.NAME} if it is there. What "
+        "is typed beats what is in it.",
+    ),
+    click.option(
+        "--save-config",
+        metavar="FILE",
+        shell_complete=completion.files,
+        help="Write what was given into such a file.",
+    ),
+)
+
 debugging = _all(
     click.option(
-        "--print-after", multiple=True, metavar="PASS", help="Print the graph after a pass. Repeatable."
+        "--print-after",
+        multiple=True,
+        metavar="PASS",
+        shell_complete=completion.passes,
+        help="Print the graph after a pass. Repeatable.",
     ),
-    click.option("--stop-after", metavar="PASS", help="Stop after a pass; nothing is emitted."),
+    click.option(
+        "--stop-after",
+        metavar="PASS",
+        shell_complete=completion.passes,
+        help="Stop after a pass; nothing is emitted.",
+    ),
     click.option(
         "--limit",
         multiple=True,
@@ -217,8 +275,34 @@ loading = _all(
 )
 
 comparing = _all(
-    click.option("--data", metavar="DATA", help="Inputs to compare on; default: generated ones."),
+    click.option(
+        "--data",
+        metavar="DATA",
+        shell_complete=completion.files,
+        help="Inputs to compare on; default: generated ones. With --against: what the run was calibrated on.",
+    ),
+    click.option(
+        "--against",
+        metavar="REPORT",
+        shell_complete=completion.files,
+        help="Check every claim of a report.json again: hashes, sizes, operators, losses, metrics, and latency as a "
+        "ratio. MODEL and ONNX are then those that it names, if they are not given.",
+    ),
+    click.option(
+        "--eval", "evaluate", metavar="DATA", help="With --against: what the metrics were measured on."
+    ),
+    click.option(
+        "--measure/--no-measure",
+        default=True,
+        help="With --against: time the file, or not; default: measure.",
+    ),
     click.option("--tolerance", type=_POSITIVE, metavar="X", help="Allowed relative error."),
+    click.option(
+        "--layers",
+        is_flag=True,
+        help="Compare the values inside, too, layer by layer; where an output differs, the first that is wrong is "
+        "named anyway.",
+    ),
     _POSTPROCESS,
 )
 
@@ -273,7 +357,13 @@ tuning = _all(
         "--timeout", type=_POSITIVE, metavar="SECONDS", help="Begin no round that would not end in time."
     ),
     click.option("--sampler", metavar="NAME", help="tpe, nsga2 or random; default: tpe."),
-    click.option("--output", "-o", metavar="DIR", help="Folder for the search; default: ./<name>-tuned."),
+    click.option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        shell_complete=completion.files,
+        help="Folder for the search; default: ./<name>-tuned.",
+    ),
     click.option("--resume", is_flag=True, help="Go on with the search in that folder."),
     *_ENGINES,
     click.option(
@@ -313,16 +403,39 @@ listing = _all(
     *_ENGINES,
 )
 
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # which click 8.1 does not take
+    """A whole number, or several between commas."""
+
+    name = "numbers"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | tuple[int, ...]:
+        words = str(value).split(",")
+        if not all(word.isdigit() and int(word) >= self.least for word in words):
+            self.fail(
+                f"'{value}' is not a number from {self.least} on, or several between commas", param, ctx
+            )
+        found = tuple(dict.fromkeys(map(int, words)))
+        return found if len(found) > 1 else found[0]
+
+
 timing = _all(
     click.option(
         "--threads",
-        type=click.IntRange(0),
+        type=Numbers(0),
+        metavar="N,...",
         show_default="1; with --advise the most that are tried, all cores",
-        help="Inside an operator; 0: all cores.",
+        help="Inside an operator; 0: all cores. Several make a grid with --batch.",
     ),
     click.option(
         "--batch",
-        type=click.IntRange(1),
+        type=Numbers(1),
+        metavar="N,...",
         default=1,
         show_default=True,
         help="Size of a dynamic batch.",
@@ -332,24 +445,84 @@ timing = _all(
 
 printing = _all(
     click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+    click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        help="Say on standard error what begins and ends, and how long it took.",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Of what --verbose says; json: an object a line, without --verbose too.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
 )
 
 
+# Of the command line itself, and not of the api.
+PRINTING = ("quiet", "verbose", "log_format", "as_json", "as_csv", "dry_run", "config", "save_config")
+
+
 def given() -> dict[str, Any]:
-    """The options that the user typed, by the api's names; for all others the api's defaults hold."""
+    """The options that the user typed, or has in a file, by the api's names; for others the api's defaults hold."""
     ctx = click.get_current_context()
-    skip = {
-        "quiet",
-        "as_json",
-        "as_csv",
-        *(p.name for p in ctx.command.params if isinstance(p, click.Argument)),
-    }
+    skip = {*PRINTING, *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
     return {
         name: value
         for name, value in ctx.params.items()
-        if name not in skip and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name not in skip
+        and ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     }
+
+
+# Options of a recorded command that only say how to read what is there. Those that run code, of the user's or of a
+# checkpoint's, are not taken from a file: whoever checks it gives them again.
+_READING = {
+    *(
+        "adapter",
+        "allow_missing",
+        "calib_limit",
+        "calibration",
+        "combine",
+        "dynamic",
+        "evaluate",
+        "image_input",
+    ),
+    *("inputs", "label_field", "postprocess", "preprocess", "task", "text_field"),
+}
+
+
+def recorded(command: str) -> dict[str, Any]:
+    """How a recorded `compress MODEL ...` reads model and data, by the api's names; nothing that would run code.
+
+    Files that are not there any more are left out, and so is everything of a command that is none.
+    """
+
+    @click.command()
+    @click.argument("model")
+    @compiling
+    @loading
+    @debugging
+    @printing
+    def typed(**_: Any) -> None:
+        """Never called."""
+
+    try:
+        words = shlex.split(command)[1:]
+        ctx = typed.make_context("compress", list(words))
+    except (ValueError, click.ClickException, click.exceptions.Exit):
+        return {}
+    with ctx:
+        found = {name: value for name, value in given().items() if name in _READING}
+    for name in ("calibration", "evaluate", "preprocess"):
+        value = found.get(name)
+        words_of_ours = value == "imagenet" or str(value).startswith("nms")
+        if value is not None and not words_of_ours and not Path(value).exists():
+            del found[name]
+    return found
 
 
 def existing(name: str) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "Pipeline",
     "Rewrite",
     "Row",
+    "Size",
     "arrange",
     "parse",
 ]
@@ -106,6 +107,18 @@ class Context:
     )
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a model is made of: numbers in its tensors, multiply-accumulates of one sample, bytes of its tensors."""
+
+    params: float
+    macs: float
+    bytes: float
+
+    def times(self, share: float) -> Size:
+        return Size(self.params * share, self.macs * share, self.bytes * share)
+
+
 class Pass:
     """Base of all passes: a frozen dataclass whose fields are its whole configuration.
 
@@ -122,6 +135,14 @@ class Pass:
 
     def run(self, graph: Graph, ctx: Context) -> Outcome | Iterator[Outcome]:
         raise NotImplementedError
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        """For --dry-run: what would be left of `size`, an estimate, and in words the rule behind it.
+
+        graph: the model as it comes, before any pass. data: whether there would be calibration data. UsageError where
+        the pass would refuse to run.
+        """
+        return size, "what it saves cannot be told before it runs"
 
     def __str__(self) -> str:
         changed = [

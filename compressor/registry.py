@@ -34,6 +34,12 @@ def targets() -> dict[str, Target]:
     return _extended(_own("targets").TARGETS, "compressor.targets")
 
 
+def pass_names() -> list[str]:
+    """Names of all passes, without importing them: one file each, and the entry points of third parties."""
+    own = sorted(path.stem for path in (HOME / "passes").glob("[a-z]*.py"))
+    return [*own, *sorted(e.name for e in entry_points(group="compressor.passes") if e.name not in own)]
+
+
 def target(name: str) -> Target:
     """The target of that name; UsageError with the nearest name."""
     known = targets()

@@ -34,12 +34,14 @@ _SITES = 3  # sites named in a line of the declines; the file has them all
 # ------------------------------------------------------------------------------- the file
 
 
-def dumps(report: Mapping[str, Any]) -> str:
-    """The report as JSON text. The same report gives the same text: sorted keys, fixed indentation.
+def dumps(report: Mapping[str, Any], indent: int | None = 1) -> str:
+    """The report as JSON text. The same report gives the same text: sorted keys, fixed indentation; None: one line.
 
     Numbers that JSON has no word for are written as "inf", "-inf" and "nan".
     """
-    return json.dumps(_plain(report), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(_plain(report), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from .layers import layers as layers_of
 from .load import Loaded
 from .opening import Options, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Memory, Pipeline, Row, parse
+from .progress import Watch
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
 from .target import Target, release
@@ -90,7 +91,7 @@ class Run:
         self.stopwatch = Stopwatch(target, opt.latency_cmd, _latency_table(opt.latency_table))
         self.metric: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
-        self.bar = _progress_bar(opt.console)
+        self.progress = Watch(opt.console, opt.log)
         for name in opt.print_after:
             if name not in table:
                 raise UsageError(f"--print-after {name}: no such pass; there are {', '.join(table)}")
@@ -110,6 +111,11 @@ class Run:
         row.metric = self.metric
         if row.config:
             self.done(row.config, row.seconds)
+            numbers = {
+                key: getattr(row, key)
+                for key in ("params", "macs", "bytes", "total_db", "seconds", "peak_mb")
+            }
+            self.progress.say("pass", what=row.config, status=row.status, contract=row.contract, **numbers)
         if row.name in self.opt.print_after:
             print(graph.text(provenance=True))
         if self.opt.time and self.opt.console is not None and row.seconds:
@@ -375,7 +381,7 @@ class Run:
     @contextmanager
     def step(self, words: str) -> Iterator[None]:
         start = time.perf_counter()
-        with self.progress(words, None):
+        with self.progress(words):
             yield
         self.done(words, time.perf_counter() - start)
 
@@ -384,32 +390,6 @@ class Run:
         self.steps[words] = {"seconds": seconds, "peak_anonymous_mb": self.memory.lap()}
         if self.large:
             trim()
-
-    @contextmanager
-    def progress(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """A line with a bar while the block runs, below those of the blocks round it; yields `advance(n)`."""
-        if self.bar is None:
-            yield lambda n: None
-            return
-        if not self.bar.tasks:
-            self.bar.start()
-        task = self.bar.add_task(title, total=total)
-        try:
-            yield lambda n: self.bar.advance(task, n)  # type: ignore[union-attr]
-        finally:
-            self.bar.remove_task(task)
-            if not self.bar.tasks:
-                self.bar.stop()
-
-
-def _progress_bar(console: Any) -> Any:
-    """rich's bars on a terminal; None elsewhere."""
-    if console is None or not console.is_terminal:
-        return None
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 # -------------------------------------------------------------------- helpers

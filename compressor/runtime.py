@@ -28,7 +28,7 @@ _SILENT = (
 _LARGE = 1 << 16  # bytes of a tensor that is a weight, and no scales or sizes
 _PROVIDER = "ExecutionProvider"
 _OPENVINO = f"OpenVINO{_PROVIDER}"
-_FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
+FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}
 
 
 def providers() -> tuple[str, ...]:
@@ -61,6 +61,7 @@ def session(
     optimize: bool = True,
     weights: Weights = "folded",
     profile: bool = False,
+    weights_in: str | os.PathLike[str] | None = None,
     optimized_path: str | os.PathLike[str] | None = None,
 ) -> ort.InferenceSession:
     """A session on a file or on serialised bytes: sequential, deterministic, silent.
@@ -71,6 +72,7 @@ def session(
     constant, so that a weight which is read transposed too is not copied; `mapped` leaves them where they lie in a
     file of their own, so that a large model is verified in little memory. optimize=False leaves the operators as they
     are, and the weights mapped. profile: `end_profiling()` names the trace, which lies in the temporary folder.
+    weights_in: where weights in files of their own lie, of a model given as bytes.
     optimized_path: the optimised graph is written there, large weights beside it.
     TargetError names the file and ONNX Runtime's first line, also when a provider is not installed.
     OpenVINO runs on the processor, and computes floats as f32 also where it has bf16.
@@ -87,6 +89,10 @@ def session(
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
+    if weights_in is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights_in)
+        )
     if optimized_path is not None:
         _write_optimized_to(options, Path(optimized_path))
     left_out = [] if weights == "folded" else ["ConstantFolding"]
@@ -157,11 +163,17 @@ def operators_that_ran(path: str | os.PathLike[str], feeds: Sequence[np.ndarray]
     try:
         run(one, feeds)
     finally:
-        trace = Path(one.end_profiling())
-        events = json.loads(trace.read_text())
-        trace.unlink()
+        events = trace(one)
     ran = {e["name"]: e["args"]["op_name"] for e in events if e["cat"] == "Node" and "op_name" in e["args"]}
     return dict(Counter(ran.values()).most_common())
+
+
+def trace(session: ort.InferenceSession) -> list[dict[str, Any]]:
+    """What a session with `profile=True` has done so far, as Chrome's trace events; its file goes."""
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text())
+    path.unlink()
+    return list(events)
 
 
 def float_operators_inside(path: str | os.PathLike[str]) -> list[str]:
@@ -335,7 +347,7 @@ def _float_values(model: onnx.ModelProto, folder: Path) -> set[str]:
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
     path = folder / "probe.onnx"
     onnx.save(probe, path)
-    return {o.name for o in session(path, threads=1, optimize=False).get_outputs() if o.type in _FLOATS}
+    return {o.name for o in session(path, threads=1, optimize=False).get_outputs() if o.type in FLOATS}
 
 
 def _name(model: str | os.PathLike[str] | bytes) -> str:

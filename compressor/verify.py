@@ -88,7 +88,7 @@ class Check:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: _json_number(v) for k, v in asdict(self).items()}
+        return {k: json_number(v) for k, v in asdict(self).items()}
 
 
 class Comparison:
@@ -458,18 +458,18 @@ def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
         source_line(node),
         error,
         power,
-        _summary(expected),
-        _summary(seen),
+        summary(expected),
+        summary(seen),
     )
 
 
-def _summary(t: Tensor) -> str:
+def summary(t: Tensor) -> str:
     if not t.numel():
         return f"shape {list(t.shape)}"
     return f"shape {list(t.shape)}, mean {float(t.mean()):.4g}, max {float(t.abs().max()):.4g}"
 
 
-def _json_number(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value

@@ -19,11 +19,16 @@ from compressor.errors import DataError, UsageError
 from compressor.ir import Graph
 from compressor.learning import Checkpoint, Course, Trainer
 from compressor.ops import is_tensor, kind
-from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.samples import Samples
 from compressor.student import write
 
 LEAST = 8  # samples to learn from
+
+NO_DATA = (
+    "distill learns from data, and none was given; pass --calib FILE with unlabelled samples, the more the better "
+    "(--calib-limit 10000 reads more than the first 1,024)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,15 @@ class Distill(Pass):
         if not (self.features >= 0 and math.isfinite(self.features)):
             raise UsageError(f"distill(features={self.features}): a number from 0 up")
 
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        if not data:
+            raise UsageError(NO_DATA)
+        return size, "the size stays; it learns from the original"
+
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         start = time.perf_counter()
         if ctx.calibration is None:
-            raise UsageError(
-                "distill learns from data, and none was given; pass --calib FILE with unlabelled samples, the more "
-                "the better (--calib-limit 10000 reads more than the first 1,024)"
-            )
+            raise UsageError(NO_DATA)
         obstacle = _obstacle(graph, ctx.original)
         if obstacle or ctx.original is None or ctx.limit == 0:
             return Outcome(declines=[Decline("graph", obstacle or "the limit allows no rewrite")])

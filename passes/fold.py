@@ -29,7 +29,7 @@ from compressor.constants import fold_constants
 from compressor.identities import identities, loosen_views, shorter
 from compressor.ir import Graph, short_name, site
 from compressor.ops import arguments, is_constant, kind, set_argument, shape
-from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.scales import Map, composed, map_of, standing_chains
 from compressor.sharing import share_equal
 
@@ -51,6 +51,19 @@ class Fold(Pass):
     after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze")
 
     max_bytes: int = 1 << 24
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        norms = [n for n in graph.nodes if kind(n) == "batch_norm"]
+        gone = sum(
+            graph.tensor(source).numel() for n in norms for source in n.all_input_nodes if is_constant(source)
+        )
+        gone -= sum(graph.tensor(n.all_input_nodes[-1]).numel() for n in norms)  # a bias stays for each
+        share = 1 - gone / max(size.params, 1)
+        left = Size(size.params * share, size.macs, size.bytes * share)
+        return (
+            left,
+            f"{len(norms)} batch norms go, each but for a bias, where something beside them takes them in",
+        )
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         outcome = Outcome()

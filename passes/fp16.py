@@ -21,7 +21,7 @@ from torch.fx import Node
 from compressor.ir import Graph, operator_name, site
 from compressor.ops import CONTRACTIONS, is_constant, is_tensor, kind, shape
 from compressor.padding import Padding, Real
-from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.quantize import behind, redirect
 
 aten = torch.ops.aten
@@ -53,6 +53,11 @@ class Fp16(Pass):
 
     io: Literal["keep", "half"] = "keep"
     ignore: tuple[str, ...] = ()
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        return Size(
+            size.params, size.macs, size.bytes / 2
+        ), "two bytes a number, if every operator's range allows it"
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         survey = _Survey(graph, self.ignore)

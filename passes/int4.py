@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from compressor.costs import weights_share
 from compressor.ir import Graph
-from compressor.pipeline import BOUNDED, Context, Contract, Outcome, Pass
+from compressor.pipeline import BOUNDED, Context, Contract, Outcome, Pass, Size
 from compressor.weight_only import store_weights
 
 
@@ -36,6 +37,13 @@ class Int4(Pass):
     def __post_init__(self) -> None:
         if self.block not in (16, 32, 64, 128, 256):
             raise ValueError(f"a block has 16, 32, 64, 128 or 256 columns, got {self.block}")
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        share = weights_share(graph, {"linear", "addmm", "matmul"})
+        bits = int(self.bits) + 32 / self.block
+        saved = 1 - share * (1 - bits / 32)
+        rule = f"{bits:g} bits, with scales, for each of the {share:.0%} of the numbers that products multiply by"
+        return Size(size.params, size.macs, size.bytes * saved), rule
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         return store_weights(graph, ctx, int(self.bits), self.block, self.ignore)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch.fx import Node
 
 from compressor.budgets import Budget, Goal
+from compressor.costs import weights_share
 from compressor.data import Data
 from compressor.equalise import equalise, slopes_of
 from compressor.errors import UsageError
@@ -28,7 +29,7 @@ from compressor.labels import labels_of
 from compressor.mixed import KEPT, loudest
 from compressor.noise import Slopes
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
-from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.pixels import pixels
 from compressor.place import Placement, Range, listed, place
 from compressor.quantised import Given, take_apart
@@ -111,6 +112,19 @@ class Int8(Pass):
         if not 50 < self.percentile <= 100:
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
         Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        if self.scheme == "static" and not data and not _multiplies(graph) and not take_apart(graph.copy()):
+            raise UsageError(NO_DATA)
+        products = self.scheme != "static" or not (data or take_apart(graph.copy()))
+        share = weights_share(graph, {"linear", "addmm", "matmul"} if products else CONTRACTIONS)
+        saved = 1 - 0.75 * share
+        rule = f"a byte for each of the {share:.0%} of the numbers that are weights of " + (
+            "matrix products; what they read is scaled in every run"
+            if products
+            else "layers; if integers are faster"
+        )
+        return Size(size.params, size.macs, size.bytes * saved), rule
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
         given = take_apart(graph) if self.scheme == "static" else Given()

@@ -24,7 +24,7 @@ from compressor.constants import fold_constants
 from compressor.ir import Graph, operator_name, site
 from compressor.misses import at, misses
 from compressor.ops import arguments, is_constant, kind
-from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.probe import probe, replace
 from compressor.savings import Plan, is_idle, is_operator, tied
 from compressor.sharing import share_equal
@@ -45,6 +45,9 @@ class Merge(Pass):
 
     max_bytes: int = 1 << 28
     absorb_norms: bool = False
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        return size, "branches that are affine, as adapters are, go; without any the size stays"
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         outcome = Outcome()

@@ -29,7 +29,7 @@ from compressor.ledger import Ledger
 from compressor.measure import parameters
 from compressor.ops import macs
 from compressor.oracle import masked, power
-from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.rebuild import Rebuilt, rebuild, restate_norms
 from compressor.surgery import remove
 from compressor.survey import MEMORY, survey
@@ -132,6 +132,13 @@ class Prune(Pass):
             self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop,
             best=self.reach == "best",
         )  # fmt: skip
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        left, rule = self.budget.plan(size)
+        return (
+            left,
+            rule if data else f"{rule}; without data channels go by their weights, and nothing is repaired",
+        )
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
         """Two outcomes a step: `surgery`, where weights stay as they are, and `repair`, where nothing else changes."""

@@ -22,7 +22,7 @@ from compressor.factors import PAYS, Fit, Layer, Option
 from compressor.ir import Graph, site
 from compressor.measure import bytes_of, parameters
 from compressor.ops import arguments, macs, set_argument
-from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
+from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.rebuild import Rebuilt, refit
 from compressor.reconstruct import allocate
 from compressor.splits import Value, layers_of, observe, options_of, watched, waves
@@ -88,6 +88,13 @@ class Squeeze(Pass):
             self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop, self.sqnr,
             best=self.reach == "best", owner="squeeze", hint="every layer that pays at its smallest rank",
         )  # fmt: skip
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        if self.sqnr is not None and not data:
+            raise UsageError(f"squeeze(sqnr={self.sqnr:g}): needs calibration data: pass --calib")
+        return self.budget.plan(
+            size, "splits what is nearly of low rank: how much that is cannot be told before"
+        )
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         layers, declines = layers_of(graph, self.ignore)

@@ -21,7 +21,7 @@ from conftest import hears_ctrl_c
 from sample_report import sample_report
 
 import compressor
-from compressor import cli, report
+from compressor import cli, options, report
 from compressor.errors import (
     CompressorError,
     ContractError,
@@ -138,7 +138,7 @@ def test_the_api_takes_every_option(command: click.Command, verb: str) -> None:
 
     taken = {f.name for f in dataclasses.fields(api.Options)} if verb != "bench" else set()
     taken |= set(signature(getattr(api, verb)).parameters)
-    names = {p.name for p in command.params if isinstance(p, click.Option)} - {"quiet", "as_json", "html"}
+    names = {p.name for p in command.params if isinstance(p, click.Option)} - {*options.PRINTING, "html"}
     assert names <= taken
     assert not {"calib", "eval"} & taken, "the words of the command line are other names"
 
@@ -154,6 +154,7 @@ def test_the_other_commands(run: Run, model: str, calls: list) -> None:
     assert run("verify", model, "a.onnx", "--data", "d.npz", "--tolerance", "0.1", "--model", "m:f")[0] == 0
     assert run("inspect", model, "--trust-pickle")[0] == 0
     assert run("bench", "a.onnx", "b.onnx", "--threads", "2", "--batch", "4", "--seconds", "0.5")[0] == 0
+    assert all(words.pop("console") is not None for name, _, words in calls if name != "inspect")
     assert calls == [
         ("verify", (model, "a.onnx"), {"data": "d.npz", "tolerance": 0.1, "model_spec": "m:f"}),
         ("inspect", (model,), {"trust_pickle": True}),
