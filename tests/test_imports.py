@@ -124,6 +124,16 @@ TIERS = [
     ["cli"],
 ]
 TIER = {name: height for height, names in enumerate(TIERS) for name in names}
+# The files of compressor/search/, in the same order; the core knows none of them, but for `api`.
+SEARCH = [
+    ["frozen", "objectives", "space", "timing"],
+    ["store"],
+    ["trial"],
+    ["engines"],
+    ["study"],
+    ["tune"],
+    ["sweep", "fleet"],
+]
 OWNERS = {"torch.onnx": "emit", "onnxruntime": "runtime"}  # library -> the one file that imports it
 
 
@@ -226,6 +236,25 @@ def test_imports_go_up_the_tiers(path: Path) -> None:
         return
     assert path.stem in TIER, f"{path.name} is new: give it a place in TIERS"
     assert order_offences(path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", files("compressor/search"), ids=lambda path: path.stem)
+def test_a_search_stands_on_the_core(path: Path) -> None:
+    height = {name: i for i, names in enumerate(SEARCH) for name in names}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        for name in names:
+            if node.level == 1:
+                assert height[name] < height[path.stem], f"{path.stem} imports {name}, beside or below it"
+            else:
+                assert name == "__version__" or TIER[name] < TIER["api"], f"{path.stem} imports {name}"
+
+
+@pytest.mark.parametrize("path", files("compressor"), ids=lambda path: path.stem)
+def test_the_core_knows_no_search(path: Path) -> None:
+    assert path.stem == "api" or "from .search" not in path.read_text()
 
 
 @pytest.mark.parametrize(
