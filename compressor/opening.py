@@ -39,8 +39,8 @@ class Options:
     `DIR` or `DIR:0.5`. combine: makes one LoRA of several, `cat` or `ties:0.5`. task: of a Hugging Face folder.
     trust_pickle: unpickle for real, which runs code in the file. allow_missing: patterns of parameters that the file
     may lack.
-    evaluate: data with labels, a function, or `module:function`; adds a metric to every row of the report. `nms(...)`: detections
-    matched with the original's, of a model that is emitted without suppression.
+    evaluate: data with labels, a function, or `module:function`; adds a metric to every row of the report.
+    `nms(...)`: detections matched with the original's, of a model that is emitted without suppression.
     preprocess: how images become inputs. image_input: `uint8,nhwc,bgr`, the pixels that the compiled model takes;
     layout, channel order and the normalisation of `preprocess` become part of it, and integers in data are such pixels.
     Example inputs stay those of the model itself. text_field, label_field: what to read of files of texts, the latter

@@ -37,7 +37,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(text: str, page: Any, config: Any, files: Files) -> str:
     text = re.sub(r"^<!-- generated: (\w+) -->$", lambda m: reference.sections[m[1]](), text, flags=re.M)
-    text = re.sub(r"^<!-- table: (\S+) (\d+) -->$", lambda m: _measured(m[1], int(m[2]), page), text, flags=re.M)
+    text = re.sub(
+        r"^<!-- table: (\S+) (\d+) -->$", lambda m: _measured(m[1], int(m[2]), page), text, flags=re.M
+    )
     return re.sub(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))", lambda m: _linked(m, page, files), text)
 
 

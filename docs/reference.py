@@ -119,7 +119,9 @@ def function(member: Any, name: str, level: int = 3) -> str:
     text, explained = split(inspect.getdoc(member) or "", parameters)
     lines = [f"{'#' * level} `{name}`\n", f"```text\n{name}{_wrapped(signature)}\n```\n", prose(text), ""]
     if explained:
-        lines.append(table(["", ""], [[", ".join(f"`{n}`" for n in names), cell(w)] for names, w in explained]))
+        lines.append(
+            table(["", ""], [[", ".join(f"`{n}`" for n in names), cell(w)] for names, w in explained])
+        )
     return "\n".join(lines)
 
 
@@ -167,7 +169,9 @@ def passes() -> str:
         summary, _, rest = text.partition("\n\n")
         order = [f"contract: {cls.contract.name}"]
         order += [f"after {', '.join(cls.after)}"] if cls.after else []
-        order += [f"needs {', '.join(cls.requires)}, which is added where it is missing"] if cls.requires else []
+        order += (
+            [f"needs {', '.join(cls.requires)}, which is added where it is missing"] if cls.requires else []
+        )
         made.append(f"## `{name}`\n\n{summary}\n\n*{'; '.join(order)}*\n\n{rest}\n\n{rows}")
     return "\n\n".join(made)
 
@@ -222,7 +226,9 @@ def plugins() -> str:
         else:
             text, explained = split(cls.__doc__ or "", list(typing.get_type_hints(cls)))
             text = prose(text)
-            rows = table(["class variable", ""], [[f"`{', '.join(names)}`", cell(w)] for names, w in explained])
+            rows = table(
+                ["class variable", ""], [[f"`{', '.join(names)}`", cell(w)] for names, w in explained]
+            )
         made.append(f"## `{cls.__name__}`\n\n{text}\n\n{rows}")
     made.append(f"## `Graph`\n\n{prose(inspect.getdoc(ir.Graph) or '')}")
     for name, member in vars(ir.Graph).items():

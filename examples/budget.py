@@ -27,7 +27,12 @@ def main() -> None:
     for i, spec in enumerate(BUDGETS):
         try:
             result = compressor.compress(
-                "net.pt2", passes=spec, calibration=pictures, evaluate="test.npz", output=f"budget-{i}", measure=False
+                "net.pt2",
+                passes=spec,
+                calibration=pictures,
+                evaluate="test.npz",
+                output=f"budget-{i}",
+                measure=False,
             )
         except compressor.UsageError as error:  # a budget out of reach says what can be reached
             print(f"{spec:<26} {error}")

@@ -1,7 +1,7 @@
 """A metric of your own: it sees the model as a function, and every row of the report gets its numbers.
 
-On the command line: `compress net.pt2 --passes fold,int8 --calib images.npz --eval own_metric:measured`, where this file
-lies in the working directory. The first number is what `max_drop` holds to; higher is better.
+On the command line: `compress net.pt2 --passes fold,int8 --calib images.npz --eval own_metric:measured`, with this file
+in the working directory. The first number is what `max_drop` holds to; higher is better.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ class Regressor(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

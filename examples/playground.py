@@ -34,7 +34,11 @@ class Net(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((3, 16, 2), (16, 32, 2), (32, 64, 1)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(64, classes)
 
