@@ -1,7 +1,7 @@
 """What stands in report.json (schema 1), key by key: the reference shows this table, and a test holds reports to it.
 
-A path names nested keys: `rows[].checks[].error` is in every check of every row. Under a path that ends in `.*` keys are
-names of the run's own, such as metrics or operators.
+A path names nested keys: `rows[].checks[].error` is in every check of every row. Under a path that ends in `.*` keys
+are names of the run's own, such as metrics or operators.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Writes into the working directory, in seconds, without network:
     vision      net.pt2 (a network trained on scikit-learn's handwritten digits, as pictures of 32x32 in colour),
                 weights.pt (its state dict), images.npz (256 training pictures), test.npz (others, with labels),
                 photos/ (48 PNG files)
-    text        reviews/ (a BERT of two layers that tells good reviews from bad, with its tokenizer), reviews.csv,
-                story/ (a Llama of two layers, never trained)
+    text        reviews/ (a BERT of one layer that tells good reviews from bad, with its tokenizer), reviews.csv,
+                story/ (a Llama of one layer, never trained)
     adapters    polite/ and short/ (LoRAs for reviews/, never trained)
     detector    detector.pt2 (boxes and scores, never trained), scenes.npz
 """
@@ -125,7 +125,7 @@ def text() -> None:
         for one, other in itertools.permutations(some, 2)
     ]
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=32, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
     )  # fmt: skip
     model = BertForSequenceClassification(config)
@@ -141,7 +141,7 @@ def text() -> None:
     with open("reviews.csv", "w", newline="") as file:
         csv.writer(file).writerows([("sentence", "label"), *rows])
     story = LlamaConfig(
-        vocab_size=96, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=256, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(story).save_pretrained("story")

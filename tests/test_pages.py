@@ -233,6 +233,18 @@ def present(value: object, path: list[str]) -> bool:
     return any(present(one, path[1:]) for one in below)
 
 
+def test_the_numbers_of_the_readme_are_measured() -> None:
+    """Those of its table stand in whole_line.md, row by row."""
+    readme, measured = ((ROOT / name).read_text() for name in ("README.md", "benchmarks/results/whole_line.md"))
+    rows = re.findall(r"^\| (digits|ResNet-20|ResNet-56)(.*)$", readme, re.M)
+    assert len(rows) == 3
+    for name, cells in rows:
+        row = re.search(rf"^\| {name.lower().replace('-', '')}: (.*)$", measured, re.M)
+        numbers = re.findall(r"\d+\.\d+", cells)
+        assert row is not None and len(numbers) >= 4
+        assert set(numbers) <= set(re.findall(r"\d+\.\d+", row[1])), name
+
+
 # ----------------------------------------------------------------------- the site
 
 
