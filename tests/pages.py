@@ -99,7 +99,7 @@ def _script(words: list[str]) -> int:
     try:
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return int(end.code) if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = kept
     return 0
