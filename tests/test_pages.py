@@ -236,7 +236,9 @@ def present(value: object, path: list[str]) -> bool:
 
 def test_the_numbers_of_the_readme_are_measured() -> None:
     """Those of its table stand in whole_line.md, row by row."""
-    readme, measured = ((ROOT / name).read_text() for name in ("README.md", "benchmarks/results/whole_line.md"))
+    readme, measured = (
+        (ROOT / name).read_text() for name in ("README.md", "benchmarks/results/whole_line.md")
+    )
     rows = re.findall(r"^\| (digits|ResNet-20|ResNet-56)(.*)$", readme, re.M)
     assert len(rows) == 3
     for name, cells in rows:
