@@ -373,7 +373,8 @@ def _our_ranges(folder: Path, name: str) -> tuple[float, float, float]:
     nodes = place(graph, CPU.quant).owner
     with measure.MemoryWatch() as memory:
         start = time.perf_counter()
-        calibrate(graph, nodes, samples, Int8(calibration=name).observer(CPU.quant, samples.samples))  # type: ignore[arg-type]
+        (method,) = Int8(calibration=name).methods(CPU.quant, samples.samples).values()  # type: ignore[arg-type]
+        calibrate(graph, nodes, samples, method)
         return time.perf_counter() - start, memory.look().resident or 0.0, memory.start or 0.0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -45,7 +46,23 @@ from .trainable import Trainable
 from .trainable import trainable as as_module
 from .widths import MINIMUM, families, least_shares
 
-__all__ = ["Options", "Result", "bench", "compress", "inspect", "passes", "targets", "trainable", "verify"]
+if TYPE_CHECKING:
+    from .search.study import Study
+
+__all__ = [
+    "Options",
+    "Result",
+    "batch",
+    "bench",
+    "compress",
+    "inspect",
+    "passes",
+    "sweep",
+    "targets",
+    "trainable",
+    "tune",
+    "verify",
+]
 
 
 def compress(
@@ -83,6 +100,42 @@ def compress(
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
+
+
+def tune(model: str | Path, **options: Any) -> Study:
+    """Searches for the best spec under a budget: see `compressor.search.tune.tune`, which needs the extra `tune`."""
+    with _optuna():
+        from .search.tune import tune as search
+    return search(model, **options)
+
+
+def sweep(model: str | Path, passes: str, **options: Any) -> tuple[list[dict[str, Any]], list[str], str]:
+    """Compares every spec of a space: see `compressor.search.sweep.sweep`. Lines as plain data, notices, and CSV."""
+    with _optuna():
+        from .search import sweep as search
+    lines, notices = search.sweep(model, passes, **options)
+    return [dataclasses.asdict(line) for line in lines], notices, search.as_csv(lines)
+
+
+def batch(listed: str | Path, **options: Any) -> list[dict[str, Any]]:
+    """Compiles every model of a list: see `compressor.search.fleet.batch`. One row a model."""
+    with _optuna():
+        from .search import fleet
+    made = fleet.batch(listed, **options)
+    return [
+        {"model": str(entry.path), "output": str(entry.output), **dataclasses.asdict(outcome)}
+        for entry, outcome in made
+    ]
+
+
+@contextlib.contextmanager
+def _optuna() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        if error.name != "optuna":
+            raise
+        raise UsageError("searches need optuna: pip install 'compressor[tune]'") from error
 
 
 def trainable(

@@ -20,7 +20,19 @@ import click
 
 from . import __version__
 from .errors import CompressorError, ContractError, FileError, UsageError
-from .options import comparing, compiling, debugging, existing, given, loading, printing, timing
+from .options import (
+    comparing,
+    compiling,
+    debugging,
+    existing,
+    given,
+    listing,
+    loading,
+    printing,
+    sweeping,
+    timing,
+    tuning,
+)
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
@@ -152,6 +164,79 @@ def compress_model(model: str, quiet: bool, as_json: bool, **options: Any) -> No
     elif not quiet:
         render(result.report, console.output())
         _next(*(("bench", result.onnx) if result.onnx else ("inspect", model)))
+
+
+@commands.command()
+@click.argument("model")
+@tuning
+@loading
+@printing
+def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Search for the passes that make MODEL fastest, or smallest, within constraints.
+
+    Every trial is a whole, verified compilation. The best model is in best/ of the output folder, those that no other
+    beats are in pareto/, and a search that was stopped goes on with --resume.
+    """
+    existing(model)
+    from . import console
+
+    errors = console.progress(quiet)
+    with console.working(errors, "loading PyTorch"):
+        from . import api
+    study = api.tune(model, told=console.trial_line(errors), **given())
+    summary = study.summary()
+    if as_json:
+        _json(summary)
+    elif not quiet:
+        console.show_search(summary, console.output())
+        if study.best is not None:
+            _next("bench", study.folder / "best" / "model.onnx")
+    if not study.feasible:
+        raise UsageError(study.failure())
+
+
+@commands.command()
+@click.argument("model")
+@sweeping
+@loading
+@printing
+def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) -> None:
+    """Compare passes on MODEL: every spec of a space, several seeds, same data, means and spreads."""
+    existing(model)
+    from . import console
+
+    errors = console.progress(quiet)
+    with console.working(errors, "loading PyTorch"):
+        from . import api
+    lines, notices, text = api.sweep(model, told=console.trial_line(errors), **given())
+    if as_json:
+        _json({"lines": lines, "notices": notices})
+    elif as_csv:
+        click.echo(text, nl=False)
+    elif not quiet:
+        console.show_sweep(lines, notices, console.output())
+
+
+@commands.command("batch")
+@click.argument("listed", metavar="LIST.toml")
+@listing
+@printing
+def compress_list(listed: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Compile many models: LIST.toml names them, with a recipe or a budget each. What is done is not done again."""
+    existing(listed)
+    from . import console
+
+    errors = console.progress(quiet)
+    with console.working(errors, "loading PyTorch"):
+        from . import api
+    rows = api.batch(listed, told=console.trial_line(errors), **given())
+    if as_json:
+        _json(rows)
+    elif not quiet:
+        console.show_models(rows, console.output())
+    failed = [f"{row['model']}: {row['why']}" for row in rows if row["state"] != "done"]
+    if failed:
+        raise UsageError("\n".join([f"{len(failed)} of {len(rows)} models were not made", *failed]))
 
 
 @commands.command()

@@ -246,7 +246,7 @@ def operators(emitted: Emitted, example: Sequence[Tensor]) -> dict[str, int]:
     """Operator -> how often it stands in ONNX Runtime's own optimised graph."""
     if not is_large(emitted.path):
         return runtime.optimized_operators(emitted.path)
-    one = _single(emitted.inputs, example)
+    one = single(emitted.inputs, example)
     return dict(apart.call(runtime.operators_that_ran, emitted.path, one))
 
 
@@ -462,7 +462,7 @@ def latencies(
     They are taken in turns; large models one at a time, and the `note` says so. What a float model's head is tied to
     is not copied for it; an integer model is loaded as it ships.
     """
-    arrays = _single(next(iter(files.values())).inputs, example)
+    arrays = single(next(iter(files.values())).inputs, example)
     paths = [e.path for e in files.values()]
     options: dict[str, Any] = {
         "feeds": arrays,
@@ -487,7 +487,7 @@ def latencies(
     return report
 
 
-def _single(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[np.ndarray]:
+def single(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[np.ndarray]:
     """The first sample of the example, in order of the inputs."""
     return list(feeds(inputs, _first(inputs, example)).values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import sympy
 from torch import Tensor
@@ -19,20 +19,26 @@ def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...
     for batch in batches:
         yield batch.inputs
     first = batches[0].inputs
-    have = {
-        name: size
-        for tensor, spec in zip(first, graph.inputs, strict=True)
-        for name, size in zip(spec.shape, tensor.shape, strict=True)
-        if isinstance(name, str)
-    }
+    have = _sizes(graph, first)
     for name in sorted(have):
         for size in {1, have[name] - 1}:
             if 0 < size < have[name] and len(terms(name)) == 1 and possible(graph, name, size):
-                sizes = have | {name: size}
-                sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
-                yield tuple(_cut(t, spec, sizes) for t, spec in zip(first, graph.inputs, strict=True))
+                yield _cut(graph, first, name, size)
     if 0 in have.values():
         yield graph.example
+
+
+def few(graph: Graph, samples: Iterable[Sequence[Tensor]], count: int) -> Iterator[tuple[Tensor, ...]]:
+    """About the first `count` of the samples; whole batches where the model does not take smaller ones."""
+    name = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
+    for inputs in samples:
+        if count <= 0:
+            return
+        size = _sizes(graph, inputs).get(str(name), 1)
+        if count < size and len(terms(str(name))) == 1 and possible(graph, str(name), count):
+            inputs = _cut(graph, inputs, str(name), count)
+        yield tuple(inputs)
+        count -= size
 
 
 def possible(graph: Graph, name: str, size: int) -> bool:
@@ -53,7 +59,25 @@ def possible(graph: Graph, name: str, size: int) -> bool:
     return True
 
 
-def _cut(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
+def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Of the dynamic axes, by name."""
+    return {
+        name: size
+        for tensor, spec in zip(inputs, graph.inputs, strict=True)
+        for name, size in zip(spec.shape, tensor.shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def _cut(graph: Graph, inputs: Sequence[Tensor], name: str, size: int) -> tuple[Tensor, ...]:
+    """The beginning of every axis called `name`, and of those that follow from it."""
+    have = _sizes(graph, inputs)
+    sizes = have | {name: size}
+    sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
+    return tuple(_shortened(t, spec, sizes) for t, spec in zip(inputs, graph.inputs, strict=True))
+
+
+def _shortened(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
     for axis, label in enumerate(spec.shape):
         if isinstance(label, str):
             tensor = tensor.narrow(axis, 0, min(sizes[label], tensor.shape[axis]))

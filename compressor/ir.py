@@ -340,6 +340,11 @@ class Graph:
         twin.lineage = dict(self.lineage)
         return twin
 
+    def become(self, other: Graph) -> None:
+        """Takes over nodes, tensors and journal of another graph with the same inputs and outputs."""
+        self.graph, self.tensors, self.parameters = other.graph, other.tensors, other.parameters
+        self.journal, self.lineage, self.notices = other.journal, other.lineage, other.notices
+
     # ---------------------------------------------------------------- invariants and views
 
     def check(self) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .edges import few
 from .ir import Graph
 from .ops import is_constant, kind
 from .verify import Check, Comparison, Observer, widened
 
+FEW = 16  # samples that levels are measured on: they are means, and each costs three runs of the graph
 LAST_BITS = 1e-6  # relative: some units in the last place of float32
 MARGIN_DB = 6.0  # twice the difference
 ONCE = 2.0  # times `errors`: for weights that were rounded once, as those of `errors` are
@@ -42,7 +44,8 @@ def allowed(checks: Sequence[Check], errors: Mapping[Where, float], times: float
 
 def levels(graph: Graph, samples: Iterable[Sequence[Tensor]]) -> dict[Where, float]:
     """Least SQNR in dB of a runtime that computes an integer graph correctly, and rounds in its own way."""
-    checks = _compared(graph, [jittered(graph, sign * LAST_BITS) for sign in (1, -1)], samples)
+    twins = [jittered(graph, sign * LAST_BITS) for sign in (1, -1)]
+    checks = _compared(graph, twins, few(graph, samples, FEW))
     return {where: min(check.sqnr_db for check in found) - MARGIN_DB for where, found in checks.items()}
 
 

@@ -44,36 +44,63 @@ _POSTPROCESS = click.option(
     "background=CLASS or none.",
 )
 
+_TARGET = click.option("--target", metavar="NAME", help="Where the model will run; default: cpu.")
+_CALIB = click.option(
+    "--calib",
+    "calibration",
+    metavar="DATA",
+    help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, a folder of images, or texts "
+    "as .txt, .jsonl, .csv, .tsv or .parquet.",
+)
+_CALIB_LIMIT = click.option(
+    "--calib-limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Use at most N samples; default: 1024.",
+)
+_EVAL = click.option(
+    "--eval",
+    "evaluate",
+    metavar="DATA",
+    help="Data with labels (key y) or module:function; adds a metric to every row of the report. For a detector: "
+    "nms(...), or data without labels beside --postprocess.",
+)
+_LABEL_FIELD = click.option(
+    "--label-field", metavar="NAME", help="Which field of texts for --eval is the label; default: label."
+)
+_DYNAMIC = click.option(
+    "--dynamic/--static",
+    default=None,
+    help="Leave the batch axis free, or fix it; default: the target's.",
+)
+_OPSET = click.option("--opset", type=int, metavar="N", help="Opset of model.onnx; default: the target's.")
+_MIN_ORT = click.option(
+    "--min-ort",
+    metavar="VERSION",
+    help="Write a file that this release of ONNX Runtime still loads, for example 1.15; default: 1.17.",
+)
+_SEED = click.option(
+    "--seed", type=click.IntRange(0), metavar="N", help="Seed of all that is random; default: 0."
+)
+_LATENCY_CMD = click.option(
+    "--latency-cmd",
+    metavar="CMD",
+    help="Measure on the device: a shell command with {onnx} for the path of the model, whose last printed number "
+    "is milliseconds: 'sh examples/latency_over_adb.sh {onnx}', or 'scp -q {onnx} pi:m.onnx && ssh pi python3 "
+    "bench.py m.onnx'.",
+)
+
 compiling = _all(
     click.option(
         "--passes",
         metavar="SPEC",
         help="Passes in order, e.g. merge,prune(macs=0.5),int8. Default: the target's own recipe.",
     ),
-    click.option("--target", metavar="NAME", help="Where the model will run; default: cpu."),
-    click.option(
-        "--calib",
-        "calibration",
-        metavar="DATA",
-        help="Calibration data: .npz (keys are input names), .npy, .pt, .safetensors, a folder of images, or texts "
-        "as .txt, .jsonl, .csv, .tsv or .parquet.",
-    ),
-    click.option(
-        "--calib-limit",
-        type=click.IntRange(1),
-        metavar="N",
-        help="Use at most N samples; default: 1024.",
-    ),
-    click.option(
-        "--eval",
-        "evaluate",
-        metavar="DATA",
-        help="Data with labels (key y) or module:function; adds a metric to every row of the report. For a detector: "
-        "nms(...), or data without labels beside --postprocess.",
-    ),
-    click.option(
-        "--label-field", metavar="NAME", help="Which field of texts for --eval is the label; default: label."
-    ),
+    _TARGET,
+    _CALIB,
+    _CALIB_LIMIT,
+    _EVAL,
+    _LABEL_FIELD,
     _POSTPROCESS,
     click.option(
         "--output", "-o", metavar="DIR", help="Folder for the result; default: ./<name>-compressed."
@@ -84,26 +111,16 @@ compiling = _all(
         metavar="FORMAT",
         help="What to write beside model.onnx: pt2, a PyTorch program to train or to compress further. Repeatable.",
     ),
-    click.option(
-        "--dynamic/--static",
-        default=None,
-        help="Leave the batch axis free, or fix it; default: the target's.",
-    ),
-    click.option("--opset", type=int, metavar="N", help="Opset of model.onnx; default: the target's."),
-    click.option(
-        "--min-ort",
-        metavar="VERSION",
-        help="Write a file that this release of ONNX Runtime still loads, for example 1.15; default: 1.17.",
-    ),
+    _DYNAMIC,
+    _OPSET,
+    _MIN_ORT,
     click.option(
         "--max-mb",
         type=_POSITIVE,
         metavar="N",
         help="Fail where a file of the model is larger than N MB (of 10^6 bytes); nothing is written then.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(0), metavar="N", help="Seed of all that is random; default: 0."
-    ),
+    _SEED,
     click.option(
         "--tolerance",
         type=_POSITIVE,
@@ -120,13 +137,7 @@ compiling = _all(
         metavar="REPORT",
         help="Replay what an earlier run measured (its report.json), so that the same decisions are made again.",
     ),
-    click.option(
-        "--latency-cmd",
-        metavar="CMD",
-        help="Measure on the device: a shell command with {onnx} for the path of the model, whose last printed number "
-        "is milliseconds: 'sh examples/latency_over_adb.sh {onnx}', or 'scp -q {onnx} pi:m.onnx && ssh pi python3 "
-        "bench.py m.onnx'.",
-    ),
+    _LATENCY_CMD,
 )
 
 debugging = _all(
@@ -211,6 +222,97 @@ comparing = _all(
     _POSTPROCESS,
 )
 
+_ENGINES = (
+    click.option(
+        "--engine",
+        metavar="NAME",
+        help="Where trials run: local, processes of this machine, or ray, a Ray cluster; default: local.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Local processes; default: one for each core."
+    ),
+    click.option(
+        "--ray-address", metavar="ADDRESS", help="Of the cluster; default: auto, the one of this machine."
+    ),
+    click.option(
+        "--trial-cpus", type=_POSITIVE, metavar="N", help="Cores of one trial in the cluster; default: 1."
+    ),
+)
+
+tuning = _all(
+    click.option(
+        "--passes",
+        metavar="SPACE",
+        help="What to search: a spec with {several,values}, ranges 0.4..0.9, passes with or without (prune?), and "
+        "passes that take turns ({int8,fp16,none}). Default: what suits the model and the target.",
+    ),
+    _TARGET,
+    _CALIB,
+    _CALIB_LIMIT,
+    _EVAL,
+    _LABEL_FIELD,
+    _POSTPROCESS,
+    click.option(
+        "--objective",
+        "objectives",
+        multiple=True,
+        metavar="NAME",
+        help="What to make small: latency, size, macs or params; default: latency. Repeatable: then the result is a "
+        "front, and the first decides what is best.",
+    ),
+    click.option(
+        "--constraint",
+        "constraints",
+        multiple=True,
+        metavar="LIMIT",
+        help="drop<=1.0 (points of the metric), metric, sqnr (dB), cosine, agreement (of top-1), latency_ms, speedup, "
+        "size_mb, macs, params (shares). Repeatable. Default: drop<=1.0 with --eval, else sqnr>=20.",
+    ),
+    click.option("--trials", type=click.IntRange(1), metavar="N", help="Try at most N specs; default: 40."),
+    click.option(
+        "--timeout", type=_POSITIVE, metavar="SECONDS", help="Begin no round that would not end in time."
+    ),
+    click.option("--sampler", metavar="NAME", help="tpe, nsga2 or random; default: tpe."),
+    click.option("--output", "-o", metavar="DIR", help="Folder for the search; default: ./<name>-tuned."),
+    click.option("--resume", is_flag=True, help="Go on with the search in that folder."),
+    *_ENGINES,
+    click.option(
+        "--latency-table",
+        metavar="TUNE.JSON",
+        help="Replay what an earlier search measured, so that the same models win again.",
+    ),
+    _LATENCY_CMD,
+    _SEED,
+    _OPSET,
+    _MIN_ORT,
+    _DYNAMIC,
+)
+
+sweeping = _all(
+    click.option(
+        "--passes",
+        metavar="SPACE",
+        required=True,
+        help="What to compare: a spec with {several,values}, ranges 0.4..0.9/0.1, and passes that take turns.",
+    ),
+    click.option("--seeds", type=click.IntRange(1), metavar="N", help="Seeds of every spec; default: 1."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table."),
+    _TARGET,
+    _CALIB,
+    _CALIB_LIMIT,
+    _EVAL,
+    _LABEL_FIELD,
+    click.option(
+        "--output", "-o", metavar="DIR", help="Folder for models and sweep.csv; default: ./<name>-swept."
+    ),
+    *_ENGINES,
+)
+
+listing = _all(
+    click.option("--output", "-o", metavar="DIR", help="Folder for the models; default: that of the list."),
+    *_ENGINES,
+)
+
 timing = _all(
     click.option(
         "--threads",
@@ -237,7 +339,12 @@ printing = _all(
 def given() -> dict[str, Any]:
     """The options that the user typed, by the api's names; for all others the api's defaults hold."""
     ctx = click.get_current_context()
-    skip = {"quiet", "as_json", *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
+    skip = {
+        "quiet",
+        "as_json",
+        "as_csv",
+        *(p.name for p in ctx.command.params if isinstance(p, click.Argument)),
+    }
     return {
         name: value
         for name, value in ctx.params.items()

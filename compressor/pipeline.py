@@ -143,7 +143,8 @@ class Row:
     """What one pass did, as the report shows it. bytes: of all tensors; macs: of one sample.
 
     total_db: worst output SQNR against the model as it came, after this and all earlier passes; infinite where
-    nothing differs. It is stated, not judged: each pass answers for its own step.
+    nothing differs. total_cosine, total_agreement: the same of cosines and of equal top-1 indices. They are stated, not
+    judged: each pass answers for its own step.
     """
 
     name: str
@@ -159,8 +160,19 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
     metric: dict[str, float] = field(default_factory=dict)
     total_db: float = math.inf
+    total_cosine: float = 1.0
+    total_agreement: float = 1.0
     seconds: float = 0.0
     peak_mb: float = 0.0
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Row:
+        """The row that `to_dict` made this of."""
+        own = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}
+        own["checks"] = [verify.Check.of(one) for one in own["checks"]]
+        own["rewrites"] = [Rewrite(**one) for one in own["rewrites"]]
+        own["declines"] = [Decline(**one) for one in own["declines"]]
+        return cls(name=plain["pass"], **own)
 
     def to_dict(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -169,6 +181,20 @@ class Row:
         for key in ("rewrites", "declines"):
             plain[key] = [dataclasses.asdict(entry) for entry in plain[key]]
         return plain
+
+
+class Memory:
+    """Where graphs between passes are kept, so that a run with the same first passes begins behind them.
+
+    This one keeps nothing.
+    """
+
+    def recall(self, passes: Sequence[Pass], graph: Graph) -> tuple[Graph, list[Row]] | None:
+        """The graph behind the longest kept beginning of `passes`, and its rows, the input's among them."""
+        return None
+
+    def keep(self, passes: Sequence[Pass], rows: Sequence[Row], graph: Graph) -> None:
+        """Called after every pass but the last, with the passes so far."""
 
 
 class Pipeline:
@@ -196,7 +222,7 @@ class Pipeline:
                 )
         self.tolerance, self.limits, self.stop_after, self.after = tolerance, limits, stop_after, after
 
-    def run(self, graph: Graph, ctx: Context) -> list[Row]:
+    def run(self, graph: Graph, ctx: Context, memory: Memory | None = None) -> list[Row]:
         """Edits `graph` in place; a row for the input and one for every pass. ContractError names pass and operator."""
         rows = [_row("input", "", "", "", graph)]
         self.after(rows[0], graph)
@@ -208,7 +234,11 @@ class Pipeline:
         if any(one.learns for one in self.passes):  # only then: it keeps tensors that passes have replaced
             ctx = dataclasses.replace(ctx, original=graph.copy())
         graph.lineage = {}
-        for one in self.passes:
+        if memory is not None and (known := memory.recall(self.passes, graph)) is not None:
+            before, rows = known
+            graph.become(before)
+            judge.resume(graph)
+        for done, one in enumerate(self.passes[len(rows) - 1 :], len(rows)):
             start = time.perf_counter()
             with ctx.progress(str(one), None):
                 row = self._apply(
@@ -219,6 +249,9 @@ class Pipeline:
             self.after(row, graph)
             if one.name == self.stop_after:
                 break
+            if memory is not None and done < len(self.passes):
+                memory.keep(self.passes[:done], rows, graph)
+                graph.become(graph.copy())  # names that come later are those after a recall
         return rows
 
     def _apply(self, one: Pass, graph: Graph, ctx: Context, judge: _Judge) -> Row:
@@ -226,7 +259,7 @@ class Pipeline:
         contracts: list[str] = []  # of its steps
         judge.begin(graph)
         result = one.run(graph, ctx)
-        row.total_db = judge.total_db
+        row.total_db, row.total_cosine, row.total_agreement = judge.total
         for outcome in [result] if isinstance(result, Outcome) else result:
             row.rewrites += outcome.rewrites
             row.declines += outcome.declines
@@ -241,7 +274,7 @@ class Pipeline:
                 row.contract = ", ".join(dict.fromkeys(contracts))
                 row.status = _worse(row.status, status)
                 row.checks = sorted([*row.checks, *checks], key=lambda c: (c.finite, -c.error))
-                row.total_db = judge.total_db
+                row.total_db, row.total_cosine, row.total_agreement = judge.total
         row.params, row.macs, row.bytes = parameters(graph), macs(graph), bytes_of(graph)
         return row
 
@@ -259,7 +292,12 @@ class _Judge:
             c.error == 0 and c.finite for c in verify.compare(graph, self.original[:1], again)
         )
         self.before = graph
-        self.total_db = math.inf
+        self.total = math.inf, 1.0, 1.0  # see Row
+
+    def resume(self, graph: Graph) -> None:
+        """Goes on behind passes that were judged in another run."""
+        self.last = verify.observe(graph, self.batches)
+        self._sum_up(graph, self.last)
 
     def begin(self, graph: Graph) -> None:
         self.before = graph.copy()
@@ -285,10 +323,18 @@ class _Judge:
             status, checks, words = self._judge_in_double(base, graph, contract, where)
             outcome.facts["checked_in"] = f"float64: {words}"
         self.last = seen
-        whole = verify.compare(graph, self.original, seen)
-        self.total_db = min((c.sqnr_db for c in whole if not c.discrete), default=math.inf)
+        self._sum_up(graph, seen)
         self.begin(graph)
         return status, checks
+
+    def _sum_up(self, graph: Graph, seen: list[verify.Outputs]) -> None:
+        whole = verify.compare(graph, self.original, seen)
+        floats = [c for c in whole if not c.discrete]
+        self.total = (
+            min((c.sqnr_db for c in floats), default=math.inf),
+            min((c.cosine for c in floats), default=1.0),
+            min((c.agreement for c in whole if c.agreement is not None), default=1.0),
+        )
 
     def _judge(
         self, base: Graph, graph: Graph, contract: Contract, seen: list[verify.Outputs], where: str

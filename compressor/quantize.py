@@ -144,6 +144,7 @@ def extremes(statistic: MinMax | MovingAverage) -> Range:
 
 
 MINMAX = Method(extremes, MinMax)
+WHOLE = Method(extremes)  # the same, of a histogram
 AVERAGE = Method(extremes, MovingAverage)
 
 
@@ -172,6 +173,18 @@ def calibrate(
     Padding counts nowhere. advance is told of every sample.
     DataError on no data, and on NaN and infinite values, with the first tensor that holds them.
     """
+    return calibrate_each(graph, nodes, batches, {"": method}, advance)[""]
+
+
+def calibrate_each(
+    graph: Graph,
+    nodes: Collection[Node],
+    batches: Iterable[Batch],
+    methods: Mapping[str, Method],
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, dict[Node, Range]]:
+    """What `calibrate` finds by each of several methods that read the same statistic, in one pass."""
+    (made,) = {method.statistic for method in methods.values()}
     names, padding = {node.name: node for node in nodes}, Padding(graph)
     quick: Graph | None = None
     seen: dict[Node, MinMax | MovingAverage | Histogram] = {}
@@ -187,7 +200,6 @@ def calibrate(
             if not value.numel():
                 continue
             if node not in seen:
-                made = method.statistic
                 seen[node] = Histogram(stride=_stride(value.numel(), size)) if made is None else made()
             seen[node].update(value)
             if seen[node].dropped:
@@ -201,8 +213,15 @@ def calibrate(
         raise DataError("the calibration data is empty: ranges need samples")
     # a tensor that never held a value gets (0, 0)
     return {
-        node: (0.0, 255.0) if is_bytes(node) else method.range_of(seen[node]) if node in seen else (0.0, 0.0)
-        for node in nodes
+        name: {
+            node: (0.0, 255.0)
+            if is_bytes(node)
+            else method.range_of(seen[node])
+            if node in seen
+            else (0.0, 0.0)
+            for node in nodes
+        }
+        for name, method in methods.items()
     }
 
 

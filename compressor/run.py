@@ -38,7 +38,7 @@ from .evaluation import Evaluator
 from .ir import Graph
 from .load import Loaded
 from .opening import Options, capture_model, require_finite, streams, take_pixels
-from .pipeline import Context, Pipeline, Row, parse
+from .pipeline import Context, Memory, Pipeline, Row, parse
 from .spill import spilling, trim
 from .stopwatch import Stopwatch
 from .target import Target, release
@@ -84,6 +84,7 @@ class Run:
         self.large = False
         self.evaluator: Evaluator | None = None
         self.plan: postprocess.Plan | None = None
+        self.kept: Memory | None = None  # of passes that other runs have made
         self.stopwatch = Stopwatch(target, opt.latency_cmd, _latency_table(opt.latency_table))
         self.metric: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
@@ -115,7 +116,7 @@ class Run:
     def compile(self, loaded: Loaded, example: Any, calibration: Any, stage: Path | None) -> Result:
         opt = self.opt
         with self.step("capturing"):
-            graph = capture_model(loaded, example, opt)
+            graph = self.capture(loaded, example)
             self.large = measure.bytes_of(graph) >= emit.EXTERNAL_DATA_BYTES
             came = {
                 "sha256": loaded.sha256 or graph.fingerprint(),
@@ -150,7 +151,7 @@ class Run:
                 evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
             )
-            rows = self.pipeline.run(graph, ctx)
+            rows = self.pipeline.run(graph, ctx, self.kept)
             here = not self.stopwatch.elsewhere
             self.notices += notices.of_passes(rows, self.target, here=here)
             shipped = self.shipped(graph)
@@ -174,6 +175,9 @@ class Run:
         made["steps"] = self.steps
         made["seconds"] = time.perf_counter() - self.start
         return Result(None, None, made, graph)
+
+    def capture(self, loaded: Loaded, example: Any) -> Graph:
+        return capture_model(loaded, example, self.opt)
 
     def shipped(self, graph: Graph) -> Graph:
         """What is emitted of a graph: with `--postprocess` it ends in detections, which no pass may see."""

@@ -18,7 +18,7 @@ Pass = Any  # a frozen dataclass with `name`, `after` and `requires`: pipeline.P
 def parse(spec: str, registry: Mapping[str, type[Any]]) -> list[Pass]:
     """`merge,prune(macs=0.5),int8` -> passes. UsageError with the nearest name on anything unknown."""
     passes: list[Pass] = []
-    for text in _split(spec):
+    for text in split(spec):
         name, _, rest = text.partition("(")
         name = name.strip()
         if name not in registry:
@@ -61,7 +61,8 @@ def _wrong_order(
     raise UsageError(f"{early} must come after {late}; write --passes '{right}'")
 
 
-def _split(spec: str) -> list[str]:
+def split(spec: str) -> list[str]:
+    """The parts between commas that stand in no brackets."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(spec):
         depth += (char in "([{") - (char in ")]}")
@@ -75,7 +76,7 @@ def _configure(cls: type[Any], text: str) -> Pass:
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for part in _split(text):
+    for part in split(text):
         key, sep, raw = part.partition("=")
         key = key.strip()
         if not sep or key not in fields:

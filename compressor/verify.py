@@ -77,6 +77,16 @@ class Check:
     def proves(self) -> bool:
         return self.power >= POWER * self.tolerance
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Check:
+        """The check that `to_dict` made this of."""
+        numbers = ("error", "tolerance", "power", "sqnr_db", "cosine")
+        values: dict[str, Any] = {
+            name: float("nan" if value is None else value) if name in numbers else value
+            for name, value in plain.items()
+        }
+        return cls(**values)
+
     def to_dict(self) -> dict[str, Any]:
         return {k: _json_number(v) for k, v in asdict(self).items()}
 

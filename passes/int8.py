@@ -36,8 +36,10 @@ from compressor.quantize import (
     AVERAGE,
     ENTROPY,
     MINMAX,
+    WHOLE,
     Method,
     calibrate,
+    calibrate_each,
     insert_dynamic,
     insert_pairs,
     mse,
@@ -46,11 +48,13 @@ from compressor.quantize import (
 from compressor.rounding import round_weights
 from compressor.tables import store_tables
 from compressor.target import QuantSpec
+from compressor.verify import compare, observe
 from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
 FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
+HEARD = 32  # samples on which `auto` listens for the noise of ranges
 FEW_TEXTS = 8  # transformers have their outliers in the same channels everywhere, so that few texts know them
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
@@ -72,7 +76,8 @@ class Int8(Pass):
 
     calibration: the extremes (`minmax`), their average over the batches (`average`), what is left when a few outliers
     are cut off (`percentile`), or the range that keeps the values best (`mse`) or their distribution (`entropy`);
-    `auto` takes percentiles, and extremes where there are fewer than 128 samples, which do not know the outliers.
+    `auto` takes percentiles, extremes or `mse`, whichever leaves the outputs the least noise, and extremes where there
+    are fewer than 128 samples, which do not know the outliers.
     percentile: what is kept; 99.9995 cuts 5 values in a million off either end.
     scheme: `dynamic` needs no data: matrix products find the scale of what they read in every run, everything else
     stays float. It is what models of matrix products get where there is no calibration data. `weight` needs none
@@ -142,7 +147,7 @@ class Int8(Pass):
             scaled = _equalised(graph, spec, self.ignore, data, ctx)
             yield scaled
             left = None if left is None else left - len(scaled.rewrites)
-        ranges = self._ranges(graph, spec, given, data, left, ctx)
+        ranges, words = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
         if data is not None and (self.sqnr is not None or self.max_drop is not None):
             floats, found = self._within(graph, spec, ranges, given, data, ctx)
@@ -157,7 +162,7 @@ class Int8(Pass):
         graph.clean()
         outcome.facts |= facts
         if data is not None:
-            outcome.facts["calibration"] = f"{self._words(data.samples)} of {data.samples} samples"
+            outcome.facts["calibration"] = words
             if data.samples < FEW:
                 outcome.facts["few"] = (
                     f"ranges and rounding know {data.samples} samples; some hundreds are better"
@@ -166,8 +171,8 @@ class Int8(Pass):
 
     def _ranges(
         self, graph: Graph, spec: QuantSpec, given: Given, data: Data | None, left: int | None, ctx: Context
-    ) -> dict[Node, Range]:
-        """Those that the model came with, and of all other values that get a quantiser those of the data."""
+    ) -> tuple[dict[Node, Range], str]:
+        """Those that the model came with, and of all other quantised values those of the data; with words for these."""
         owner = place(graph, spec, None, self.ignore, left).owner
         given.spread(owner)
         ranges = given.ranges()
@@ -177,10 +182,53 @@ class Int8(Pass):
             raise UsageError(
                 f"{NO_DATA}; the model has no range for {len(wanted)} values, {site(wanted[0])} for one"
             )
-        if data is not None:
-            with ctx.progress("calibrating int8", data.samples) as advance:
-                ranges |= calibrate(graph, wanted, data, self.observer(spec, data.samples), advance)
-        return ranges
+        if data is None:
+            return ranges, ""
+        methods = self.methods(spec, data.samples)
+        with ctx.progress("calibrating int8", data.samples) as advance:
+            found = {
+                name: ranges | some
+                for name, some in calibrate_each(graph, wanted, data, methods, advance).items()
+            }
+        name = self._quietest(graph, spec, found, given, data, left) if len(found) > 1 else next(iter(found))
+        return found[name], f"{name} of {data.samples} samples"
+
+    def _quietest(
+        self,
+        graph: Graph,
+        spec: QuantSpec,
+        choices: Mapping[str, Mapping[Node, Range]],
+        given: Given,
+        data: Data,
+        left: int | None,
+    ) -> str:
+        """The ranges that leave the outputs the least noise: trained networks want outliers cut, others may not."""
+        heard = list(data.limited(HEARD))
+        reference = observe(graph, heard)
+        levels = {}
+        for name, ranges in choices.items():
+            copy = self._trial(graph, spec, ranges, given, left)
+            checks = compare(graph, reference, observe(copy, heard))
+            levels[name] = min((c.sqnr_db for c in checks if not c.discrete), default=0.0)
+        return max(levels, key=lambda name: levels[name])
+
+    def _trial(
+        self,
+        graph: Graph,
+        spec: QuantSpec,
+        ranges: Mapping[Node, Range],
+        given: Given,
+        left: int | None = None,
+        floats: Collection[str] = (),
+    ) -> Graph:
+        """A copy in integers, rounded to the nearest; `floats` names nodes that stay what they are."""
+        copy = graph.copy()
+        twins = {node.name: node for node in copy.nodes}
+        found = {twins[node.name]: limits for node, limits in ranges.items()}
+        kept = place(copy, spec, found, self.ignore, left, {twins[name]: KEPT for name in floats})
+        insert_pairs(kept, found, *given.of(twins).fitting(spec))
+        copy.clean()
+        return copy
 
     def _within(
         self,
@@ -201,14 +249,7 @@ class Int8(Pass):
             return names[: math.ceil(share * len(names))]
 
         def trial(share: float) -> Graph:
-            copy = graph.copy()
-            twins = {node.name: node for node in copy.nodes}
-            found = {twins[node.name]: limits for node, limits in ranges.items()}
-            left = {twins[name]: KEPT for name in floating(share)}
-            kept = place(copy, spec, found, self.ignore, floats=left)
-            insert_pairs(kept, found, *given.of(twins).fitting(spec))
-            copy.clean()
-            return copy
+            return self._trial(graph, spec, ranges, given, floats=floating(share))
 
         with ctx.progress("int8: measuring copies", None):
             share = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8").measured(
@@ -235,23 +276,19 @@ class Int8(Pass):
             spec if self.reduce_range is None else dataclasses.replace(spec, reduce_range=self.reduce_range)
         )
 
-    def observer(self, spec: QuantSpec, samples: int) -> Method:
-        """How ranges are found from so many samples."""
-        name = self._name(samples)
-        if name == "percentile":
-            return percentile(self.percentile)
-        return {"minmax": MINMAX, "average": AVERAGE, "mse": mse(spec), "entropy": ENTROPY}[name]
-
-    def _name(self, samples: int) -> str:
-        if self.calibration != "auto":
-            return self.calibration
-        return "minmax" if samples < FEW else "percentile"
-
-    def _words(self, samples: int) -> str:
-        cut = f"{self.percentile:g} % percentiles" if self.percentile < 100 else "extremes"
-        words = {"minmax": "extremes", "average": "moving averages of extremes", "percentile": cut}
-        name = self._name(samples)
-        return words.get(name, f"{name} ranges")
+    def methods(self, spec: QuantSpec, samples: int) -> dict[str, Method]:
+        """How ranges may be found from so many samples, in words: one method, or what `auto` chooses from."""
+        cut = f"{self.percentile:g} % percentiles"
+        if self.calibration == "auto" and samples >= FEW and self.percentile < 100:
+            return {cut: percentile(self.percentile), "extremes": WHOLE, "mse ranges": mse(spec)}
+        return {
+            "auto": {"extremes": MINMAX},
+            "minmax": {"extremes": MINMAX},
+            "average": {"moving averages of extremes": AVERAGE},
+            "percentile": {cut if self.percentile < 100 else "extremes": percentile(self.percentile)},
+            "mse": {"mse ranges": mse(spec)},
+            "entropy": {"entropy ranges": ENTROPY},
+        }[self.calibration]
 
 
 def dynamic(spec: QuantSpec) -> QuantSpec:

@@ -402,9 +402,9 @@ def test_options_come_from_the_spec_string():
 
 def test_options_do_what_they_say():
     graph = graph_of(Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4), b=conv(4, 4)))
-    default, _ = compiled(graph)
+    default, _ = compiled(graph, Int8(calibration="percentile"))
     extremes, (*_, outcome) = compiled(graph, Int8(calibration="minmax"))
-    cut, _ = compiled(graph, Int8(percentile=99.0))
+    cut, _ = compiled(graph, Int8(calibration="percentile", percentile=99.0))
     scales = [[n.args[1] for n in g.nodes if kind(n) == "quantize"] for g in (cut, default, extremes)]
     assert all(a < b <= c for a, b, c in zip(*scales, strict=True))
     assert outcome.facts["calibration"] == "extremes of 128 samples" and "few" not in outcome.facts
@@ -416,6 +416,29 @@ def test_options_do_what_they_say():
     assert [d.reason for d in outcome.declines] == ["left float as asked"] and "b.weight" in part.tensors
     first, _ = compiled(graph, Int8(equalise=False), context(graph, limit=1))
     assert "a.weight_int8" in first.tensors and "b.weight" in first.tensors
+
+
+@pytest.mark.parametrize(("end", "worst"), [(lambda x: x, "percentile"), (nn.functional.hardtanh, "minmax")])
+def test_auto_takes_the_ranges_that_leave_the_outputs_least_noise(end, worst):
+    # far values matter where they reach the output, and not where they are clipped on the way
+    graph = graph_of(Net(lambda net, x: end(net.b(net.a(x).relu())), a=conv(3, 4), b=conv(4, 4)))
+    few = [torch.randn(128, 3, 16, 16)]
+    few[0][::8, :, ::5, ::7] *= 100
+    ctx = dataclasses.replace(context(graph), calibration=open_data([tuple(few)], graph.inputs))
+    plain = {"equalise": False, "rounding": "nearest", "percentile": 99.9, "measure": False}
+    made = {
+        name: compiled(graph, Int8(calibration=name, **plain), ctx)
+        for name in ("minmax", "percentile", "mse")
+    }
+    heard = [batch.inputs[0] for batch in ctx.calibration]
+    noise = {
+        name: sum(float((one.run(x)[0] - graph.run(x)[0]).square().sum()) for x in heard)
+        for name, (one, _) in made.items()
+    }
+    auto, _ = compiled(graph, Int8(**plain), ctx)
+    best = min(noise, key=lambda name: noise[name])
+    assert made[best][0].text() == auto.text()
+    assert noise[worst] > 1.5 * noise[best]
 
 
 def test_few_samples_take_extremes_and_scale_no_convolutions():

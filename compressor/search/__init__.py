@@ -1,0 +1,1 @@
+"""The best model under a budget: a space of specs, trials that share their first passes, engines that run them."""

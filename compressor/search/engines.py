@@ -1,0 +1,267 @@
+"""Where trials run: processes of this machine, or tasks of a Ray cluster. Both answer in the order of the questions."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import getpass
+import io
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from . import trial
+from .trial import FAILED, Outcome, Task
+
+TRIES = 2  # of a trial whose worker died
+SLOT = "latency_slot"  # the resource of a Ray node that times one model at a time
+Asked = tuple[
+    Task, int, str
+]  # a trial: what it shares with others, its number (no two alike in one call), its spec
+
+
+class Engine:
+    """Runs trials side by side, and single calls that nothing else runs beside."""
+
+    def run(self, asked: Sequence[Asked], done: Callable[[Outcome], None]) -> list[Outcome]:
+        """Outcomes in the order asked. done: called once for each, in the order in which they come."""
+        raise NotImplementedError
+
+    def alone(self, function: Callable[..., Any], task: Task, *args: Any) -> Any:
+        """`function(task, *args)` in a worker."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stops what is running."""
+
+
+def _lost(number: int, spec: str) -> Outcome:
+    return Outcome(number, spec, FAILED, f"its worker died {TRIES} times: out of memory, most likely")
+
+
+class Local(Engine):
+    """Processes of this machine, which share its cores evenly."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._busy = False
+
+    @property
+    def pool(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._pool is None:
+            threads = max(1, (os.cpu_count() or 1) // self.workers)
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_prepare,
+                initargs=(threads, os.getpid()),
+            )
+        return self._pool
+
+    def run(self, asked: Sequence[Asked], done: Callable[[Outcome], None]) -> list[Outcome]:
+        found: dict[int, Outcome] = {}
+        tries = dict.fromkeys((number for _, number, _ in asked), 0)
+        while left := [one for one in asked if one[1] not in found]:
+            suspects = [one for one in left if tries[one[1]]]  # one by one, so that the guilty one is known
+            for batch in [[one] for one in suspects] or [left]:
+                for outcome in self._together(batch, tries):
+                    found[outcome.number] = outcome
+                    done(outcome)
+        return [found[number] for _, number, _ in asked]
+
+    def _together(self, asked: Sequence[Asked], tries: dict[int, int]) -> Iterator[Outcome]:
+        futures = {self.pool.submit(trial.run, *one): one for one in asked}
+        broken, self._busy = False, True
+        for future in concurrent.futures.as_completed(futures):
+            _, number, spec = futures[future]
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                broken = True
+                tries[number] += 1
+                if tries[number] >= TRIES:
+                    yield _lost(number, spec)
+        self._busy = False
+        if broken:
+            self.close()
+
+    def alone(self, function: Callable[..., Any], task: Task, *args: Any) -> Any:
+        try:
+            return self.pool.submit(function, task, *args).result()
+        except BrokenProcessPool:
+            self.close()
+            return self.pool.submit(function, task, *args).result()
+
+    def close(self) -> None:
+        if self._pool is None:
+            return
+        if self._busy:  # interrupted: nobody waits for what is in flight
+            for process in list((self._pool._processes or {}).values()):
+                with contextlib.suppress(OSError, AttributeError):
+                    process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
+
+
+def _prepare(threads: int, driver: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver says when to stop
+    threading.Thread(target=_follow, args=(driver,), daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def _follow(driver: int) -> None:
+    """A worker whose driver was killed would wait for questions for ever."""
+    while os.getppid() == driver:
+        time.sleep(1)
+    os._exit(1)
+
+
+class Ray(Engine):
+    """Tasks of a Ray cluster. Models, data and what comes back travel through its object store.
+
+    address: of the cluster, `auto` for the one that this machine is part of. cpus: of one trial. Nodes with the
+    resource `latency_slot` time models, one at a time; without any, the node that a task happens to be on.
+    """
+
+    def __init__(self, address: str, cpus: float) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError("--engine ray needs Ray: pip install 'compressor[ray]'") from error
+        self.ray = ray
+        try:
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UsageError(f"--ray-address {address}: no Ray cluster answers there: {first}") from error
+        options: dict[str, Any] = {"num_cpus": cpus, "max_retries": TRIES, "retry_exceptions": False}
+        slots: dict[str, float] = {SLOT: 1} if ray.cluster_resources().get(SLOT) else {}
+        self._run = ray.remote(**options)(_run_there)
+        self._alone = ray.remote(**options, resources=slots)(_alone_there)
+        self._parcels: dict[str, Any] = {}
+
+    def run(self, asked: Sequence[Asked], done: Callable[[Outcome], None]) -> list[Outcome]:
+        refs = {self._run.remote(one[0], self._parcel(one[0]), *one[1:]): one for one in asked}
+        found: dict[int, Outcome] = {}
+        left = list(refs)
+        while left:
+            (ready, *_), left = self.ray.wait(left, num_returns=1)
+            task, number, spec = refs[ready]
+            try:
+                outcome, made = self.ray.get(ready)
+                _unpack(made, task.trial(number).parent)
+            except self.ray.exceptions.RayTaskError:
+                raise
+            except self.ray.exceptions.RayError:  # a node or a worker that is no longer there
+                outcome = _lost(number, spec)
+            found[number] = outcome
+            done(outcome)
+        return [found[number] for _, number, _ in asked]
+
+    def alone(self, function: Callable[..., Any], task: Task, *args: Any) -> Any:
+        models = {"original": task.original} | {
+            f"trials/{one}": task.trial(one) for one in args if isinstance(one, int)
+        }
+        there = self.ray.put(_packed({name: path for name, path in models.items() if path.exists()}))
+        answer, made = self.ray.get(self._alone.remote(task, self._parcel(task), there, function, args))
+        _unpack(made, Path(task.folder))
+        return answer
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+    def _parcel(self, task: Task) -> Any:
+        if task.digest not in self._parcels:
+            self._parcels[task.digest] = self.ray.put(_packed(_named(task)))
+        return self._parcels[task.digest]
+
+
+# -------------------------------------------------------------------- what travels
+
+
+def _named(task: Task) -> dict[str, Path]:
+    """The files and folders that a task names, by the place where they are named."""
+    places: dict[str, Any] = {"model": task.model, "calibration": task.calibration, **task.options}
+    return {
+        name: Path(value)
+        for name, value in places.items()
+        if isinstance(value, (str, Path)) and Path(value).exists()
+    }
+
+
+def _packed(paths: Mapping[str, Path]) -> bytes:
+    """A tar of files and folders, each in a folder of its name there."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, path in paths.items():
+            tar.add(path, arcname=f"{name}/{path.name}")
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def _there(task: Task, parcel: bytes) -> Task:
+    """The task with the paths of this node; what travels is unpacked once."""
+    root = Path(tempfile.gettempdir()) / f"compressor-{getpass.getuser()}-{task.digest[:32]}"
+    if not root.exists():
+        fresh = Path(tempfile.mkdtemp(dir=root.parent))
+        _unpack(parcel, fresh)
+        with contextlib.suppress(OSError):  # another worker of this node was faster
+            os.replace(fresh, root)
+        shutil.rmtree(fresh, ignore_errors=True)
+    here = {one.name: str(next(one.iterdir())) for one in root.iterdir() if one.name != "store"}
+    return dataclasses.replace(
+        task,
+        model=here["model"],
+        calibration=here.get("calibration", task.calibration),
+        options={key: here.get(key, value) for key, value in task.options.items()},
+        folder=tempfile.mkdtemp(),
+        store=str(root / "store"),
+    )
+
+
+def _run_there(task: Task, parcel: bytes, number: int, spec: str) -> tuple[Outcome, bytes]:
+    here = _there(task, parcel)
+    try:
+        outcome = trial.run(here, number, spec)
+        folder = here.trial(number)
+        return outcome, _packed({"": folder} if folder.exists() else {})
+    finally:
+        shutil.rmtree(here.folder, ignore_errors=True)
+
+
+def _alone_there(task: Task, parcel: bytes, models: bytes, function: Callable[..., Any], args: Any) -> Any:
+    here = _there(task, parcel)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _unpack(models, Path(folder))
+            for one in Path(folder).glob("original/original"):
+                shutil.copytree(one, here.original)
+            for one in Path(folder).glob("trials/*/*"):
+                shutil.copytree(one, here.trial(0).parent / one.name)
+        known = here.original.exists()
+        answer = function(here, *args)
+        return answer, _packed({} if known else {"": here.original})
+    finally:
+        shutil.rmtree(here.folder, ignore_errors=True)

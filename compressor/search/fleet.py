@@ -1,0 +1,232 @@
+"""batch(): many models, a recipe or a budget for each, one table; what was done is not done again.
+
+    [defaults]                      # for every model that does not say otherwise; names are those of the flags
+    target = "cpu"
+    passes = "merge,fold,int8"
+
+    [[model]]
+    path = "resnet.pt2"
+    calib = "images/"
+
+    [[model]]
+    path = "bert/"
+    calib = "texts.txt"
+    constraint = ["drop<=1.0"]      # a budget: searched, not compiled
+    trials = 20
+
+Paths are relative to the list. A model's folder is `output`, or its name below the output folder of the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..errors import CompressorError, FileError, UsageError
+from . import trial as trials
+from .engines import Asked, Engine
+from .store import key_of
+from .trial import DONE, FAILED, REFUSED, Outcome, Task
+from .tune import alone, made_task, opened_engine, tune
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECEIPT = "batch.json"
+# Keys of an entry -> options of compress and tune that are called otherwise there.
+NAMES = {
+    "calib": "calibration", "eval": "evaluate", "model": "model_spec", "input": "inputs", "objective": "objectives",
+    "constraint": "constraints",
+}  # fmt: skip
+PATHS = ("path", "calib", "eval", "output", "adapter", "preprocess")
+SEARCH = ("objectives", "constraints", "trials", "timeout", "sampler")  # a budget: any of these
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a list. options: of compress or tune, by the api's names."""
+
+    path: Path
+    output: Path
+    options: Mapping[str, Any]
+
+    @property
+    def searched(self) -> bool:
+        return any(name in self.options for name in SEARCH)
+
+
+def batch(
+    listed: str | Path,
+    *,
+    output: str | Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    ray_address: str = "auto",
+    trial_cpus: float = 1.0,
+    told: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[tuple[Entry, Outcome]]:
+    """Compiles or searches every model of a TOML list (see above) into its folder; what becomes of each.
+
+    A model whose folder was made from the same files and options is not made again. One that fails costs the others
+    nothing. UsageError names what the list gets wrong, before anything runs.
+    """
+    entries = read(Path(listed), Path(output) if output is not None else None)
+    found: dict[int, Outcome] = {}
+    with opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+        asked: list[Asked] = []
+        tasks: dict[int, tuple[Entry, Task, str]] = {}
+        for number, entry in enumerate(entries):
+            try:
+                task, spec, key = _prepared(entry)
+                known = _known(entry, key)
+                if known is not None:
+                    found[number] = known
+                elif entry.searched:
+                    found[number] = _searched(entry, number, key, runner)
+                else:
+                    tasks[number] = entry, task, key
+                    asked.append((task, number, spec))
+            except CompressorError as error:
+                found[number] = Outcome(number, "", REFUSED, str(error).splitlines()[0])
+            if number in found:
+                told(found[number])
+        for outcome in runner.run(asked, told):
+            found[outcome.number] = _published(runner, *tasks[outcome.number], outcome)
+    return [(entry, found[number]) for number, entry in enumerate(entries)]
+
+
+def read(listed: Path, output: Path | None) -> list[Entry]:
+    """The entries of a list. UsageError, FileError."""
+    try:
+        text = tomllib.loads(listed.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{listed}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{listed} is not TOML: {error}") from error
+    defaults, models = text.get("defaults", {}), text.get("model", [])
+    if not isinstance(models, list) or not models or not isinstance(defaults, dict):
+        raise UsageError(f"{listed}: name at least one model in a table [[model]]")
+    home = output if output is not None else listed.parent
+    entries = [_entry(listed, i, {**defaults, **one}, home) for i, one in enumerate(models, 1)]
+    folders = [entry.output for entry in entries]
+    for one in folders:
+        if folders.count(one) > 1:
+            raise UsageError(
+                f"{listed}: two models would be written to {one}; give each an output of its own"
+            )
+    return entries
+
+
+def _entry(listed: Path, number: int, values: Mapping[str, Any], home: Path) -> Entry:
+    where = f"{listed}, model {number}"
+    if "path" not in values:
+        raise UsageError(f"{where}: it has no path")
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in PATHS:
+            value = (
+                [_placed(listed, one) for one in value] if isinstance(value, list) else _placed(listed, value)
+            )
+        options[NAMES.get(key, key.replace("-", "_"))] = value
+    path = Path(options.pop("path"))
+    known = _known_options()
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise UsageError(
+                f"{where}: unknown key '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
+            )
+    for name in ("objectives", "constraints"):
+        if isinstance(options.get(name), str):
+            options[name] = [options[name]]
+    folder = Path(options.pop("output", home / path.name.split(".")[0]))
+    return Entry(path, folder, options)
+
+
+def _placed(listed: Path, value: Any) -> str:
+    """A path relative to the list, where there is something; words such as `module:function` as they are."""
+    beside = listed.parent / str(value)
+    return str(beside.resolve()) if beside.exists() or Path(str(value)).suffix else str(value)
+
+
+def _known_options() -> set[str]:
+    from ..opening import Options
+
+    return {f.name for f in dataclasses.fields(Options)} | {
+        "passes", "target", "calibration", "output", *SEARCH,
+    }  # fmt: skip
+
+
+def _prepared(entry: Entry) -> tuple[Task, str, str]:
+    """Task and spec of a model, and the key of everything that decides its result."""
+    options = {
+        k: v for k, v in entry.options.items() if k not in ("passes", "target", "calibration", *SEARCH)
+    }
+    target = entry.options.get("target", "cpu")
+    task, _ = made_task(entry.path, entry.options.get("calibration"), target, _work(entry), options)
+    spec = entry.options.get("passes") or registry.target(target).recipe
+    search = {name: entry.options.get(name) for name in SEARCH}
+    return task, spec, key_of(task.digest, target, {k: str(v) for k, v in options.items()}, spec, search)
+
+
+def _work(entry: Entry) -> Path:
+    return entry.output.with_name(f".{entry.output.name}-work")
+
+
+def _known(entry: Entry, key: str) -> Outcome | None:
+    try:
+        kept = json.loads((entry.output / RECEIPT).read_text())
+        return Outcome(**kept["outcome"]) if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _searched(entry: Entry, number: int, key: str, runner: Engine) -> Outcome:
+    options = dict(entry.options)
+    folder = entry.output.with_name(f"{entry.output.name}-search")
+    begun = (folder / "search.log").exists()
+    study = tune(entry.path, output=folder, resume=begun, running=runner, **options)
+    best = study.best
+    if best is None or not study.feasible:
+        return Outcome(number, best.spec if best is not None else "", FAILED, study.failure())
+    outcome = dataclasses.replace(best, number=number)
+    _moved(study.folder / "best", entry, key, outcome)
+    return outcome
+
+
+def _published(engine: Engine, entry: Entry, task: Task, key: str, outcome: Outcome) -> Outcome:
+    """Timed beside the original, and moved to where it belongs."""
+    try:
+        if outcome.state == DONE:
+            engine.alone(trials.original, task)
+            timed = engine.alone(trials.timed, task, outcome.number)
+            outcome = dataclasses.replace(outcome, values=outcome.values | timed)
+            _moved(task.trial(outcome.number), entry, key, outcome)
+        return outcome
+    finally:
+        shutil.rmtree(task.folder, ignore_errors=True)
+
+
+def _moved(made: Path, entry: Entry, key: str, outcome: Outcome) -> None:
+    fresh = entry.output.with_name(f".{entry.output.name}-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(made, fresh)
+    (fresh / RECEIPT).write_text(json.dumps({"key": key, "outcome": dataclasses.asdict(outcome)}))
+    with alone(entry.output.parent):
+        old = entry.output.with_name(f".{entry.output.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        if entry.output.exists():
+            os.replace(entry.output, old)
+        os.replace(fresh, entry.output)
+        shutil.rmtree(old, ignore_errors=True)

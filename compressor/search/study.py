@@ -1,0 +1,356 @@
+"""The search itself: rounds of trials asked of optuna, run by an engine, and told in order; its state lies on disk.
+
+A round has a fixed size and its own seed, so that any number of workers finds the same, and so does a search that was
+killed and resumed. What is timed is timed between rounds, when nothing else runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from ..errors import OutputError
+from ..report import dumps
+from . import trial as trials
+from .engines import Engine
+from .objectives import Constraint, distance
+from .space import Space
+from .trial import DONE, Outcome, Task
+
+ROUND = 4  # trials that are asked together, whatever the number of workers
+SAME = 50  # specs in a row that were tried before: the space is exhausted
+SAMPLERS = ("tpe", "nsga2", "random")
+STATE, SUMMARY = "search.log", "tune.json"
+_OUTCOME = "outcome"
+_KEPT = "outcome.json"
+
+
+@dataclass
+class Study:
+    """One search. objectives: names of values to minimise. guesses: answers to try first, see `Space.given`.
+
+    table: sha256 of a file -> what was timed, taken instead of measured. told: after every trial, for a progress line.
+    """
+
+    task: Task
+    space: Space
+    objectives: tuple[str, ...]
+    constraints: tuple[Constraint, ...]
+    engine: Engine
+    trials: int
+    timeout: float | None = None
+    sampler: str = "tpe"
+    seed: int = 0
+    guesses: Sequence[Mapping[str, str]] = ()
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
+    told: Callable[[Outcome], None] = lambda outcome: None
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.task.folder)
+
+    # ---------------------------------------------------------------- running
+
+    def run(self) -> None:
+        """Searches until trials, time or the space are used up; whatever ends it, the best so far is on disk."""
+        start = time.monotonic()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.first = self._original()
+        study = self._opened()
+        try:
+            longest = 0.0
+            while len(self.outcomes) < self.trials:
+                begun = time.monotonic()
+                if self.timeout is not None and begun - start + longest > self.timeout:
+                    self.stopped = f"the time is up ({self.timeout:g} s)"
+                    break
+                asked = self._asked(study, min(ROUND, self.trials - len(self.outcomes)))
+                if not asked:
+                    self.stopped = "every spec of the space was tried"
+                    break
+                self._round(study, asked)
+                longest = max(longest, time.monotonic() - begun)
+        finally:
+            self.publish()
+
+    def _original(self) -> dict[str, float]:
+        """Values of the model as it came; made once."""
+        known = self.folder / SUMMARY
+        if known.exists():
+            before = json.loads(known.read_text())
+            self.table |= before["latency_table"]
+            return dict(before["original"])
+        found: dict[str, float] = self.engine.alone(trials.original, self.task)
+        return found
+
+    def _opened(self) -> optuna.Study:
+        storage = JournalStorage(JournalFileBackend(str(self.folder / STATE)))
+        study = optuna.create_study(
+            storage=storage,
+            study_name="tune",
+            directions=["minimize"] * len(self.objectives),
+            load_if_exists=True,
+        )
+        for one in study.get_trials(deepcopy=False):
+            if _OUTCOME in one.user_attrs:
+                outcome = Outcome(**one.user_attrs[_OUTCOME])
+                self.outcomes[outcome.number] = outcome
+        if not study.get_trials(deepcopy=False):
+            for guess in ({}, *self.guesses):
+                study.enqueue_trial(self._params(guess))
+        return study
+
+    def _params(self, guess: Mapping[str, str]) -> dict[str, Any]:
+        """What `_choice` makes the words of a guess again."""
+        decisions = self.space.decisions()
+        unknown = set(guess) - set(decisions)
+        assert not unknown, unknown
+        found: dict[str, Any] = {}
+        for name, words in decisions.items():
+            word = guess.get(name, words[0])
+            found[name] = words.index(word) if _numeric(words) else word
+        return found
+
+    def _asked(self, study: optuna.Study, count: int) -> list[tuple[Trial, str]]:
+        """The trials of the next round, those first that were in flight when an earlier search ended."""
+        running = [
+            t
+            for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if "spec" in t.user_attrs
+        ]
+        for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "spec" not in stale.user_attrs:
+                study.tell(stale.number, state=TrialState.FAIL)
+        asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
+        known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
+        study.sampler = self._sampler(len(self.outcomes))
+        same = 0
+        while len(asked) < count and same < SAME:
+            one = study.ask()
+            spec = self.space.canonical(
+                self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
+            )
+            if spec in known:
+                same += 1
+                study.tell(one, state=TrialState.FAIL)
+                continue
+            one.set_user_attr("spec", spec)
+            known.add(spec)
+            asked.append((one, spec))
+        return asked
+
+    def _sampler(self, told: int) -> BaseSampler:
+        """A fresh one for every round: what it draws depends on seed and history alone."""
+        seed = self.seed * 100_003 + told
+
+        if self.sampler == "random":
+            return RandomSampler(seed=seed)
+        if self.sampler == "nsga2":
+            return NSGAIISampler(seed=seed, population_size=4 * ROUND)
+        return TPESampler(
+            seed=seed, n_startup_trials=2 * ROUND, multivariate=True, group=True,
+        )  # fmt: skip
+
+    def _round(self, study: optuna.Study, asked: Sequence[tuple[Trial, str]]) -> None:
+        known = {one.number: self._kept(one.number, spec) for one, spec in asked}
+        fresh = [(self.task, one.number, spec) for one, spec in asked if known[one.number] is None]
+        made = known | {outcome.number: outcome for outcome in self.engine.run(fresh, self._keep)}
+        for one, _ in asked:
+            outcome = made[one.number]
+            assert outcome is not None
+            if outcome.state == DONE:
+                outcome = self._timed(outcome)
+            values = [outcome.values.get(name, math.nan) for name in self.objectives]
+            missed = distance(self.constraints, outcome.values)
+            if outcome.state == DONE and any(map(math.isnan, [missed, *values])):
+                outcome = dataclasses.replace(outcome, state=trials.FAILED, why="its metric is not a number")
+            one.set_constraint("missed", min(missed, 1e9))
+            one.set_user_attr(_OUTCOME, dataclasses.asdict(outcome))
+            self.outcomes[outcome.number] = outcome
+            if outcome.state == DONE:
+                study.tell(one, values)
+            else:
+                study.tell(one, state=TrialState.FAIL)
+            self.told(outcome)
+        self.publish()
+
+    def _keep(self, outcome: Outcome) -> None:
+        """So that a search which is killed before the round ends need not make it again."""
+        folder = self.task.trial(outcome.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / _KEPT, json.dumps(dataclasses.asdict(outcome)))
+
+    def _kept(self, number: int, spec: str) -> Outcome | None:
+        try:
+            found = Outcome(**json.loads((self.task.trial(number) / _KEPT).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if found.spec == spec else None
+
+    def _timed(self, outcome: Outcome) -> Outcome:
+        """With its latency: relative to the original in the same minute, times what that took at first."""
+        known = self.table.get(outcome.sha256)
+        if known is None:
+            known = self.engine.alone(trials.timed, self.task, outcome.number)
+            self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
+            known["latency_ms"] = self.first["latency_ms"] / known["speedup"]
+            self.table[outcome.sha256] = known
+        self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
+        return dataclasses.replace(outcome, values=outcome.values | known)
+
+    # ---------------------------------------------------------------- results
+
+    @property
+    def done(self) -> list[Outcome]:
+        return [one for _, one in sorted(self.outcomes.items()) if one.state == DONE]
+
+    @property
+    def feasible(self) -> list[Outcome]:
+        return [one for one in self.done if not distance(self.constraints, one.values)]
+
+    @property
+    def best(self) -> Outcome | None:
+        """The feasible trial with the least of the first objective; else the one that is nearest to feasible."""
+        key = self.objectives[0]
+        if self.feasible:
+            return min(self.feasible, key=lambda one: (one.values[key], one.number))
+        return min(
+            self.done, key=lambda one: (distance(self.constraints, one.values), one.number), default=None
+        )
+
+    @property
+    def front(self) -> list[Outcome]:
+        """Feasible trials that no other beats in every objective, and in what their outputs lose."""
+        candidates = [(one, self._costs(one)) for one in self.feasible]
+        return [one for one, mine in candidates if not any(_beats(other, mine) for _, other in candidates)]
+
+    def _costs(self, one: Outcome) -> tuple[float, ...]:
+        quality = one.values.get("drop", -one.values.get("sqnr", 0.0))
+        return (*(one.values[name] for name in self.objectives), quality)
+
+    def publish(self) -> None:
+        """Writes `best/`, `pareto/` and the summary; models of other trials go."""
+        best, front = self.best, self.front
+        try:
+            if best is not None:
+                _linked({"": self.task.trial(best.number)}, self.folder / "best")
+                _linked(
+                    {f"{one.number:04d}": self.task.trial(one.number) for one in front},
+                    self.folder / "pareto",
+                )
+            _write(self.folder / SUMMARY, dumps(self.summary()))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {self.folder}: {error.strerror or error}; free space"
+            ) from error
+        wanted = {one.number for one in front} | ({best.number} if best is not None else set())
+        for number in self.outcomes.keys() - wanted:
+            shutil.rmtree(self.task.trial(number), ignore_errors=True)
+
+    def failure(self) -> str:
+        """Why there is no model within the constraints, in words."""
+        wanted = " and ".join(map(str, self.constraints))
+        best = self.best
+        if best is None:
+            states = (
+                "; ".join(dict.fromkeys(one.why for one in self.outcomes.values())) or "no trial was made"
+            )
+            return f"no trial gave a model: {states[:400]}"
+        missed = ", ".join(
+            f"{one.name} {best.values.get(one.name, math.nan):.4g}"
+            for one in self.constraints
+            if one.missed(best.values)
+        )
+        return (
+            f"none of {len(self.outcomes)} trials keeps to {wanted}; the nearest is in {self.folder / 'best'}, with "
+            f"{missed}: allow more, give more --trials, or another space with --passes"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        best = self.best
+        return {
+            "model": Path(self.task.model).name,
+            "target": self.task.target,
+            "space": self.space.text,
+            "objectives": list(self.objectives),
+            "constraints": [str(one) for one in self.constraints],
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "original": self.first,
+            "stopped": self.stopped,
+            "feasible": len(self.feasible),
+            "best": best.number if best is not None else None,
+            "missed": {
+                str(one): one.missed(best.values)
+                for one in self.constraints
+                if best is not None and one.missed(best.values)
+            },
+            "front": [one.number for one in self.front],
+            "trials": [dataclasses.asdict(one) for _, one in sorted(self.outcomes.items())],
+            "latency_table": self.table,
+        }
+
+
+def _choice(one: Trial, name: str, words: Sequence[str]) -> str:
+    """Numbers are suggested by their place, so that the sampler knows that 0.5 lies between 0.4 and 0.6."""
+    if _numeric(words):
+        return words[one.suggest_int(name, 0, len(words) - 1)]
+    found: str = one.suggest_categorical(name, list(words))
+    return found
+
+
+def _numeric(words: Sequence[str]) -> bool:
+    try:
+        return len(words) > 2 and sorted(words, key=float) == list(words)
+    except ValueError:
+        return False
+
+
+def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def _linked(sources: Mapping[str, Path], home: Path) -> None:
+    """Replaces a folder by one that holds the files of these folders, as hard links where the disk can."""
+    fresh = home.with_name(f".{home.name}-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for name, source in sources.items():
+        shutil.copytree(source, fresh / name, copy_function=_link, dirs_exist_ok=True)
+    fresh.mkdir(exist_ok=True)
+    old = home.with_name(f".{home.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if home.exists():
+        os.replace(home, old)
+    os.replace(fresh, home)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, home: str) -> None:
+    with contextlib.suppress(OSError):
+        os.link(source, home)
+        return
+    shutil.copy2(source, home)
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.part")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)

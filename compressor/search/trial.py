@@ -1,0 +1,260 @@
+"""One trial: a spec compiled and judged, as a function of plain data that any worker anywhere can call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, data, delivery, measure, registry, report
+from ..emit import Emitted, feeds
+from ..errors import CompressorError, OutputError
+from ..ir import Graph
+from ..load import Loaded
+from ..opening import Options, capture_model, load_model
+from ..pipeline import Memory, Pass, Row
+from ..run import Run
+from ..stopwatch import Stopwatch
+from . import timing
+from .objectives import Constraint, hopeless
+from .store import Store, key_of
+
+SECONDS = 4.0  # of timing a model and the original in turns
+DONE, REFUSED, HOPELESS, FAILED = "done", "refused", "hopeless", "failed"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all trials of a study share, as plain data. Files are named by paths that every worker can read.
+
+    digest: of model and data. constraints: those that a trial is given up by, early.
+    """
+
+    model: str
+    target: str
+    calibration: Any
+    options: Mapping[str, Any]
+    folder: str
+    store: str
+    digest: str
+    constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def original(self) -> Path:
+        """The model as it came, as ONNX."""
+        return Path(self.folder) / "original"
+
+    def trial(self, number: int) -> Path:
+        return Path(self.folder) / "trials" / f"{number:04d}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one trial. why: in words, where it is not DONE. values: see `objectives`. reused: passes that
+    another trial had made.
+    """
+
+    number: int
+    spec: str
+    state: str
+    why: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+    sha256: str = ""
+    reused: int = 0
+    seconds: float = 0.0
+
+
+class _Hopeless(Exception):
+    """A constraint is missed by so much that the passes to come cannot mend it."""
+
+
+_OPEN: dict[str, tuple[Loaded, Graph]] = {}
+
+
+def _opened(task: Task) -> tuple[Loaded, Graph]:
+    """The model of a study, read and captured once by each worker."""
+    if task.digest not in _OPEN:
+        _OPEN.clear()
+        _OPEN[task.digest] = opened(task)
+    return _OPEN[task.digest]
+
+
+def opened(task: Task) -> tuple[Loaded, Graph]:
+    """The model as it came, and its graph."""
+    opt = Options.of({**task.options, "measure": False})
+    loaded = load_model(task.model, opt)
+    return loaded, capture_model(loaded, None, opt)
+
+
+class Trial(Run):
+    """A run that begins behind passes which another one has made, and gives up early. No decision is timed in it:
+    other trials run beside it."""
+
+    def __init__(self, task: Task, number: int, spec: str) -> None:
+        target = registry.target(task.target)
+        opt = Options.of({**task.options, "measure": False})
+        super().__init__(opt, target.speaking(opt.opset, opt.min_ort), spec)
+        self.task, self.number = task, number
+        self.kept = _Kept(self)
+        self.reused = 0
+
+    def capture(self, loaded: Loaded, example: Any) -> Graph:
+        return _opened(self.task)[1].copy()
+
+    def baseline(self, graph: Graph) -> Emitted | None:
+        made = self.task.original / "model.onnx"
+        if not made.exists():
+            return None
+        return Emitted(made, (), (), _bytes(made))
+
+    def after_pass(self, row: Row, graph: Graph) -> None:
+        super().after_pass(row, graph)
+        if not row.config:
+            self.first = row
+            return
+        left = self.pipeline.passes[[p.name for p in self.pipeline.passes].index(row.name) + 1 :]
+        if left and not any(one.learns for one in left):
+            why = hopeless(self.task.constraints, _quality(row, self.first))
+            if why:
+                raise _Hopeless(f"after {row.config}: {why}")
+
+
+class _Kept(Memory):
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.store = trial, Store(Path(trial.task.store))
+        self.base: Graph | None = None
+
+    def recall(self, passes: Sequence[Pass], graph: Graph) -> tuple[Graph, list[Row]] | None:
+        self.base = graph.copy()
+        counts = range(len(passes) - 1, 0, -1)
+        found = self.store.recall([self._key(passes[:n]) for n in counts], self.base)
+        if found is None:
+            return None
+        rows = [Row.of(row) for row in found[1]]
+        self.trial.reused, self.trial.metric = len(rows) - 1, rows[-1].metric
+        return found[0], rows
+
+    def keep(self, passes: Sequence[Pass], rows: Sequence[Row], graph: Graph) -> None:
+        assert self.base is not None
+        self.store.keep(self._key(passes), graph, self.base, [row.to_dict() for row in rows])
+
+    def _key(self, passes: Sequence[Pass]) -> str:
+        task = self.trial.task
+        versions = measure.versions()
+        return key_of(__version__, versions, task.digest, task.target, task.options, [str(p) for p in passes])
+
+
+def run(task: Task, number: int, spec: str) -> Outcome:
+    """Compiles a spec into the folder of its trial; whatever happens, there is an outcome. OutputError is raised."""
+    start = time.perf_counter()
+    folder = task.trial(number)
+    shutil.rmtree(folder, ignore_errors=True)
+    trial: Trial | None = None
+
+    def outcome(state: str, why: str = "", **facts: Any) -> Outcome:
+        return Outcome(
+            number, spec, state, why, reused=trial.reused if trial is not None else 0,
+            seconds=time.perf_counter() - start, **facts,
+        )  # fmt: skip
+
+    try:
+        trial = Trial(task, number, spec)
+        with trial.memory, delivery.staging(folder) as stage:
+            result = trial.compile(_opened(task)[0], None, task.calibration, stage)
+            report.write_report(stage / "report.json", result.report)
+        made = result.report["emitted"]
+        last = Row.of(result.report["rows"][-1])
+        values = _quality(last, trial.first, made.get("metric")) | _sizes(result.report)
+        return outcome(DONE, values=values, sha256=made["sha256"])
+    except _Hopeless as error:
+        return outcome(HOPELESS, str(error))
+    except OutputError:
+        raise
+    except CompressorError as error:
+        return outcome(REFUSED, _line(error))
+    except Exception as error:  # a metric of the user's, most of the time
+        return outcome(FAILED, f"{type(error).__name__}: {_line(error)}")
+
+
+def original(task: Task) -> dict[str, float]:
+    """Writes the model as it came, as ONNX, and answers its values; errors are the caller's."""
+    _, graph = _opened(task)
+    opt = Options.of({**task.options, "measure": False})
+    target = registry.target(task.target)
+    run = Run(opt, target.speaking(opt.opset, opt.min_ort), target.recipe)
+    task.original.mkdir(parents=True, exist_ok=True)
+    plain = dataclasses.replace(run.target, formats=("onnx",))
+    emitted = delivery.deliver(graph.copy(), plain, task.original, {}, run.fixed(graph))
+    return {"size_mb": emitted.bytes / 1e6}
+
+
+def timed(task: Task, number: int) -> dict[str, float]:
+    """`latency_ms` of a trial's file, and its `speedup` over the original, timed in turns with it."""
+    _, graph = _opened(task)
+    opt = Options.of(task.options)
+    stopwatch = Stopwatch(registry.target(task.target), opt.latency_cmd, {})
+    files = {
+        "model": _emitted(task.trial(number) / "model.onnx", graph),
+        "float": _emitted(task.original / "model.onnx", graph),
+    }
+    found = stopwatch.latencies(files, graph, seconds=SECONDS)
+    return {"latency_ms": found["model"]["median_ms"], "speedup": found["ratio"]}
+
+
+def costs(task: Task, number: int) -> dict[str, float]:
+    """What a trial's file costs to run, see `timing.costs`, and its `speedup` over the original."""
+    _, graph = _opened(task)
+    files = [_emitted(one / "model.onnx", graph) for one in (task.trial(number), task.original)]
+    one = delivery.single(files[0].inputs, graph.example)
+    many = None
+    if graph.inputs[0].shape and graph.inputs[0].shape[0] == files[0].inputs[0].shape[0] == "batch":
+        samples = data.synthetic(
+            graph.inputs, graph.example, samples=timing.BATCH, table_sizes=data.table_sizes(graph)
+        )
+        many = list(feeds(files[0].inputs, next(iter(samples)).inputs).values())
+    mine, theirs = timing.costs([file.path for file in files], one, many, SECONDS)
+    return mine | {"speedup": theirs["p50_ms"] / mine["p50_ms"]}
+
+
+def _emitted(path: Path, graph: Graph) -> Emitted:
+    """A file as `emit` describes it; integer: for its own sake, so that a large one is loaded as it ships."""
+    with delivery.opened(path) as session:
+        inputs = delivery.session_inputs(session, graph.inputs)
+        outputs = tuple(one.name for one in session.get_outputs())
+    return Emitted(path, inputs, outputs, _bytes(path), integer=True)
+
+
+def _sizes(made: Mapping[str, Any]) -> dict[str, float]:
+    first, last = made["rows"][0], made["rows"][-1]
+    return {
+        "size_mb": made["emitted"]["bytes"] / 1e6,
+        "macs": last["macs"] / max(first["macs"], 1),
+        "params": last["params"] / max(first["params"], 1),
+        "macs_count": float(last["macs"]),
+        "flops": 2.0 * last["macs"],
+        "params_count": float(last["params"]),
+    }
+
+
+def _quality(row: Row, first: Row, metric: Mapping[str, float] | None = None) -> dict[str, float]:
+    """How good the outputs are; `metric` and its `drop` in points are the first that the user's evaluation gave."""
+    found = {"sqnr": row.total_db, "cosine": row.total_cosine, "agreement": row.total_agreement}
+    metric = metric or row.metric
+    for name, value in metric.items():
+        before = first.metric.get(name, math.nan)
+        return {**found, "metric": value, "drop": 100 * (before - value)}
+    return found
+
+
+def _bytes(path: Path) -> int:
+    return sum(one.stat().st_size for one in path.parent.iterdir() if one.name.startswith(path.name))
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,232 @@
+"""tune(): the best model under a budget, found by a search over specs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..delivery import sha256
+from ..errors import UsageError
+from ..ir import Graph
+from ..opening import Options
+from ..ops import CONTRACTIONS, kind, node_macs
+from ..target import Target
+from .engines import Engine, Local, Ray
+from .objectives import QUALITIES, Constraint, constraint, objective
+from .space import Space
+from .store import key_of
+from .study import SAMPLERS, STATE, Study
+from .trial import Outcome, Task, opened
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TRIALS = 40
+LEAST_DB = 20.0  # of the outputs, where neither a metric nor a constraint was named
+INT8 = (
+    "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
+    "sqnr={none,20,25,30})"
+)
+GUESSES: tuple[dict[str, str], ...] = (
+    {"prune": "with", "prune.macs": "0.8"},
+    {"prune": "with", "prune.macs": "0.6"},
+    {"int8.rounding": "nearest", "int8.equalise": "false"},
+)
+
+
+def tune(
+    model: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    target: str = "cpu",
+    objectives: Sequence[str] = ("latency",),
+    constraints: Sequence[str] = (),
+    trials: int = TRIALS,
+    timeout: float | None = None,
+    passes: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    sampler: str = "tpe",
+    engine: str = "local",
+    workers: int | None = None,
+    ray_address: str = "auto",
+    trial_cpus: float = 1.0,
+    running: Engine | None = None,
+    latency_table: str | Path | None = None,
+    told: Callable[[Outcome], None] = lambda outcome: None,
+    **options: Any,
+) -> Study:
+    """Searches specs for the least of the objectives that keeps to the constraints; everything lies in `output`.
+
+    model, calibration: files, which workers read too. objectives: `latency`, `size`, `macs`, `params`; the first
+    decides which model is the best. constraints: `drop<=1.0` and others, see `objectives`. passes: a space (see
+    `space`); one that suits model and target if None. trials, timeout (seconds): whichever ends first. resume: goes on
+    with the search in `output`. engine: `local` with so many `workers` (one for each core if None), or `ray`; running:
+    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial.
+    options: the fields of `Options`.
+
+    `output`/best holds the best model, or the nearest to the constraints where none keeps to them; `output`/pareto
+    those that no other beats. UsageError where a search is there already, or none is to resume.
+    """
+    opt = Options.of({**options, "measure": True})
+    where = registry.target(target)
+    wanted = [constraint(text) for text in constraints]
+    if sampler not in SAMPLERS:
+        raise UsageError(f"--sampler {sampler}: no such sampler; there are {', '.join(SAMPLERS)}")
+    if not wanted or all(one.name not in QUALITIES for one in wanted):
+        wanted.append(constraint("drop<=1.0" if opt.evaluate is not None else f"sqnr>={LEAST_DB:g}"))
+    for one in wanted:
+        if one.name in ("drop", "metric") and opt.evaluate is None:
+            raise UsageError(
+                f"--constraint '{one}' needs a metric: name one with --eval, or constrain sqnr, cosine or agreement"
+            )
+    folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-tuned")
+    values = tuple(dict.fromkeys(map(objective, objectives)))
+    here = contextlib.nullcontext(running) if running is not None else None
+    with alone(folder, resume), here or opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+        task, graph = made_task(model, calibration, target, folder, options)
+        task = dataclasses.replace(task, constraints=tuple(wanted))
+        space = Space(
+            passes or default_space(graph, where, values, calibration is not None), registry.passes()
+        )
+        known = space.decisions()
+        study = Study(
+            task=task,
+            space=space,
+            objectives=values,
+            constraints=task.constraints,
+            engine=runner,
+            trials=trials,
+            timeout=timeout,
+            sampler=sampler,
+            seed=opt.seed,
+            guesses=[
+                guess for guess in GUESSES if all(word in known.get(name, ()) for name, word in guess.items())
+            ],
+            table=_table(latency_table),
+            told=told,
+        )
+        study.run()
+    return study
+
+
+def default_space(graph: Graph, target: Target, objectives: Sequence[str], data: bool) -> str:
+    """What may pay for this model on this target: the recipe with integers first, then channels, ranks, halves."""
+    work: dict[str, int] = {}
+    for node in graph.nodes:
+        if kind(node) in CONTRACTIONS:
+            work[kind(node)] = work.get(kind(node), 0) + node_macs(node)
+    convolves = work.get("conv", 0) + work.get("conv_transpose", 0) > sum(work.values()) / 2
+    ends = []
+    if data:
+        ends.append(INT8)
+    elif not convolves:
+        ends.append("int8(scheme=dynamic)")
+    if not convolves and "size_mb" in objectives:
+        ends.append("int4(block={32,64,128})")
+    if "CPUExecutionProvider" not in target.providers[:1]:
+        ends.append("fp16")
+    ends.append("none")
+    parts = ["merge"]
+    if data:
+        parts += ["prune?(macs=0.4..0.95,reach=best)", "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
+    else:
+        parts.append("prune?(macs=0.7..0.95,reach=best)")
+    return ",".join([*parts, "fold", f"{{{','.join(ends)}}}"])
+
+
+def _table(path: str | Path | None) -> dict[str, dict[str, float]]:
+    if path is None:
+        return {}
+    try:
+        return dict(json.loads(Path(path).read_text())["latency_table"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"--latency-table {path}: not the tune.json of a search") from None
+
+
+def made_task(
+    model: str | Path, calibration: str | Path | None, target: str, folder: Path, options: Mapping[str, Any]
+) -> tuple[Task, Graph]:
+    """What all trials share, its digest taken from weights, data and options; and the model's graph."""
+    task = Task(
+        model=str(Path(model).resolve()),
+        target=target,
+        calibration=str(Path(calibration).resolve()) if calibration is not None else None,
+        options=options,
+        folder=str(folder.resolve()),
+        store=str((folder / "store").resolve()),
+        digest="",
+    )
+    _, graph = opened(task)
+    return dataclasses.replace(task, digest=_digest(graph, task)), graph
+
+
+@contextlib.contextmanager
+def opened_engine(name: str, workers: int | None, address: str, cpus: float) -> Iterator[Engine]:
+    """`local` or `ray`; UsageError for another name, and for a cluster that is not there."""
+    engine = _engine(name, workers, address, cpus)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine:
+    if name == "local":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Local(workers or cores)
+    if name == "ray":
+        return Ray(address, cpus)
+    raise UsageError(f"--engine {name}: no such engine; there are local and ray")
+
+
+def _digest(graph: Graph, task: Task) -> str:
+    """Of everything that decides the numbers of a trial beside its spec: weights, data, options."""
+    files = [
+        task.calibration,
+        *(str(value) for value in task.options.values() if isinstance(value, (str, Path))),
+    ]
+    return key_of(graph.fingerprint(), [_digest_of(Path(one)) for one in files if one and Path(one).exists()])
+
+
+def _digest_of(path: Path) -> str:
+    if path.is_file():
+        return sha256(path)
+    digest = hashlib.sha256()
+    for one in sorted(path.rglob("*")):
+        stat = one.stat()
+        digest.update(f"{one.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def alone(folder: Path, resume: bool | None = None) -> Iterator[None]:
+    """The folder of a search, in which no other one runs. UsageError where it is not what `resume` says, if it does."""
+    begun = (folder / STATE).exists()
+    if begun and resume is False:
+        raise UsageError(f"{folder} holds a search: go on with --resume, or name another --output")
+    if resume and not begun:
+        raise UsageError(f"{folder} holds no search to resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another search runs in {folder}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+__all__ = ["Constraint", "Study", "default_space", "tune"]

@@ -1,0 +1,225 @@
+"""compress tune: searches end with the best model that keeps to the constraints, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from zoo import with_power
+
+from compressor import cli
+from compressor.errors import UsageError
+from compressor.search.study import Study
+from compressor.search.tune import default_space, tune
+
+INT8 = "int8(equalise=false,rounding=nearest,calibration={minmax,mse,percentile})"
+SPACE = f"fold,{{{INT8},none}}"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A small network, samples, and labels that it gives itself."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    x = torch.randn(96, 3, 16, 16)
+    with_power(net, x[:8])
+    net.eval()
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(net, (x[:4],), dynamic_shapes=batch), folder / "net.pt2")
+    np.savez(folder / "x.npz", input=x.numpy())
+    with torch.no_grad():
+        np.savez(folder / "test.npz", input=x[:64].numpy(), y=net(x[:64]).argmax(1).numpy())
+    return folder
+
+
+def search(files: Path, output: Path, **options: Any) -> Study:
+    plain: dict[str, Any] = {"passes": SPACE, "trials": 4, "workers": 1}
+    return tune(files / "net.pt2", calibration=files / "x.npz", output=output, **{**plain, **options})
+
+
+@pytest.fixture(scope="module")
+def found(files, tmp_path_factory) -> Study:
+    """A whole search of a space of four."""
+    return search(files, tmp_path_factory.mktemp("whole") / "out", evaluate=str(files / "test.npz"))
+
+
+def test_the_best_model_is_on_disk_with_its_receipt(found):
+    best = found.best
+    assert best is not None and best in found.feasible and best.number in [one.number for one in found.front]
+    onnx.checker.check_model(str(found.folder / "best" / "model.onnx"))
+    report = json.loads((found.folder / "best" / "report.json").read_text())
+    assert report["spec"] == best.spec and report["emitted"]["sha256"] == best.sha256
+    assert best.values["latency_ms"] == min(one.values["latency_ms"] for one in found.feasible)
+    front = sorted(int(one.name) for one in (found.folder / "pareto").iterdir())
+    assert front == [one.number for one in found.front]
+    kept = {int(one.name) for one in (found.folder / "trials").iterdir()}
+    assert kept == {best.number, *front}
+
+
+def test_trials_are_told_apart_and_measured(found):
+    assert [one.spec for one in found.done] == list(dict.fromkeys(one.spec for one in found.done))
+    integers = [one for one in found.done if "int8" in one.spec]
+    (plain,) = (one for one in found.done if one.spec == "fold")
+    assert len(integers) == 3
+    assert all(one.values["size_mb"] < plain.values["size_mb"] for one in integers)
+    assert plain.values["speedup"] == pytest.approx(1, abs=0.35) and plain.values["drop"] == 0
+    assert plain.values["sqnr"] > 90 > max(one.values["sqnr"] for one in integers)
+    assert any(one.reused for one in integers)  # fold was made once
+    assert found.stopped == "" and found.summary()["best"] == found.best.number
+
+
+def test_the_same_table_and_seed_find_the_same_with_more_workers(found, files, tmp_path):
+    again = search(
+        files, tmp_path / "out", evaluate=str(files / "test.npz"), workers=2,
+        latency_table=found.folder / "tune.json",
+    )  # fmt: skip
+    assert [(one.number, one.spec, one.sha256) for one in again.done] == [
+        (one.number, one.spec, one.sha256) for one in found.done
+    ]
+    assert [one.number for one in again.front] == [one.number for one in found.front]
+    assert again.best is not None and again.best.values == found.best.values
+
+
+def test_a_search_that_is_killed_loses_nothing(files, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "compressor", "tune", "net.pt2", "--calib", "x.npz", "--passes", SPACE]
+    command += ["--output", str(out), "--workers", "1", "--trials", "4"]
+    driver = subprocess.Popen(command, cwd=files, stderr=subprocess.PIPE)
+    until(lambda: (out / "trials" / "0001" / "outcome.json").exists() or driver.poll() is not None)
+    children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    made = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("trials/*/outcome.json")}
+    assert 2 <= len(made) < 4
+    until(lambda: not any(alive(int(child)) for child in children))
+    study = search(files, out, resume=True)
+    assert len(study.done) == len({one.spec for one in study.done}) == 4
+    for path in out.glob("trials/*/outcome.json"):
+        assert path.stat().st_mtime_ns == made.get(path.parent.name, path.stat().st_mtime_ns)
+    with pytest.raises(UsageError, match="--resume"):
+        search(files, out)
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_worker_that_dies_is_replaced(files, tmp_path, monkeypatch):
+    """The second trial kills its process whenever it is tried, the third once."""
+    (tmp_path / "deadly.py").write_text(
+        "import os, pathlib, sys\n"
+        "def metric(run):\n"
+        "    frame = sys._getframe()\n"
+        "    while frame.f_code.co_name != 'run' or 'trial' not in frame.f_locals:\n"
+        "        frame = frame.f_back\n"
+        f"    number, once = frame.f_locals['trial'].number, pathlib.Path({str(tmp_path / 'once')!r})\n"
+        "    if number == 1 or number == 2 and not once.exists():\n"
+        "        once.touch() if number == 2 else None\n"
+        "        os._exit(9)\n"
+        "    return 1.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    study = search(files, tmp_path / "out", evaluate="deadly:metric", workers=2)
+    states = {number: one.state for number, one in study.outcomes.items()}
+    assert states == {0: "done", 1: "failed", 2: "done", 3: "done"}
+    assert "worker died" in study.outcomes[1].why
+
+
+def test_a_metric_that_raises_or_is_not_a_number_costs_its_trial_alone(files, tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(
+        "import torch\n"
+        "seen = []\n"
+        "def metric(run):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 3: raise RuntimeError('no camera')\n"
+        "    return float('nan') if len(seen) == 6 else 0.5\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    study = search(files, tmp_path / "out", evaluate="moody:metric")
+    failed = [one.why for one in study.outcomes.values() if one.state == "failed"]
+    assert any("RuntimeError: no camera" in why for why in failed) and len(study.done) >= 1
+    assert study.best is not None
+
+
+def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_path, capsys):
+    words = [
+        str(files / "net.pt2"),
+        "--calib",
+        str(files / "x.npz"),
+        "--passes",
+        "fold,{int8(rounding=nearest),none}",
+    ]
+    words += ["-o", str(tmp_path / "out"), "--workers", "1", "--constraint", "size_mb<=0.001"]
+    assert cli.main(["tune", *words, "--constraint", "sqnr>=10"]) == 2
+    said = capsys.readouterr()
+    assert "keeps to size_mb<=0.001" in said.err and "size_mb 0.0" in said.err and "int8" in said.out
+    assert (tmp_path / "out" / "best" / "model.onnx").exists()
+
+
+def test_trials_without_hope_end_early(files, tmp_path):
+    study = search(
+        files, tmp_path / "out", passes="prune(macs={0.95,0.15},reach=best,criterion=l1),fold",
+        constraints=["sqnr>=60"], trials=2,
+    )  # fmt: skip
+    assert {one.state for one in study.outcomes.values()} == {"hopeless"}
+    assert all("after prune" in one.why and "sqnr>=60" in one.why for one in study.outcomes.values())
+    assert "no trial gave a model" in study.failure()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objectives": ["speed"]}, "there are latency"),
+        ({"constraints": ["drop<=1"]}, "needs a metric"),
+        ({"sampler": "grid"}, "there are tpe"),
+        ({"engine": "slurm"}, "there are local and ray"),
+        ({"passes": "fold,int9"}, "did you mean 'int8'"),
+        ({"resume": True}, "no search to resume"),
+        ({"latency_table": "missing.json"}, "not the tune.json"),
+        ({"calib_limits": 3}, "did you mean 'calib_limit'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(files, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        search(files, tmp_path / "out", **options)
+
+
+def test_the_default_space_suits_the_model(files):
+    from compressor.capture import capture
+    from compressor.registry import passes, target
+    from compressor.search.space import Space
+
+    convolves = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 8, 8))
+    multiplies = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))
+    for graph in (convolves, multiplies):
+        for name in ("cpu", "gpu", "mobile"):
+            for has in (True, False):
+                Space(default_space(graph, target(name), ("size_mb",), has), passes())
+    assert "scheme=dynamic" in default_space(multiplies, target("cpu"), ("latency_ms",), False)
+    assert "int8" not in default_space(convolves, target("cpu"), ("latency_ms",), False)
+    assert "int4" in default_space(multiplies, target("cpu"), ("size_mb",), True)
+    assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), True)
