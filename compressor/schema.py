@@ -63,6 +63,8 @@ REPORT: dict[str, str] = {
     "rows[].bytes": "of all tensors",
     "rows[].metric.*": "what `--eval` measured after the pass",
     "rows[].total_db": "worst output SQNR against the model as it came; `inf` where nothing differs",
+    "rows[].total_cosine": "least cosine of any output with that model's",
+    "rows[].total_agreement": "least share of samples with the same top-1 index",
     "rows[].seconds": "how long the pass took, its check included",
     "rows[].peak_mb": "peak memory of the process so far, in MB of 2^20 bytes",
     **_under("rows[].checks[]", _CHECK),

@@ -40,7 +40,7 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Files) -> str:
     text = re.sub(
         r"^<!-- table: (\S+) (\d+) -->$", lambda m: _measured(m[1], int(m[2]), page), text, flags=re.M
     )
-    return re.sub(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))", lambda m: _linked(m, page, files), text)
+    return re.sub(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)]*)?\)", lambda m: _linked(m, page, files), text)
 
 
 def _measured(name: str, number: int, page: Any) -> str:
@@ -60,12 +60,12 @@ def _place(page: Any) -> Path:
 
 
 def _linked(match: re.Match[str], page: Any, files: Files) -> str:
-    """The link in words of the site; files that it does not have stay links of the repository's, as plain words."""
+    """The same link within the site; to files of the repository that it does not have, the words alone."""
     path = Path(os.path.normpath(_place(page).parent / match[2]))
     if not path.exists():
         return match[0]
     uri = path.relative_to(ROOT).as_posix().removeprefix("docs/")
     uri = "index.md" if uri == "README.md" else uri
     if files.get_file_from_path(uri) is None:
-        return "]" if path.is_file() or path.is_dir() else match[0]
-    return match[1] + os.path.relpath(uri, os.path.dirname(page.file.src_uri) or ".") + match[3]
+        return match[1]
+    return f"[{match[1]}]({os.path.relpath(uri, os.path.dirname(page.file.src_uri) or '.')}{match[3] or ''})"
