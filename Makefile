@@ -26,15 +26,17 @@ test: $(VENV)/.dev $(RELEASES:%=$(VENV)/onnxruntime-%/.done) ## run the test sui
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
 
-docs: $(VENV)/.dev ## run the code blocks of the documentation
-	$(PYTHON) -m pytest -q tests/test_docs.py
+docs: $(VENV)/.dev ## build the documentation into site/, and run its code blocks
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+	$(PYTHON) -m pytest -n $(WORKERS) -q tests/test_docs.py tests/test_pages.py
+	@echo "to read it: $(PYTHON) -m http.server --directory site"
 
 demo: $(VENV)/.demo ## train a small network on handwritten digits and compress it
 	$(PYTHON) examples/digits.py
 	$(VENV)/bin/compress digits.pt2 --passes merge,prune,int8 --calib digits.npz --eval digits-test.npz
 
 clean: ## delete .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache *-compressed
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache *-compressed
 	rm -f digits.pt2 digits.npz digits-test.npz
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(PYTHON)

@@ -88,8 +88,9 @@ def compress(
 
     model: a module in memory, an exported program, or a file (see README for kinds). example_inputs: a tensor, a
     tuple, or a mapping of keyword inputs; not needed where the file carries one or `inputs` describes them.
-    passes: a spec such as `merge,prune(macs=0.5),int8`; the target's recipe if None. calibration: anything that
-    `data.open_data` reads. output: a folder, `./<name>-compressed` if None. options: the fields of `Options`.
+    passes: a spec such as `merge,prune(macs=0.5),int8`; the target's recipe if None. calibration: a file or folder of
+    samples, or any iterable of batches (tensors, tuples, mappings by input name). output: a folder,
+    `./<name>-compressed` if None. options: the fields of `Options`.
 
     Errors: UsageError, FileError, DataError, OutputError, UnsupportedError, ContractError, TargetError; after any
     of them the output folder is as it was.

@@ -54,7 +54,7 @@ def evaluator(
     text: Reading | None = None,
     labelled: bool = True,
 ) -> Evaluator:
-    """`--eval`: data with labels (whole numbers: top1; vectors: cosine), or `module:function`.
+    """`--eval`: data with labels (whole numbers: top1; vectors: cosine), a function, or `module:function`.
 
     The function gets `run(*inputs) -> outputs` (tensors) and returns a number, or a dict of them. labelled: whether
     data must have labels.
@@ -62,6 +62,8 @@ def evaluator(
     if isinstance(spec, str) and ":" in spec and not Path(spec).exists():
         function = images.imported(spec, "--eval")
         return Evaluator(spec.rpartition(":")[2], function=function)
+    if callable(spec):
+        return Evaluator(getattr(spec, "__name__", "metric"), function=spec)
     data = open_data(spec, graph.inputs, preprocess=preprocess, text=text, limit=50_000)
     labels = next(iter(data)).labels
     if labels is None and labelled:

@@ -35,22 +35,27 @@ class Options:
     """Everything that `compress` takes besides its main arguments; the command line has the same names.
 
     kwargs: keyword example inputs. inputs: descriptions (`x:f32[?,3,224,224]`) where there is no example.
-    model_spec, adapter, combine, task, trust_pickle, allow_missing: how a file becomes a model, see `load`.
-    evaluate: data with labels, or `module:function`; adds a metric to every row of the report. `nms(...)`: detections
-    matched with the original's, of a model that is emitted without suppression.
+    model_spec: the architecture of a checkpoint, `--model` of the command line. adapter: folders of PEFT adapters,
+    `DIR` or `DIR:0.5`. combine: makes one LoRA of several, `cat` or `ties:0.5`. task: of a Hugging Face folder.
+    trust_pickle: unpickle for real, which runs code in the file. allow_missing: patterns of parameters that the file
+    may lack.
+    evaluate: data with labels, a function, or `module:function`; adds a metric to every row of the report.
+    `nms(...)`: detections matched with the original's, of a model that is emitted without suppression.
     preprocess: how images become inputs. image_input: `uint8,nhwc,bgr`, the pixels that the compiled model takes;
     layout, channel order and the normalisation of `preprocess` become part of it, and integers in data are such pixels.
     Example inputs stay those of the model itself. text_field, label_field: what to read of files of texts, the latter
-    for `evaluate`. dynamic: True keeps the batch free, False fixes it, None asks the target. opset, min_ort: of the
-    emitted file, and the oldest release of ONNX Runtime that must load it (`1.17`).
+    for `evaluate`. calib_limit: how many samples are read at most. dynamic: True keeps the batch free, False fixes it,
+    None asks the target. opset: of the emitted file. min_ort: the oldest release of ONNX Runtime that must load it
+    (`1.17`). seed: of all that is random. tolerance: relative error of `exact` and `masked`, in place of their own.
     postprocess: `nms(iou=0.5,conf=0.25,max=100)` lets the emitted model of a detector end in non-maximum suppression,
     see `postprocess`; rows of the report say how many of the original's detections are found again, on the data of
     `evaluate`, labels or not, or on the held-out samples.
     measure: False makes no decision by the stopwatch and reports no latency. latency_table: a report.json whose
     measurements are replayed instead of taken. latency_cmd: measures on the target where that is not this machine, see
     `device`. max_mb: what each of the model's files may weigh, in MB of 10^6 bytes. emit: formats to write beside ONNX:
-    `pt2`. command: what to write in the report. console: of rich, for bars; log: is told what begins and ends, see
-    `progress.Watch`.
+    `pt2`. print_after, stop_after: names of passes. limit: name of a pass to how many rewrites it may make. time: say
+    where the time went. command: what to write in the report. console: of rich, for bars; log: is told what begins and
+    ends, see `progress.Watch`.
     """
 
     kwargs: Mapping[str, Any] | None = None

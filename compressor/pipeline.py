@@ -66,7 +66,9 @@ class Decline:
 class Outcome:
     """What one step of a pass did.
 
-    contract: how this step's numbers are judged, the pass's own if None. reference: the graph to compare with where
+    rewrites: what changed; empty means that the graph is as it was, which is checked. declines: what stayed, and why.
+    step: its name in errors, where a pass has several. contract: how this step's numbers are judged, the pass's own if
+    None. reference: the graph to compare with where
     that is not the graph before the step: the original with masks at its readers (`masked`), or the graph before an
     earlier step, whose loss this one is to mend (`bounded`). facts: small plain data for the report.
     """
@@ -84,10 +86,10 @@ class Context:
     """Everything a pass may know besides the graph. Nothing ambient: no globals, no environment.
 
     calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
-    may see. limit: apply at most so many rewrites. progress(title, total): a context manager that yields
-    `advance(n)`. measure(*graphs): median milliseconds of one run of each, in turns; None where
+    may see. limit: apply at most so many rewrites. progress: called with a title and a total, a context manager that
+    yields `advance(n)`. measure: called with graphs, median milliseconds of one run of each, in turns; None where
     measuring is switched off, or the target is elsewhere and nobody said how to measure there.
-    latency: the same for a budget that the user gave in time, which is taken here if it must be; timed_on says where.
+    latency: the same for a budget that the user gave in time, which is taken here if it must be. timed_on: where.
     evaluate: the user's metric of a graph, higher is better; None where the user named none.
     original: the graph before the first pass, to run and not to edit; for passes that say `learns`, else None.
     """
@@ -123,8 +125,9 @@ class Pass:
     """Base of all passes: a frozen dataclass whose fields are its whole configuration.
 
     after: passes that must stand before it in a spec when both are there. requires: passes that are inserted before
-    it when they are missing. learns: it reads `Context.original`. run edits `graph` through its verbs and returns an
-    Outcome, or yields several steps.
+    it when they are missing. learns: it reads `Context.original`.
+
+    run edits `graph` through its verbs and returns an Outcome, or yields several steps.
     """
 
     name: ClassVar[str]

@@ -317,6 +317,7 @@ class Run:
         self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]
     ) -> dict[str, Any]:
         source, statistics, held_out = streams
+        axes = graph.axis_names()
         return {
             "schema": report.SCHEMA,
             "compressor": __version__,
@@ -340,7 +341,7 @@ class Run:
                 {
                     "name": name,
                     "dtype": handover.dtype_name(node.meta["val"].dtype),
-                    "shape": [str(s) for s in node.meta["val"].shape],
+                    "shape": [axes.get(str(s), str(s)) for s in node.meta["val"].shape],
                 }
                 for name, node in zip(graph.outputs, graph.results, strict=True)
             ],

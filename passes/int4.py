@@ -21,8 +21,10 @@ class Int4(Pass):
 
     It needs no data: every block keeps the range that its weights lose least by. ONNX Runtime's processor kernels round
     what a product reads to 8 bits, block by block, as well, and the numbers of the report are with that. Tables of
-    embeddings become integers of 8 bits with a scale for every row; convolutions stay float. block: columns that share
-    a scale. ignore: modules that stay float (`int4(ignore=lm_head)`).
+    embeddings become integers of 8 bits with a scale for every row; convolutions stay float.
+
+    bits: of a weight; 8 is twice the file and far less noise. block: columns that share a scale. ignore: modules that
+    stay float (`int4(ignore=lm_head)`).
     """
 
     name: ClassVar[str] = "int4"

@@ -73,23 +73,27 @@ class Int8(Pass):
     """Weights and activations become 8-bit integers where the target computes on them; the rest stays float.
 
     Weights are symmetric with one scale an output channel. Activations have one scale a tensor, found on the
-    calibration data: the extremes (`minmax`), their average over the batches (`average`), what is left when a few
-    outliers are cut off (`percentile`: 99.9995 cuts 5 values in a million off either end), or the range that keeps the
-    values best (`mse`) or their distribution (`entropy`); `auto` takes percentiles, extremes or `mse`, whichever leaves
-    the outputs the least noise, and extremes where there are fewer than 128 samples, which do not know the outliers.
+    calibration data.
+
+    calibration: the extremes (`minmax`), their average over the batches (`average`), what is left when a few outliers
+    are cut off (`percentile`), or the range that keeps the values best (`mse`) or their distribution (`entropy`);
+    `auto` takes percentiles, extremes or `mse`, whichever leaves the outputs the least noise, and extremes where there
+    are fewer than 128 samples, which do not know the outliers.
+    percentile: what is kept; 99.9995 cuts 5 values in a million off either end.
     scheme: `dynamic` needs no data: matrix products find the scale of what they read in every run, everything else
     stays float. It is what models of matrix products get where there is no calibration data. `weight` needs none
     either: weights of matrix products, block by block, and tables of embeddings are integers, for size.
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
-    A model that comes quantised (PT2E's Q/DQ pairs, fake quantisers) keeps its scales, and needs no data where it has
-    all of them; nothing is then equalised or rounded anew.
     sqnr, max_drop: as many operators stay float as it takes for outputs so many dB above their noise on calibration
     data, or for a metric (--eval) that falls by no more; the loudest for their work go first.
     ignore: modules that stay float (`int8(ignore=head+layer1.*)`).
     measure: whether a model that runs no faster in integers stays float; it is timed where the target is this machine.
     reduce_range: 7-bit weights for processors whose 16-bit sums saturate, as the target says if none.
+
+    A model that comes quantised (PT2E's Q/DQ pairs, fake quantisers) keeps its scales, and needs no data where it has
+    all of them; nothing is then equalised or rounded anew.
     """
 
     name: ClassVar[str] = "int8"

@@ -69,14 +69,15 @@ class Prune(Pass):
     what `int8` saves later is not counted. latency, latency_ms: share of the original's latency to keep, and
     milliseconds, of one sample on one thread: measured on pruned copies, on the target by --latency-cmd, else on this
     host. max_drop: prunes as far as the metric of --eval falls by at most so much (0.01: one point of top-1).
-    A budget that cannot be reached is an error that says what can; `reach=best` goes as far as it gets.
+    reach: a budget that cannot be reached is an error that says what can; `best` goes as far as it gets.
 
     criterion: what makes a channel important: `reconstruct` (what the layers that read it lose once the channels that
     are left have made up for it; it asks for calibration data, not for labels), `l2` or `l1` norm of its weights (batch
     norm counted in), `bn` (scale of its batch norm), `fpgm` (distance to the layer's other filters), `apoz` (how often
     its activation is not zero), `taylor` (what the loss does without it, to first order; of labels in the calibration
-    data or of loss=module:function), `sensitivity` (what the outputs do without the layer's weakest), `random`. `auto`
-    is `reconstruct` with calibration data, else `l2`. repair: with calibration data, the weights and biases that are
+    data or of `loss`), `sensitivity` (what the outputs do without the layer's weakest), `random`. `auto`
+    is `reconstruct` with calibration data, else `l2`. loss: `module:function` of outputs and labels (or None), for
+    `taylor`. repair: with calibration data, the weights and biases that are
     left are solved anew, layer by layer, to give what the model gave before: a step of its own, which states the loss.
     scope: `global` lets layers compete, `local` narrows all alike. steps: so many rounds, each scored anew.
 

@@ -44,15 +44,19 @@ class Squeeze(Pass):
     """Convolutions and linears whose weights are nearly low-rank become two or three thinner operators each.
 
     energy: share of its output's variance that each layer keeps (of its squared singular values where there is no
-    calibration data); `energy=1` splits only what is exactly low-rank. Budgets for the whole model, with ranks spread
-    where they cost least: macs, params (shares to keep), size_mb, latency (share) and latency_ms (measured on squeezed
-    copies), sqnr (as few MACs as leave the outputs so many dB above their noise, on calibration data) and max_drop (of
-    the metric of --eval). A budget out of reach is an error that says what can be had; `reach=best` goes as far as it
-    gets. Bare `squeeze` is `energy=0.99`, and takes nothing from what is exactly low-rank.
+    calibration data); `energy=1` splits only what is exactly low-rank. Bare `squeeze` is `energy=0.99`, and takes
+    nothing from what is exactly low-rank.
+
+    Or a budget for the whole model, with ranks spread where they cost least. macs, params: share to keep. size_mb:
+    megabytes (1e6 bytes) of all tensors. latency, latency_ms: share of the original's, or milliseconds, measured on
+    squeezed copies. sqnr: as few MACs as leave the outputs so many dB above their noise, on calibration data. max_drop:
+    how far the metric of --eval may fall. reach: a budget out of reach is an error that says what can be had; `best`
+    goes as far as it gets.
 
     repair: with calibration data, the weights of the parts and of all layers behind them are solved anew, to give what
-    the model gave before. measure: keep only what the target runs faster, layer by layer and as a whole. Ranks are
-    multiples of align, of the target's channel multiple where it is 0, or exact. ignore: module paths to leave alone.
+    the model gave before. measure: keep only what the target runs faster, layer by layer and as a whole. align: ranks
+    are multiples of it, of the target's channel multiple where it is 0, or exact. ignore: module paths to leave alone.
+
     Layers that parts would not make a tenth cheaper stay, and so do shared, computed and grouped weights.
     """
 

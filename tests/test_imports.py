@@ -19,7 +19,7 @@ import compressor
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
-    ["errors", "blockwise", "units"],
+    ["errors", "blockwise", "units", "schema"],
     [
         "ir",
         "tidy",

@@ -49,7 +49,7 @@ NAMES = {
     "calib": "calibration", "eval": "evaluate", "model": "model_spec", "input": "inputs", "objective": "objectives",
     "constraint": "constraints",
 }  # fmt: skip
-PATHS = ("path", "calib", "eval", "output", "adapter", "preprocess")
+PATHS = ("path", "calib", "eval", "adapter", "preprocess")
 SEARCH = ("objectives", "constraints", "trials", "timeout", "sampler")  # a budget: any of these
 
 
@@ -134,7 +134,9 @@ def _entry(listed: Path, number: int, values: Mapping[str, Any], home: Path) -> 
         raise UsageError(f"{where}: it has no path")
     options: dict[str, Any] = {}
     for key, value in values.items():
-        if key in PATHS:
+        if key == "output":
+            value = str(listed.parent / str(value))
+        elif key in PATHS:
             value = (
                 [_placed(listed, one) for one in value] if isinstance(value, list) else _placed(listed, value)
             )
