@@ -95,7 +95,9 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print `error: first line`, further lines (lists of names) indented below it, and return the code."""
     if error is not None:
         traceback.print_exception(type(error), error, error.__traceback__)
-    first, *rest = message.strip().split("\n")
+    # What a file calls its parts may hold any character, and a terminal obeys some of them.
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in message.strip().split("\n")]
+    first, *rest = lines
     click.echo("\n  ".join([f"error: {first}", *(line.strip() for line in rest if line.strip())]), err=True)
     return code
 
@@ -213,7 +215,7 @@ def inspect(
     if (found / "report.json").is_file():
         found = found / "report.json"
     from . import console
-    from .report import read_report, render
+    from .report import read_report, render, showing
 
     if found.suffix == ".json" and found.is_file():
         report = read_report(found)
@@ -228,9 +230,11 @@ def inspect(
         if as_json:
             _json(report)
         elif groups and not quiet:
-            console.show_ledger(console.ledger_of(report, found), console.output())
+            with showing(found):
+                console.show_ledger(console.ledger_of(report, found), console.output())
         elif not quiet:
-            render(report, console.output(), details=True)
+            with showing(found):
+                render(report, console.output(), details=True)
             if emitted.is_file():
                 _next("bench", emitted)
         return

@@ -257,6 +257,8 @@ def required_operators(ort_path: str | os.PathLike[str]) -> str:
 
 
 def _runtime() -> Any:
+    # Since 1.29 its Linux builds send names and hashes of models to their maker unless this is set when they load.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

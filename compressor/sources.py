@@ -6,6 +6,7 @@ of ready batches (what the user yields: a tensor, a tuple, a dict). batches.py c
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from .errors import DataError, UsageError
 
 FILES = frozenset({".npz", ".npy", ".pt", ".pth", ".safetensors"})
 LABELS = ("y", "label", "labels", "target", "targets")
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile,
-           SafetensorError)  # fmt: skip
+# A header of numpy's is Python text: it may end too soon, nest too deep, or name no dtype.
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, SyntaxError, RuntimeError,
+           tokenize.TokenError, zlib.error, zipfile.BadZipFile, SafetensorError)  # fmt: skip
 Key = str | int
 
 
