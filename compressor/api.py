@@ -20,6 +20,7 @@ from . import (
     heads,
     measure,
     postprocess,
+    publishing,
     registry,
     report,
     runtime,
@@ -78,7 +79,7 @@ def compress(
         folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
         if opt.stop_after:
             return run.compile(loaded, example_inputs, calibration, None)
-        with delivery.staging(folder) as stage:
+        with publishing.staging(folder) as stage:
             result = run.compile(loaded, example_inputs, calibration, stage)
             report.write_report(stage / "report.json", result.report)
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")

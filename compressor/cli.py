@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import CompressorError, ContractError, FileError, UsageError
+from .errors import CompressorError, ContractError, FileError, UsageError, printable
 from .options import comparing, compiling, debugging, existing, given, loading, printing, timing
 
 BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
@@ -95,9 +95,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print `error: first line`, further lines (lists of names) indented below it, and return the code."""
     if error is not None:
         traceback.print_exception(type(error), error, error.__traceback__)
-    # What a file calls its parts may hold any character, and a terminal obeys some of them.
-    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in message.strip().split("\n")]
-    first, *rest = lines
+    first, *rest = printable(message).strip().split("\n")
     click.echo("\n  ".join([f"error: {first}", *(line.strip() for line in rest if line.strip())]), err=True)
     return code
 
@@ -112,7 +110,7 @@ def _program() -> str:
 
 def _next(*words: str | os.PathLike[str]) -> None:
     """The last line: the command to type next."""
-    click.echo(f"\n{_program()} {shlex.join(os.fspath(word) for word in words)}")
+    click.echo(printable(f"\n{_program()} {shlex.join(os.fspath(word) for word in words)}"))
 
 
 # ------------------------------------------------------------------------------ commands

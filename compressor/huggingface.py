@@ -27,7 +27,9 @@ from .folders import Adapter
 from .ir import Input
 from .spill import spilling
 
-_DEPTH = re.compile(r"(layers?|depths?|blocks?|stages?)$")  # settings that count modules, and do not size them
+_DEPTH = re.compile(
+    r"(layers?|depths?|blocks?|stages?)$"
+)  # settings that count modules, and do not size them
 _DEEPEST = 1000
 
 
@@ -138,7 +140,9 @@ def _check_depth(value: Any, folder: Path, key: str = "") -> None:
         for item in value:
             _check_depth(item, folder, key)
     elif isinstance(value, (int, float)) and value > _DEEPEST and _DEPTH.search(key):
-        raise FileError(f"{folder}: its config.json has {value} for {printable([key])}, over {_DEEPEST}: it is damaged.")
+        raise FileError(
+            f"{folder}: its config.json has {value} for {printable([key])}, over {_DEEPEST}: it is damaged."
+        )
 
 
 def _use_plain_attention(config: Any) -> None:

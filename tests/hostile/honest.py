@@ -191,6 +191,16 @@ def kinds(home: Path) -> dict[str, Kind]:
         "pt data": Kind({"data.pt": torch_bytes({"x": x})}, DATA, (mutations.damaged, pt2(mutations.damaged, "data.pkl"))),
         "safetensors data": Kind({"data.safetensors": save({"x": x})}, DATA, (mutations.damaged, mutations.in_header(boxed))),
         **{f"{suffix} texts": Kind({f"texts.{suffix}": text}, (("data:FILE",),)) for suffix, text in texts.items()},
+        "tokenizer": Kind(
+            {name: folder[name] for name in ("tokenizer.json", "tokenizer_config.json")} | {"texts.txt": texts["txt"]},
+            (("data:FOLDER/texts.txt",),),
+            JSON,
+        ),
+        "tokenizer settings": Kind(
+            {name: folder[name] for name in ("tokenizer_config.json", "tokenizer.json")} | {"texts.txt": texts["txt"]},
+            (("data:FOLDER/texts.txt",),),
+            JSON,
+        ),
         "parquet texts": Kind({"texts.parquet": parquet()}, DATA),
         **{
             f"{kind} images": Kind({f"one.{kind}": picture(kind), f"two.{kind}": picture(kind)}, (("data:FOLDER",),))

@@ -237,7 +237,12 @@ def masked(network: Network, graph: Graph, norms: object = None) -> Iterator[Non
                     kept["read"] = operand[1].tolist()
     with ExitStack() as stack:
         for name, layer in network.named_modules():
-            for hook in _hooks(layer, left.get(f"{name}.weight", {})):
+            kept = left.get(f"{name}.weight", {})
+            if isinstance(layer, nn.Embedding) and 1 in kept:  # its weight may be read by others, too
+                whole = layer.weight.data
+                layer.weight.data = _only(whole, 1, kept[1])
+                stack.callback(setattr, layer.weight, "data", whole)
+            for hook in _hooks(layer, kept):
                 stack.callback(hook.remove)
         yield
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def _job(words: list[str]) -> tuple[int, str]:
         else:
             code = main(words)
     errors, text = said.getvalue(), shown.getvalue()
-    strange = sorted({c for c in errors + text if ord(c) < 32 and c not in "\n\t"})
+    strange = sorted({c for c in errors + text if unicodedata.category(c) == "Cc" and c != "\n"})
     if strange:
         errors += f"\nCONTROL CHARACTERS {strange}"
     return code, errors
@@ -192,7 +193,9 @@ def _read_data(path: str) -> int:
         how = {}
         if Path(path).suffix in records.FILES:
             inputs = [Input(name, torch.int64, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
-            how["text"] = texts.Reading(Path(path).parent.parent / "models" / "bert", text="text", longest=32)
+            beside = Path(path).parent
+            folder = beside if (beside / "tokenizer.json").exists() else beside.parent / "models" / "bert"
+            how["text"] = texts.Reading(folder, text="text", longest=32)
         elif Path(path).is_dir():
             how["preprocess"] = "imagenet"
         for _ in data.open_data(path, inputs, limit=64, **how):
