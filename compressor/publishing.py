@@ -151,8 +151,8 @@ def _publish(folder: Path, output: Path) -> None:
 def _exchanged(folder: Path, output: Path, others: Sequence[Path]) -> bool:
     """Both folders change places in one step, where the system can; False where nothing was done.
 
-    others: what is not ours in the output, and must be there afterwards. Where that is more than a few files, or somebody
-    works in the folder, it is no output to be replaced as a whole.
+    others: what is not ours in the output, and must be there afterwards. Where that is more than a few files, or we
+    stand in the folder, it is no output to be replaced as a whole.
     """
     if (
         len(others) > _CARRIED

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import publishing, runtime
+from compressor import delivery, publishing, runtime
 from compressor.api import compress, verify
 from compressor.capture import capture
 from compressor.edges import possible

@@ -101,7 +101,9 @@ def npz_of_objects(place: Place) -> tuple[str, ...]:
 
 @attack
 def npz_with_a_pickle_for_a_member(place: Place) -> tuple[str, ...]:
-    (place.files / "data.npz").write_bytes(zipped([("x.npy", pickle.dumps(Bomb(place.mark))), ("y.pkl", pickle.dumps(Bomb(place.mark)))]))
+    (place.files / "data.npz").write_bytes(
+        zipped([("x.npy", pickle.dumps(Bomb(place.mark))), ("y.pkl", pickle.dumps(Bomb(place.mark)))])
+    )
     return (f"data:{place.files / 'data.npz'}",)
 
 
@@ -113,14 +115,27 @@ def tensors_with_a_bomb_between(place: Place) -> tuple[str, ...]:
 
 @attack
 def tensors_in_a_legacy_file_with_a_bomb(place: Place) -> tuple[str, ...]:
-    torch.save({"x": honest.rows(), "more": Bomb(place.mark)}, place.files / "data.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"x": honest.rows(), "more": Bomb(place.mark)},
+        place.files / "data.pth",
+        _use_new_zipfile_serialization=False,
+    )
     return (f"data:{place.files / 'data.pth'}",)
 
 
 @attack
 def checkpoint_that_loads_another(place: Place) -> tuple[str, ...]:
-    torch.save({"state_dict": honest.network().state_dict(), "hyper": Nested(place.mark)}, place.files / "net.pt")
-    return (str(place.files / "net.pt"), "--model", f"{place.models / 'factory.py'}:make", "--input", "x:f32[?,3,8,8]", *PLAIN)
+    torch.save(
+        {"state_dict": honest.network().state_dict(), "hyper": Nested(place.mark)}, place.files / "net.pt"
+    )
+    return (
+        str(place.files / "net.pt"),
+        "--model",
+        f"{place.models / 'factory.py'}:make",
+        "--input",
+        "x:f32[?,3,8,8]",
+        *PLAIN,
+    )
 
 
 @attack
@@ -128,9 +143,14 @@ def parquet_with_a_pickled_type(place: Place) -> tuple[str, ...]:
     import pyarrow
     from pyarrow import parquet
 
-    meta = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Bomb(place.mark))}
+    meta = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Bomb(place.mark)),
+    }
     field = pyarrow.field("text", pyarrow.string(), metadata=meta)
-    parquet.write_table(pyarrow.table({"text": ["one", "two"]}, schema=pyarrow.schema([field])), place.files / "texts.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": ["one", "two"]}, schema=pyarrow.schema([field])), place.files / "texts.parquet"
+    )
     return (f"data:{place.files / 'texts.parquet'}",)
 
 
@@ -141,7 +161,9 @@ def parquet_with_a_pickled_type(place: Place) -> tuple[str, ...]:
 def folder_with_a_pickle_for_weights(place: Place) -> tuple[str, ...]:
     _model_folder(place)
     (place.files / "model.safetensors").unlink()
-    torch.save({"x": Bomb(place.mark), "classifier.weight": torch.ones(2, 16)}, place.files / "pytorch_model.bin")
+    torch.save(
+        {"x": Bomb(place.mark), "classifier.weight": torch.ones(2, 16)}, place.files / "pytorch_model.bin"
+    )
     return (str(place.files), *PLAIN)
 
 
@@ -156,8 +178,13 @@ def folder_with_pickles_that_nobody_asked_for(place: Place) -> tuple[str, ...]:
 @attack
 def folder_with_code_of_its_own(place: Place) -> tuple[str, ...]:
     code = f"import os\nos.mkdir({str(place.mark)!r})\nclass Evil: pass\n".encode()
-    _model_folder(place, **{"modeling_evil.py": code, "configuration_evil.py": code, "tokenization_evil.py": code})
-    classes = {"AutoConfig": "configuration_evil.Evil", "AutoModelForSequenceClassification": "modeling_evil.Evil"}
+    _model_folder(
+        place, **{"modeling_evil.py": code, "configuration_evil.py": code, "tokenization_evil.py": code}
+    )
+    classes = {
+        "AutoConfig": "configuration_evil.Evil",
+        "AutoModelForSequenceClassification": "modeling_evil.Evil",
+    }
     _settings(place, "config.json", auto_map=classes, model_type="evil")
     return (str(place.files), *PLAIN)
 
@@ -166,7 +193,12 @@ def folder_with_code_of_its_own(place: Place) -> tuple[str, ...]:
 def tokenizer_with_code_of_its_own(place: Place) -> tuple[str, ...]:
     code = f"import os\nos.mkdir({str(place.mark)!r})\nclass Evil: pass\n".encode()
     _model_folder(place, **{"tokenization_evil.py": code, "texts.txt": b"one\ntwo\n" * 4})
-    _settings(place, "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.Evil", None]}, tokenizer_class="Evil")
+    _settings(
+        place,
+        "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["tokenization_evil.Evil", None]},
+        tokenizer_class="Evil",
+    )
     return (f"data:{place.files / 'texts.txt'}",)
 
 
@@ -185,7 +217,10 @@ def pipeline_that_names_a_module(place: Place) -> tuple[str, ...]:
 
 @attack
 def adapter_that_names_a_module(place: Place) -> tuple[str, ...]:
-    settings = {"auto_mapping": {"base_model_class": "Evil", "parent_library": MODULE}, "target_modules": ["query"]}
+    settings = {
+        "auto_mapping": {"base_model_class": "Evil", "parent_library": MODULE},
+        "target_modules": ["query"],
+    }
     honest.written(honest.Kind(honest.lora(settings), ()), place.files)
     return (str(place.models / "bert"), "--adapter", str(place.files), *PLAIN)
 
@@ -200,7 +235,12 @@ def adapter_as_a_pickle(place: Place) -> tuple[str, ...]:
 @attack
 def attention_that_is_fetched(place: Place) -> tuple[str, ...]:
     _model_folder(place)
-    _settings(place, "config.json", _attn_implementation="kernels-community/evil", attn_implementation="kernels-community/evil")
+    _settings(
+        place,
+        "config.json",
+        _attn_implementation="kernels-community/evil",
+        attn_implementation="kernels-community/evil",
+    )
     return (str(place.files), *PLAIN)
 
 
@@ -211,7 +251,9 @@ def attention_that_is_fetched(place: Place) -> tuple[str, ...]:
 def index_that_leads_outside(place: Place) -> tuple[str, ...]:
     _model_folder(place)
     (place.files / "model.safetensors").unlink()
-    table = {"weight_map": {"classifier.weight": f"../{place.secret.name}", "classifier.bias": str(place.secret)}}
+    table = {
+        "weight_map": {"classifier.weight": f"../{place.secret.name}", "classifier.bias": str(place.secret)}
+    }
     (place.files / "model.safetensors.index.json").write_text(json.dumps(table))
     return (str(place.files), *PLAIN)
 
@@ -296,15 +338,14 @@ def report_of_a_file_elsewhere(place: Place) -> tuple[str, ...]:
 
 def _npz(place: Place, header: bytes, size: int) -> tuple[str, ...]:
     """A .npz that decompresses to `size` zeros behind a header."""
-    text = header.ljust(118) + b"\n"
-    pack = zlib.compressobj(9, wbits=-15)
-    packed = pack.compress(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
-    block, checksum = bytes(1 << 20), zlib.crc32(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    text = b"\x93NUMPY\x01\x00" + struct.pack("<H", 119) + header.ljust(118) + b"\n"
+    block, pack = bytes(1 << 20), zlib.compressobj(9, wbits=-15)
+    packed = pack.compress(text) + pack.flush(zlib.Z_FULL_FLUSH)
+    packed += (pack.compress(block) + pack.flush(zlib.Z_FULL_FLUSH)) * (size >> 20) + pack.flush()
+    checksum = zlib.crc32(text)
     for _ in range(size >> 20):
-        packed += pack.compress(block)
         checksum = zlib.crc32(block, checksum)
-    packed += pack.flush()
-    whole, name = size + 10 + len(text), b"x.npy"
+    whole, name = (size >> 20 << 20) + len(text), b"x.npy"
     common = struct.pack("<5H3L2H", 20, 0, 8, 0, 0, checksum, len(packed), whole, len(name), 0)
     local = b"PK\x03\x04" + common + name + packed
     central = b"PK\x01\x02" + struct.pack("<H", 20) + common + struct.pack("<3H2L", 0, 0, 0, 0, 0) + name
@@ -330,7 +371,9 @@ def npz_in_columns_that_unpacks_without_end(place: Place) -> tuple[str, ...]:
 
 @attack
 def npz_of_one_enormous_row(place: Place) -> tuple[str, ...]:
-    return _npz(place, b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 3, %d, 8), }" % (SIZE // 96), SIZE)
+    return _npz(
+        place, b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 3, %d, 8), }" % (SIZE // 96), SIZE
+    )
 
 
 @attack
@@ -367,7 +410,10 @@ def _safetensors(place: Place, header: bytes, data: bytes = bytes(64)) -> tuple[
 @attack
 def safetensors_of_a_shape_without_end(place: Place) -> tuple[str, ...]:
     size = 1 << 40
-    return _safetensors(place, json.dumps({"0.weight": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode())
+    return _safetensors(
+        place,
+        json.dumps({"0.weight": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode(),
+    )
 
 
 @attack
@@ -419,7 +465,9 @@ def adapter_of_an_enormous_rank(place: Place) -> tuple[str, ...]:
     return (str(place.models / "bert"), "--adapter", str(place.files), *PLAIN)
 
 
-def _onnx(place: Place, command: str, *nodes: object, inputs: list, outputs: list, tensors: list = ()) -> tuple[str, ...]:  # type: ignore[assignment]
+def _onnx(
+    place: Place, command: str, *nodes: object, inputs: list, outputs: list, tensors: list = ()
+) -> tuple[str, ...]:  # type: ignore[assignment]
     from onnx import helper
 
     graph = helper.make_graph(list(nodes), "net", inputs, outputs, list(tensors))
@@ -442,7 +490,10 @@ def onnx_that_makes_an_enormous_constant(place: Place) -> tuple[str, ...]:
 
     shape = numpy_helper.from_array(np.array([1 << 20, 1 << 16], np.int64), "shape")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
-    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])]
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["c"]),
+        helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
     return _onnx(place, "inspect", *nodes, inputs=ends[:1], outputs=ends[1:], tensors=[shape])
 
 
@@ -451,7 +502,11 @@ def onnx_in_a_ring(place: Place) -> tuple[str, ...]:
     from onnx import TensorProto, helper
 
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
-    nodes = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"]), helper.make_node("Relu", ["b"], ["y"])]
+    nodes = [
+        helper.make_node("Add", ["x", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Relu", ["b"], ["y"]),
+    ]
     return _onnx(place, "inspect", *nodes, inputs=ends[:1], outputs=ends[1:])
 
 

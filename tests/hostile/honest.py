@@ -19,7 +19,13 @@ from sample_report import sample_report
 from torch import Tensor, nn
 
 Change = Callable[[bytes, random.Random], bytes]
-FACTORY = "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))\n"
+FACTORY = """from torch import nn
+
+
+def make():
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)
+    return nn.Sequential(*layers)
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ def program() -> bytes:
     buffer = io.BytesIO()
     with torch.no_grad():
         shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.export.save(torch.export.export(network(), (rows(3),), dynamic_shapes=shapes, strict=False), buffer)
+        torch.export.save(
+            torch.export.export(network(), (rows(3),), dynamic_shapes=shapes, strict=False), buffer
+        )
     return buffer.getvalue()
 
 
@@ -77,7 +85,10 @@ def onnx_bytes(external: bool = False) -> dict[str, bytes]:
             tensors[0].external_data.add(key=key, value=value)
     shape, made = ["batch", 3, 8, 8], ["batch", 4, 8, 8]
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["input_1", "w", "b"], ["h"], pads=[1, 1, 1, 1]), helper.make_node("Relu", ["h"], ["y"])],
+        [
+            helper.make_node("Conv", ["input_1", "w", "b"], ["h"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["h"], ["y"]),
+        ],
         "net",
         [helper.make_tensor_value_info("input_1", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, made)],
@@ -85,14 +96,18 @@ def onnx_bytes(external: bool = False) -> dict[str, bytes]:
     )
     model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
     onnx.checker.check_model(model.SerializeToString()) if not external else None
-    return {"model.onnx": model.SerializeToString()} | ({"model.onnx.data": weight.tobytes()} if external else {})
+    return {"model.onnx": model.SerializeToString()} | (
+        {"model.onnx.data": weight.tobytes()} if external else {}
+    )
 
 
 def picture(kind: str) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray((rows(1)[0].permute(1, 2, 0).numpy() * 60 + 128).clip(0, 255).astype(np.uint8)).save(buffer, kind)
+    Image.fromarray((rows(1)[0].permute(1, 2, 0).numpy() * 60 + 128).clip(0, 255).astype(np.uint8)).save(
+        buffer, kind
+    )
     return buffer.getvalue()
 
 
@@ -110,7 +125,13 @@ def bert(folder: Path) -> dict[str, bytes]:
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).save_pretrained(folder)
     words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "one", "two", "three"))}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}
@@ -137,6 +158,14 @@ WEIGHTS = (
     ("FILE", "--model", "HOME/factory.py:make", "--input", "x:f32[?,3,8,8]", *PLAIN),
 )
 DATA = (("data:FILE",),)
+PICTURES = {
+    "do_resize": True,
+    "size": {"height": 8, "width": 8},
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "resample": 2,
+}
 JSON = (mutations.damaged, mutations.rewritten, mutations.rewritten, mutations.rewritten)
 
 
@@ -150,60 +179,94 @@ def kinds(home: Path) -> dict[str, Kind]:
     (home / "relu.onnx").write_bytes(onnx_bytes()["model.onnx"])
     with torch.no_grad():
         half = torch.export.export(
-            nn.Sequential(net[0], net[2]), (x[:3],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            nn.Sequential(net[0], net[2]),
+            (x[:3],),
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            strict=False,
         )
     torch.export.save(half, home / "relu.pt2")
-    named = {f"layer.{key}": value for key, value in state.items()}
     folder = bert(home / "bert")
-    texts = {"txt": b"one two\nthree\n" * 6, "csv": b"text,label\none two,0\nthree,1\n" * 1, "tsv": b"text\tlabel\none two\t0\nthree\t1\n"}
+    texts = {
+        "txt": b"one two\nthree\n" * 6,
+        "csv": b"text,label\none two,0\nthree,1\n" * 1,
+        "tsv": b"text\tlabel\none two\t0\nthree\t1\n",
+    }
     texts["jsonl"] = b'{"text": "one two", "label": 0}\n{"text": "three", "label": 1}\n' * 6
     pt2, boxed = mutations.in_zip, mutations.rewritten
     found = {
         "pt2": Kind(
             {"net.pt2": program()},
             (("inspect", "FILE"), ("FILE", *PLAIN)),
-            (mutations.damaged, *[pt2(boxed, "model.json")] * 3, pt2(boxed, "_config.json"), pt2(mutations.damaged, "model.pt")),
+            (
+                mutations.damaged,
+                *[pt2(boxed, "model.json")] * 3,
+                pt2(boxed, "_config.json"),
+                pt2(mutations.damaged, "model.pt"),
+            ),
         ),
         "pt": Kind(
             {"net.pt": torch_bytes({"state_dict": state, "epoch": 3})},
             WEIGHTS,
-            (mutations.damaged, *[pt2(mutations.damaged, "data.pkl")] * 3, pt2(mutations.damaged, "version", "byteorder")),
+            (
+                mutations.damaged,
+                *[pt2(mutations.damaged, "data.pkl")] * 3,
+                pt2(mutations.damaged, "version", "byteorder"),
+            ),
         ),
         "legacy pt": Kind({"net.pth": torch_bytes(state, _use_new_zipfile_serialization=False)}, WEIGHTS),
-        "module pt": Kind({"net.ckpt": torch_bytes(net)}, WEIGHTS, (mutations.damaged, pt2(mutations.damaged, "data.pkl"))),
+        "module pt": Kind(
+            {"net.ckpt": torch_bytes(net)}, WEIGHTS, (mutations.damaged, pt2(mutations.damaged, "data.pkl"))
+        ),
         "pickle": Kind({"net.bin": pickle.dumps({k: v.numpy() for k, v in state.items()})}, WEIGHTS),
         "safetensors": Kind(
             {"net.safetensors": save(state)}, WEIGHTS, (mutations.damaged, *[mutations.in_header(boxed)] * 3)
         ),
         "hf config": Kind({"config.json": folder["config.json"], **folder}, (("FOLDER", *PLAIN),), JSON),
         "hf weights": Kind(
-            {"model.safetensors": folder["model.safetensors"], **folder}, (("FOLDER", *PLAIN),), (mutations.damaged, mutations.in_header(boxed))
+            {"model.safetensors": folder["model.safetensors"], **folder},
+            (("FOLDER", *PLAIN),),
+            (mutations.damaged, mutations.in_header(boxed)),
         ),
         "adapter config": Kind(lora(), (("HOME/bert", "--adapter", "FOLDER", *PLAIN),), JSON),
         "adapter weights": Kind(
-            dict(reversed(lora().items())), (("HOME/bert", "--adapter", "FOLDER", *PLAIN),), (mutations.damaged, mutations.in_header(boxed))
+            dict(reversed(lora().items())),
+            (("HOME/bert", "--adapter", "FOLDER", *PLAIN),),
+            (mutations.damaged, mutations.in_header(boxed)),
         ),
         "npz": Kind(
-            {"data.npz": numpy_bytes(np.savez, x=x.numpy())}, DATA, (mutations.damaged, pt2(mutations.damaged, ".npy"), pt2(header, ".npy"))
+            {"data.npz": numpy_bytes(np.savez, x=x.numpy())},
+            DATA,
+            (mutations.damaged, pt2(mutations.damaged, ".npy"), pt2(header, ".npy")),
         ),
         "packed npz": Kind({"data.npz": numpy_bytes(np.savez_compressed, x=x.numpy())}, DATA),
         "npy": Kind({"data.npy": numpy_bytes(np.save, x.numpy())}, DATA, (mutations.damaged, header, header)),
-        "pt data": Kind({"data.pt": torch_bytes({"x": x})}, DATA, (mutations.damaged, pt2(mutations.damaged, "data.pkl"))),
-        "safetensors data": Kind({"data.safetensors": save({"x": x})}, DATA, (mutations.damaged, mutations.in_header(boxed))),
-        **{f"{suffix} texts": Kind({f"texts.{suffix}": text}, (("data:FILE",),)) for suffix, text in texts.items()},
+        "pt data": Kind(
+            {"data.pt": torch_bytes({"x": x})}, DATA, (mutations.damaged, pt2(mutations.damaged, "data.pkl"))
+        ),
+        "safetensors data": Kind(
+            {"data.safetensors": save({"x": x})}, DATA, (mutations.damaged, mutations.in_header(boxed))
+        ),
+        **{
+            f"{suffix} texts": Kind({f"texts.{suffix}": text}, (("data:FILE",),))
+            for suffix, text in texts.items()
+        },
         "tokenizer": Kind(
-            {name: folder[name] for name in ("tokenizer.json", "tokenizer_config.json")} | {"texts.txt": texts["txt"]},
+            {name: folder[name] for name in ("tokenizer.json", "tokenizer_config.json")}
+            | {"texts.txt": texts["txt"]},
             (("data:FOLDER/texts.txt",),),
             JSON,
         ),
         "tokenizer settings": Kind(
-            {name: folder[name] for name in ("tokenizer_config.json", "tokenizer.json")} | {"texts.txt": texts["txt"]},
+            {name: folder[name] for name in ("tokenizer_config.json", "tokenizer.json")}
+            | {"texts.txt": texts["txt"]},
             (("data:FOLDER/texts.txt",),),
             JSON,
         ),
         "parquet texts": Kind({"texts.parquet": parquet()}, DATA),
         **{
-            f"{kind} images": Kind({f"one.{kind}": picture(kind), f"two.{kind}": picture(kind)}, (("data:FOLDER",),))
+            f"{kind} images": Kind(
+                {f"one.{kind}": picture(kind), f"two.{kind}": picture(kind)}, (("data:FOLDER",),)
+            )
             for kind in ("png", "jpeg", "bmp", "gif", "webp", "tiff")
         },
         "onnx": Kind(
@@ -215,18 +278,24 @@ def kinds(home: Path) -> dict[str, Kind]:
                 ("inspect", "FILE", "--partitions", "all"),
             ),
         ),
-        "external onnx": Kind(onnx_bytes(external=True), (("inspect", "FILE"), ("verify", "HOME/relu.pt2", "FILE"))),
+        "external onnx": Kind(
+            onnx_bytes(external=True), (("inspect", "FILE"), ("verify", "HOME/relu.pt2", "FILE"))
+        ),
         "report": Kind(
             {"report.json": json.dumps(sample_report()).encode()},
-            (("inspect", "FILE"), ("inspect", "FILE", "--groups"), ("HOME/net.pt2", "--latency-table", "FILE", *PLAIN)),
+            (
+                ("inspect", "FILE"),
+                ("inspect", "FILE", "--groups"),
+                ("HOME/net.pt2", "--latency-table", "FILE", *PLAIN),
+            ),
             JSON,
         ),
         "preprocess": Kind(
-            {"preprocessor_config.json": json.dumps({"do_resize": True, "size": {"height": 8, "width": 8}, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}).encode()},
+            {"preprocessor_config.json": json.dumps(PICTURES).encode()},
             (("HOME/net.pt2", "--preprocess", "FILE", "--calib", "HOME/pictures", *PLAIN),),
             JSON,
         ),
-    }  # fmt: skip
+    }
     (home / "pictures").mkdir(exist_ok=True)
     for number in range(10):
         (home / "pictures" / f"{number}.png").write_bytes(picture("png"))

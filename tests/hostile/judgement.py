@@ -9,10 +9,12 @@ float64, is not held against anybody.
 from __future__ import annotations
 
 import math
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import networks
@@ -32,10 +34,12 @@ from compressor.opening import Options
 from compressor.pipeline import Context, Pipeline, Row, parse
 from compressor.target import Target
 
-SAMPLES = 40  # for calibration, one in five of them held out by the run
+SAMPLES = 160  # for calibration, one in five of them held out by the run
 EXACT = 1e-4  # of an output's largest value
 AMPLIFIED = 50.0  # so many times what float32 rounds anyway
-FLOOR_DB = 3.0  # a run fails under 6 dB on samples that it held out
+UNSEEN_DB = 9.0  # how much worse fresh samples may be than the few that the run held out
+CLEAN_DB = 60.0  # what a run that lost nothing may have on fresh samples
+FRESH = 64
 INTEGER_DB = 20.0  # of a file of integers against the graph that it was made from
 HALF_DB = 25.0
 
@@ -67,6 +71,23 @@ SPECS: dict[str, str] = {
 TARGETS = ("cpu", "cpu", "cpu", "cpu-avx2", "mobile", "gpu", "web", "openvino", "qnn", "qnn-a16")
 
 
+_IN_ORDER = (
+    ("merge",),
+    ("prune(macs=0.8,reach=best,align=2)", "prune(params=0.8,reach=best,align=1,criterion=l2)"),
+    ("squeeze(macs=0.8,reach=best,measure=false,align=1)", "squeeze(energy=0.95,measure=false,align=1)"),
+    ("fold",),
+    ("int8(measure=false)", "int8(scheme=dynamic)", "fp16", "int4", "int4,fp16"),
+)
+
+
+def drawn_spec(rng: random.Random) -> str:
+    """One of SPECS, or passes at random in their order."""
+    if rng.random() < 0.7:
+        return rng.choice(list(SPECS))
+    chosen = [rng.choice(same) for same in _IN_ORDER if rng.random() < 0.5]
+    return ",".join(chosen or ["fold"])
+
+
 class Wrong(AssertionError):
     """A number that is not what was promised, and nobody said so."""
 
@@ -93,21 +114,23 @@ def examine(plan: Plan, spec: str, target: str = "cpu", *, emitted: bool = True)
     try:
         graph = capture(network, tuple(t[:3] for t in seen))
         same(network, graph, plan)
-        rows, ran = compiled(graph, spec, where, seen)
+        rows, ran, left = compiled(graph, spec, where, seen)
         if not emitted:
             session = None
         else:
             with tempfile.TemporaryDirectory() as folder:
                 fixed = {"batch": where.fixed_batch} if where.fixed_batch else {}
                 made = deliver(ran, where, Path(folder), {}, fixed)
-                session = onnxruntime.InferenceSession(made.path.read_bytes(), providers=["CPUExecutionProvider"])
+                session = onnxruntime.InferenceSession(
+                    made.path.read_bytes(), providers=["CPUExecutionProvider"]
+                )
     except ContractError as error:
         return Verdict("caught", str(error))
     except CompressorError as error:
         return Verdict("refused", f"{type(error).__name__}: {error}")
     changed = any(row.rewrites for row in rows)
     promise = SPECS.get(spec, "bounded")
-    error = judge(network, plan, ran, session, promise, rows, where)
+    error = judge(network, plan, ran, session, promise, rows, where, left)
     return Verdict("kept" if changed else "declined", error=error, judged=promise)
 
 
@@ -119,18 +142,30 @@ def same(network: Network, graph: Graph, plan: Plan) -> None:
             close(f"capture, output {i}", a, b, allowed(network, x)[i])
 
 
-def compiled(graph: Graph, spec: str, target: Target, seen: Sequence[Tensor]) -> tuple[list[Row], Graph]:
+Left = dict[str, dict[int, Tensor]]  # parameter -> axis -> the slices that pruning left
+
+
+def compiled(
+    graph: Graph, spec: str, target: Target, seen: Sequence[Tensor]
+) -> tuple[list[Row], Graph, Left]:
     """A run as `compress` makes it, without its stopwatch and its files."""
     graph = graph.copy()
     table = registry.passes()
-    pipeline = Pipeline(parse(spec, table), table)
+    left: Left = {}
+
+    def note(row: Row, graph: Graph) -> None:
+        if row.name == "prune":
+            reads = [node for node in graph.nodes if node.op == "get_attr" and node.name in graph.lineage]
+            left.update({str(node.target): dict(graph.lineage[node.name]) for node in reads})
+
+    pipeline = Pipeline(parse(spec, table), table, after=note)
     names = [one.name for one in graph.inputs]
     loaded = Loaded(nn.Identity(), Path("network"), "")
     options = Options.of({"measure": False})
     _, statistics, held_out = opening.streams(
         graph, dict(zip(names, seen, strict=True)), options, loaded, True, {}
     )
-    return pipeline.run(graph, Context(target, held_out, statistics)), graph
+    return pipeline.run(graph, Context(target, held_out, statistics)), graph, left
 
 
 # -------------------------------------------------------------------- the promises
@@ -144,35 +179,43 @@ def judge(
     promise: str,
     rows: Sequence[Row],
     target: Target,
+    left: Left,
 ) -> float:
     """The worst number found; Wrong where it is worse than promised."""
     integers = any(row.name in ("int8", "int4") and row.rewrites for row in rows)
     half = any(row.name == "fp16" and row.rewrites for row in rows)
-    worst = 0.0
-    for count, seed, scale in ((1, 21, 1.0), (5, 22, 2.5), (16, 23, 1.0)):
-        if session is not None and target.fixed_batch:
-            count = target.fixed_batch
+    worst, stated = 0.0, min(rows[-1].total_db, CLEAN_DB) - UNSEEN_DB
+    for count, seed, scale in ((1, 21, 1.0), (5, 22, 2.5), (FRESH, 23, 1.0)):
         x = samples(plan, count, plan.seed + seed, scale)
-        ours = graph.run(*x)
-        file = ours if session is None else run(session, x)
+        ours = in_parts(lambda *part: graph.run(*part), x, target.fixed_batch)
+        file = ours if session is None else in_parts(partial(run, session), x, target.fixed_batch)
         for i, (a, b) in enumerate(zip(ours, file, strict=True)):
             if integers or half:
                 noisy(f"file against graph, output {i}", a, b, INTEGER_DB if integers else HALF_DB)
             else:
                 close(f"file against graph, output {i}", a, b, allowed(network, x)[i])
         if promise in ("exact", "masked"):
-            with masked(network, graph, norms=rows):
+            with masked(network, left):
                 wanted, limits = outputs(network, x), allowed(network, x)
             for i, (a, b) in enumerate(zip(wanted, file, strict=True)):
                 worst = max(worst, close(f"file against module, output {i}", a, b, limits[i]))
-        elif scale == 1.0 and count >= 5:
+        elif count == FRESH:
             for i, (a, b) in enumerate(zip(outputs(network, x), file, strict=True)):
-                floor = HALF_DB if promise == "half" else FLOOR_DB
-                noisy(f"file against module, output {i}", a, b, floor)
+                usual(f"file against module, output {i}", a, b, HALF_DB if promise == "half" else stated)
     return worst
 
 
-def run(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) -> list[Tensor]:
+def in_parts(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], size: int | None
+) -> list[Tensor]:
+    """Outputs for all samples, computed so many at a time."""
+    if size is None:
+        return list(function(*inputs))
+    parts = [function(*part) for part in zip(*(t.split(size) for t in inputs), strict=True)]
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+
+def run(session: onnxruntime.InferenceSession, *inputs: Tensor) -> list[Tensor]:
     kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
     feeds = {
         spec.name: value.numpy().astype(kinds[spec.type])
@@ -213,62 +256,45 @@ def noisy(what: str, wanted: Tensor, seen: Tensor, floor: float) -> None:
     wanted, seen = wanted.double(), seen.double()
     noise, signal = float((wanted - seen).square().sum()), float(wanted.square().sum())
     found = 10 * math.log10((signal or 1e-30) / (noise or 1e-30)) if math.isfinite(noise) else -math.inf
-    if found < floor and noise > 1e-12:
+    if found < floor and not noise <= 1e-12:  # NaN is noise
         raise Wrong(f"{what}: {found:.1f} dB, at least {floor:g} dB was promised")
+
+
+def usual(what: str, wanted: Tensor, seen: Tensor, floor: float) -> None:
+    """Noise of the middle one of all samples: values that calibration has not seen are cut, which ruins a few."""
+    if wanted.shape != seen.shape:
+        raise Wrong(f"{what}: shape {list(seen.shape)}, not {list(wanted.shape)}")
+    noise, signal = (t.double().flatten(1).square().sum(1) for t in (wanted - seen, wanted))
+    middle = int((noise / signal.clamp(min=1e-30)).nan_to_num(math.inf).argsort()[len(noise) // 2])
+    noisy(f"{what}, sample {middle}", wanted[middle], seen[middle], floor)
 
 
 # -------------------------------------------------------------------- masks in eager mode
 
 
 @contextmanager
-def masked(network: Network, graph: Graph, norms: object = None) -> Iterator[None]:
-    """The network with every channel masked that the graph's weights have lost: at what layers read, and what they give.
+def masked(network: Network, left: Left) -> Iterator[None]:
+    """The network with every channel masked that its weights have lost, where layers read it and where they make it.
 
-    Which channels went is read off the weights themselves: `lineage` says which slices of a parameter are left.
+    A weight whose columns are zero ignores what they would read. Norms over channels, which may go with
+    `prune(norms=true)`, take what is left of them.
     """
-    left: dict[str, dict[int | str, list[int]]] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.name in graph.lineage:
-            kept = left.setdefault(str(node.target), {})
-            kept |= {axis: indices.tolist() for axis, indices in graph.lineage[node.name].items()}
-            for reader in node.users:  # a grouped convolution's weight does not say which channels it reads
-                operand = graph.lineage.get(getattr(reader.args[0], "name", ""), {})
-                if 1 in operand and reader.args[0] is not node:
-                    kept["read"] = operand[1].tolist()
     with ExitStack() as stack:
+        for name, parameter in network.named_parameters():
+            whole = parameter.data
+            for axis, kept in left.get(name, {}).items():
+                parameter.data = _only(parameter.data, axis, kept)
+            stack.callback(setattr, parameter, "data", whole)
         for name, layer in network.named_modules():
             kept = left.get(f"{name}.weight", {})
-            if isinstance(layer, nn.Embedding) and 1 in kept:  # its weight may be read by others, too
-                whole = layer.weight.data
-                layer.weight.data = _only(whole, 1, kept[1])
-                stack.callback(setattr, layer.weight, "data", whole)
-            for hook in _hooks(layer, kept):
-                stack.callback(hook.remove)
+            if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and kept:
+                stack.callback(layer.register_forward_hook(_over(kept[max(kept)].tolist())).remove)
         yield
 
 
-def _hooks(layer: nn.Module, kept: dict[int | str, list[int]]) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and 0 in kept:
-        yield layer.register_forward_hook(_over(kept[0]))
-    convolution = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d))
-    if not convolution and not isinstance(layer, nn.Linear):
-        return
-    swapped = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d))
-    axis = 1 if convolution else -1
-    grouped = getattr(layer, "groups", 1) > 1
-    read: int | str = "read" if grouped else 0 if swapped else 1
-    given = 1 if swapped else 0
-    if read in kept:
-        yield layer.register_forward_pre_hook(
-            lambda _, args, keep=kept[read]: (_only(args[0], axis, keep), *args[1:])
-        )
-    if given in kept and not (grouped and swapped):
-        yield layer.register_forward_hook(lambda _, args, y, keep=kept[given]: _only(y, axis, keep))
-
-
-def _only(value: Tensor, axis: int, keep: Sequence[int]) -> Tensor:
+def _only(value: Tensor, axis: int, keep: Tensor) -> Tensor:
     mask = torch.zeros(value.shape[axis], dtype=value.dtype)
-    mask[list(keep)] = 1
+    mask[keep] = 1
     return value * mask.view([-1 if i == axis % value.dim() else 1 for i in range(value.dim())])
 
 

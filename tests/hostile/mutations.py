@@ -87,7 +87,9 @@ def _edit(value: Any, rng: random.Random) -> Any:
 
 
 def _places(value: Any) -> Any:
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, item in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield value, key
         yield from _places(item)
 
@@ -95,7 +97,9 @@ def _places(value: Any) -> Any:
 # -------------------------------------------------------------------- containers, whose checksums are made to fit
 
 
-def in_zip(change: Callable[[bytes, random.Random], bytes], *endings: str) -> Callable[[bytes, random.Random], bytes]:
+def in_zip(
+    change: Callable[[bytes, random.Random], bytes], *endings: str
+) -> Callable[[bytes, random.Random], bytes]:
     """Changes one member whose name ends so, of an archive as torch writes it."""
 
     def apply(data: bytes, rng: random.Random) -> bytes:

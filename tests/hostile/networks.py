@@ -135,7 +135,9 @@ class Call:
         return self.function(*self.uses, *operands)
 
     def moved(self, layers: dict, tensors: dict) -> Call:
-        return Call(self.function, *(layers[u] if isinstance(u, nn.Module) else tensors[u] for u in self.uses))
+        return Call(
+            self.function, *(layers[u] if isinstance(u, nn.Module) else tensors[u] for u in self.uses)
+        )
 
 
 Made = tuple[Call, tuple[int, ...]]
@@ -275,9 +277,7 @@ def mlp(b: Builder) -> Made | None:
         return None
     width, hidden = b.values[i].shape[-1], b.of((24, 32, 16), b.step.a)
     one, act, two = nn.Linear(width, hidden), b.of(ACTIVATIONS, b.step.b)(hidden), nn.Linear(hidden, width)
-    return Call(
-        lambda one, act, two, x: x + two(act(one(x))), b.layer(one), b.layer(act), b.layer(two)
-    ), (i,)
+    return Call(lambda one, act, two, x: x + two(act(one(x))), b.layer(one), b.layer(act), b.layer(two)), (i,)
 
 
 @step
@@ -375,7 +375,8 @@ def prelu(b: Builder) -> Made | None:
 def softmax(b: Builder) -> Made | None:
     if (i := b.operand()) is None:
         return None
-    return Call(lambda x, dim=b.of((1, -1), b.step.a): x.softmax(dim)), (i,)
+    dim = b.of((1, -1), b.step.a)
+    return Call(lambda x: x.softmax(dim)), (i,)
 
 
 @step
@@ -558,7 +559,13 @@ def cut(b: Builder) -> Made | None:
     if size < 4:
         return None
     window = b.of(
-        (slice(1, None), slice(None, -1), slice(None, None, 2), slice(size // 4, 3 * size // 4), slice(-2, None)),
+        (
+            slice(1, None),
+            slice(None, -1),
+            slice(None, None, 2),
+            slice(size // 4, 3 * size // 4),
+            slice(-2, None),
+        ),
         b.step.a,
     )
     index = (slice(None),) * dim + (window,)
@@ -617,7 +624,9 @@ def last(b: Builder) -> Made | None:
     norm = nn.LayerNorm(channels) if b.step.b % 2 else nn.Identity()
     layer = nn.Linear(channels, width)
     return Call(
-        lambda norm, layer, x: layer(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2), b.layer(norm), b.layer(layer)
+        lambda norm, layer, x: layer(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2),
+        b.layer(norm),
+        b.layer(layer),
     ), (i,)
 
 
@@ -697,7 +706,11 @@ def pool(b: Builder) -> Made | None:
 def upsample(b: Builder) -> Made | None:
     if (i := b.operand(4)) is None or max(b.values[i].shape[2:]) > 8:
         return None
-    modes = ({"mode": "nearest"}, {"mode": "bilinear", "align_corners": False}, {"mode": "bilinear", "align_corners": True})
+    modes = (
+        {"mode": "nearest"},
+        {"mode": "bilinear", "align_corners": False},
+        {"mode": "bilinear", "align_corners": True},
+    )
     return Call(_apply, b.layer(nn.Upsample(scale_factor=2, **b.of(modes, b.step.a)))), (i,)
 
 
@@ -803,8 +816,15 @@ def again(b: Builder) -> Made | None:
         m
         for m in b.network.modules()
         if (isinstance(m, nn.Linear) and len(shape) < 4 and m.in_features == shape[-1])
-        or (isinstance(m, nn.Conv2d) and len(shape) == 4 and m.in_channels == shape[1] and m.kernel_size == (1, 1))
-        or (isinstance(m, nn.Conv2d) and len(shape) == 4 and m.in_channels == shape[1] and min(shape[2:]) >= 6)
+        or (
+            isinstance(m, nn.Conv2d)
+            and len(shape) == 4
+            and m.in_channels == shape[1]
+            and m.kernel_size == (1, 1)
+        )
+        or (
+            isinstance(m, nn.Conv2d) and len(shape) == 4 and m.in_channels == shape[1] and min(shape[2:]) >= 6
+        )
         or (isinstance(m, nn.BatchNorm2d) and len(shape) == 4 and m.num_features == shape[1])
     ]
     return (Call(_apply, b.of(fitting, b.step.a)), (i,)) if fitting else None
@@ -818,7 +838,8 @@ def adapted(b: Builder) -> Made | None:
     width, wide = b.values[i].shape[-1], b.of((16, 24), b.step.a)
     base, down, up = nn.Linear(width, wide), nn.Linear(width, 2, bias=False), nn.Linear(2, wide, bias=False)
     return Call(
-        lambda base, down, up, x: base(x) + 0.5 * up(F.dropout(down(x), 0.1, False)), *map(b.layer, (base, down, up))
+        lambda base, down, up, x: base(x) + 0.5 * up(F.dropout(down(x), 0.1, False)),
+        *map(b.layer, (base, down, up)),
     ), (i,)
 
 
@@ -832,7 +853,9 @@ def branches(b: Builder) -> Made | None:
     large = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
     small = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
     return Call(
-        lambda large, small, x: large(x) + small(x) + (x if width == channels else 0), b.layer(large), b.layer(small)
+        lambda large, small, x: large(x) + small(x) + (x if width == channels else 0),
+        b.layer(large),
+        b.layer(small),
     ), (i,)
 
 
@@ -840,7 +863,18 @@ def branches(b: Builder) -> Made | None:
 
 KINDS = tuple(STEPS)
 # What stands in most networks is drawn more often.
-COMMON = ("conv2d", "conv2d", "linear", "batch_norm", "activation", "activation", "concat", "combine", "halves", "mlp")
+COMMON = (
+    "conv2d",
+    "conv2d",
+    "linear",
+    "batch_norm",
+    "activation",
+    "activation",
+    "concat",
+    "combine",
+    "halves",
+    "mlp",
+)
 
 
 def drawn(rng: random.Random, most: int = 14) -> Plan:

@@ -1,7 +1,7 @@
 """A process that reads hostile files under watch: bounded memory and time, and what it runs or writes is noted.
 
-`Sandbox` starts it and hands it jobs; `python sandbox.py` is the process itself. What Python does shows in audit events;
-what native code does, in the folders that lie round the file, which must not change.
+`Sandbox` starts it and hands it jobs; `python sandbox.py` is the process itself. What Python does shows in audit
+events; what native code does, in the folders that lie round the file, which must not change.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Sandbox:
         for name in ("files", "out", "tmp", "home", "cwd"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self.canary = root / "canary"
-        code = f"import os\nos.makedirs({str(self.canary)!r}, exist_ok=True)\nclass Evil: pass\ndef evil(*a): return None\n"
+        fires = f"import os\nos.makedirs({str(self.canary)!r}, exist_ok=True)\n"
+        code = f"{fires}class Evil: pass\ndef evil(*a): return None\n"
         (root / "cwd" / f"{MODULE}.py").write_text(code)
         (root / "secret.bin").write_bytes(b"\x00\x00\x80\x3f" * 64)
         self._child: subprocess.Popen[str] | None = None
@@ -103,11 +104,15 @@ class Sandbox:
         environment = os.environ | {
             "HOME": str(self.root / "home"),
             "TMPDIR": str(self.root / "tmp"),
-            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parent.parent)]),
+            "PYTHONPATH": os.pathsep.join(
+                [*filter(None, [os.environ.get("PYTHONPATH")]), str(HERE.parent.parent)]
+            ),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(self.root / "tmp"),  # a parent that has loaded torch would name its own
+            "TORCHINDUCTOR_CACHE_DIR": str(
+                self.root / "tmp"
+            ),  # a parent that has loaded torch would name its own
         }
         self._child = subprocess.Popen(
             [sys.executable, str(HERE / "sandbox.py"), str(self.root)],
@@ -192,7 +197,9 @@ def _read_data(path: str) -> int:
         inputs = [Input("x", torch.float32, ("batch", 3, 8, 8))]
         how = {}
         if Path(path).suffix in records.FILES:
-            inputs = [Input(name, torch.int64, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
+            inputs = [
+                Input(name, torch.int64, ("batch", "sequence")) for name in ("input_ids", "attention_mask")
+            ]
             beside = Path(path).parent
             folder = beside if (beside / "tokenizer.json").exists() else beside.parent / "models" / "bert"
             how["text"] = texts.Reading(folder, text="text", longest=32)
@@ -239,7 +246,10 @@ def _serve(root: Path) -> None:
         bad += _rules(code, said) + watch.found
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answers.write(json.dumps({"code": code, "said": said[-600:], "seconds": seconds, "peak_mb": peak, "bad": bad}) + "\n")
+        answers.write(
+            json.dumps({"code": code, "said": said[-600:], "seconds": seconds, "peak_mb": peak, "bad": bad})
+            + "\n"
+        )
         answers.flush()
 
 
