@@ -112,7 +112,7 @@ def chosen(seed: int, name: str) -> tuple[Any, str, str, bool]:
     number = name.split(":")[0]
     plan = drawn(random.Random(f"network {seed} {number}"))
     rng = random.Random(f"run {seed} {name}")
-    return plan, judgement.drawn_spec(rng), rng.choice(judgement.TARGETS), rng.random() < 0.5
+    return plan, judgement.drawn_spec(rng), rng.choice(judgement.TARGETS), rng.random() < 0.25
 
 
 def examined(seed: int, name: str, plan: Any = None) -> Case:
