@@ -10,15 +10,16 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from judgement import SPECS, Wrong, close, examine, masked, noisy
 from networks import INPUTS, KINDS, Network, Plan, Step, drawn, in_double, outputs, samples, shrunken
 
-from compressor import publishing  # noqa: F401  our own copy of the package is the one that is tested
 from compressor.errors import UsageError
 from compressor.ir import Graph
 from compressor.surgery import remove
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install hypothesis")
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 steps = st.builds(
     Step,
