@@ -333,6 +333,53 @@ def report_of_a_file_elsewhere(place: Place) -> tuple[str, ...]:
     return ("inspect", str(place.files / "report.json"), "--partitions", "all")
 
 
+@attack
+def report_of_other_types(place: Place) -> tuple[str, ...]:
+    from sample_report import sample_report
+
+    report = sample_report()
+    report["rows"][1] |= {"checks": [{"sqnr_db": "?"}], "rewrites": 1.5, "params": "many"}
+    (place.files / "report.json").write_text(json.dumps(report))
+    return ("inspect", str(place.files / "report.json"))
+
+
+@attack
+def report_with_a_table_of_words(place: Place) -> tuple[str, ...]:
+    from sample_report import sample_report
+
+    report = sample_report() | {"latency_table": {"x": ["fast"]}}
+    (place.files / "report.json").write_text(json.dumps(report))
+    return (str(place.models / "net.pt2"), "--latency-table", str(place.files / "report.json"), *PLAIN)
+
+
+@attack
+def report_nested_without_end(place: Place) -> tuple[str, ...]:
+    (place.files / "report.json").write_text("[" * 100_000)
+    return ("inspect", str(place.files / "report.json"))
+
+
+@attack
+def pictures_of_enormous_sides(place: Place) -> tuple[str, ...]:
+    sides = {"height": 1 << 40, "width": 1 << 40}
+    (place.files / "preprocessor_config.json").write_text(json.dumps(honest.PICTURES | {"size": sides}))
+    how = str(place.files / "preprocessor_config.json")
+    return (
+        str(place.models / "net.pt2"),
+        "--preprocess",
+        how,
+        "--calib",
+        str(place.models / "pictures"),
+        *PLAIN,
+    )
+
+
+@attack
+def npy_header_that_never_closes(place: Place) -> tuple[str, ...]:
+    text = (b"(" * 100).ljust(117) + b"\n"
+    (place.files / "data.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    return (f"data:{place.files / 'data.npy'}",)
+
+
 # -------------------------------------------------------------------- more than there is
 
 

@@ -21,7 +21,7 @@ from sandbox import MODULE, Answer, Sandbox
 
 # An honest file of these takes seconds, because all of its model is then captured.
 SLOW = {"hf config", "hf weights", "adapter config", "adapter weights", "preprocess", "pt2"}
-ACCIDENTS = 3
+ACCIDENTS = 2
 
 
 @pytest.fixture(scope="module")

@@ -50,20 +50,20 @@ EXACT = [spec for spec, promise in SPECS.items() if promise in ("exact", "masked
 
 
 @given(plans, st.sampled_from(EXACT))
-@settings(max_examples=24, **QUIET)
+@settings(max_examples=16, **QUIET)
 def test_exact_and_masked_passes_give_what_the_module_gives(plan: Plan, spec: str) -> None:
     verdict = examine(plan, spec, emitted=False)
     assert verdict.kind != "caught", verdict.words
 
 
 @given(plans, st.sampled_from(LOSSY))
-@settings(max_examples=12, **QUIET)
+@settings(max_examples=8, **QUIET)
 def test_lossy_passes_lose_what_they_say(plan: Plan, spec: str) -> None:
     examine(plan, spec, emitted=False)
 
 
 @given(plans, st.sampled_from(list(SPECS)))
-@settings(max_examples=6, **QUIET)
+@settings(max_examples=4, **QUIET)
 def test_files_give_what_graphs_give(plan: Plan, spec: str) -> None:
     examine(plan, spec)
 
