@@ -37,8 +37,8 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, and RENAME_EXCHANGE, which macOS calls R
 @contextmanager
 def staging(output: Path) -> Iterator[Path]:
     """A folder beside `output` whose files replace those of `output` at the end; nothing is touched on an error."""
-    place = output.resolve()
     try:
+        place = output.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists() and not place.is_dir():
             raise OutputError(f"{output} is a file; name a folder with --output")
@@ -154,14 +154,12 @@ def _exchanged(folder: Path, output: Path, others: Sequence[Path]) -> bool:
     others: what is not ours in the output, and must be there afterwards. Where that is more than a few files, or we
     stand in the folder, it is no output to be replaced as a whole.
     """
-    if (
-        len(others) > _CARRIED
-        or not all(path.is_file() for path in others)
-        or Path.cwd().is_relative_to(output)
-    ):
+    if len(others) > _CARRIED or not all(path.is_file() for path in others):
         return False
     linked: list[Path] = []
     try:
+        if Path.cwd().is_relative_to(output):
+            return False
         for path in others:
             os.link(path, folder / path.name, follow_symlinks=False)
             linked.append(folder / path.name)

@@ -193,6 +193,19 @@ def test_folders_of_runs_that_are_at_work_stay(tmp_path: Path) -> None:
         assert (tmp_path / ".other.compressing-abandoned").is_dir()
 
 
+def test_a_folder_to_stand_in_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = output_of(tmp_path, "old")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(OutputError, match="cannot write to out"), publishing.staging(Path("out")):
+        pass
+    with publishing.staging(output) as stage:
+        fill(stage, "new")
+    assert texts(output) == {"new"}
+
+
 def test_a_name_as_long_as_there_are(tmp_path: Path) -> None:
     with publishing.staging(tmp_path / ("x" * 255)) as stage:
         fill(stage, "new")
