@@ -27,6 +27,7 @@ from . import (
     page,
     postprocess,
     profiling,
+    publishing,
     registry,
     report,
     runtime,
@@ -105,7 +106,7 @@ def compress(
         folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
         if opt.stop_after:
             return run.compile(loaded, example_inputs, calibration, None)
-        with delivery.staging(folder) as stage:
+        with publishing.staging(folder) as stage:
             result = run.compile(loaded, example_inputs, calibration, stage)
             written = report.write_report(stage / "report.json", result.report)
             page.write(stage / page.NAME, report.read_report(written))

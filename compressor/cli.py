@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from . import __version__, completion, config
-from .errors import CompressorError, ContractError, FileError, UsageError
+from .errors import CompressorError, ContractError, FileError, UsageError, printable
 from .options import (
     comparing,
     compiling,
@@ -135,7 +135,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print `error: first line`, further lines (lists of names) indented below it, and return the code."""
     if error is not None:
         traceback.print_exception(type(error), error, error.__traceback__)
-    first, *rest = message.strip().split("\n")
+    first, *rest = printable(message).strip().split("\n")
     click.echo("\n  ".join([f"error: {first}", *(line.strip() for line in rest if line.strip())]), err=True)
     return code
 
@@ -150,7 +150,7 @@ def _program() -> str:
 
 def _next(*words: str | os.PathLike[str]) -> None:
     """The last line: the command to type next."""
-    click.echo(f"\n{_program()} {shlex.join(os.fspath(word) for word in words)}")
+    click.echo(printable(f"\n{_program()} {shlex.join(os.fspath(word) for word in words)}"))
 
 
 # ------------------------------------------------------------------------------ commands
@@ -384,7 +384,7 @@ def inspect(
     if (found / "report.json").is_file():
         found = found / "report.json"
     from . import console
-    from .report import read_report, render
+    from .report import read_report, render, showing
 
     if found.suffix == ".json" and found.is_file():
         report = read_report(found)
@@ -405,11 +405,13 @@ def inspect(
         if as_json:
             _json(report)
         elif groups and not quiet:
-            console.show_ledger(console.ledger_of(report, found), console.output())
+            with showing(found):
+                console.show_ledger(console.ledger_of(report, found), console.output())
         elif html and not quiet:
             click.echo(html)
         elif not quiet:
-            render(report, console.output(), details=True)
+            with showing(found):
+                render(report, console.output(), details=True)
             if emitted.is_file():
                 _next("bench", emitted)
         return

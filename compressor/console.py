@@ -8,14 +8,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import IO, Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 
-from .errors import UsageError
+from .errors import UsageError, printable
 from .report import count, dumps, error, pieces, seconds, size, table
 
 _PIPE_WIDTH = 120  # columns where the output is no terminal; COLUMNS overrides
@@ -23,7 +24,14 @@ _FORMATS = {"params": count, "macs": count, "bytes": size}
 
 
 class _Console(Console):
-    """A rich console that leaves a reader's early goodbye (`compress inspect ... | head`) to `main`."""
+    """A rich console that leaves a reader's early goodbye (`compress inspect ... | head`) to `main`.
+
+    Nothing that it is given reaches a terminal as a command.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError

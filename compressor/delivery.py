@@ -1,15 +1,11 @@
-"""From a compiled graph to a verified folder: emit, load, run, compare, time, and move into place in one step."""
+"""From a compiled graph to a verified file: emit, load, run, compare, time."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,93 +15,20 @@ import onnx
 import torch
 from torch import Tensor
 
-from . import apart, handover, jitter, measure, partitions, runtime, verify
+from . import apart, jitter, measure, partitions, runtime, verify
 from .accelerators import named
 from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
-from .errors import ContractError, DataError, OutputError, TargetError, UsageError
+from .errors import ContractError, DataError, TargetError, UsageError
 from .ir import DTYPE_NAMES, Graph, Input
+from .publishing import REQUIRED
 from .target import Target
 from .verify import Check, Comparison, Observer
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 CPU = "CPUExecutionProvider"
-REQUIRED = "required_operators.config"  # ONNX Runtime's own name
-COMPANIONS = {"model.onnx.data", "model.ort", REQUIRED}  # files beside model.onnx that not every run writes
 LARGEST = 3  # tensors that a message names
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
-
-
-@contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """A folder beside `output` whose files replace those of `output` at the end; nothing is touched on an error."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists() and not output.is_dir():
-            raise OutputError(f"{output} is a file; name a folder with --output")
-        if output.exists() and not os.access(output, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"cannot write into {output}: permission denied; name another folder with --output"
-            )
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise _cannot_write(output, error) from error
-    try:
-        yield folder
-        with _alone_in(output.parent):
-            _publish(folder, output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise _cannot_write(output, error) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Other runs that want to move files in this folder wait; two runs at once leave all files of one of them."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _publish(folder: Path, output: Path) -> None:
-    if not output.exists():
-        folder.chmod(0o755)
-        os.replace(folder, output)
-        return
-    fresh = sorted(folder.iterdir(), key=lambda f: f.name == "report.json")
-    # of an earlier run: they belong to a model that is no longer there
-    stale = (COMPANIONS | handover.copied_to(output)) - {file.name for file in fresh}
-    retired = folder / ".retired"
-    retired.mkdir()
-    for file in fresh:
-        if (
-            file.is_dir() and (output / file.name).exists()
-        ):  # a folder does not replace one that holds something
-            os.replace(output / file.name, retired / file.name)
-        os.replace(file, output / file.name)
-    for name in stale:
-        (output / name).unlink(missing_ok=True)
-
-
-def _cannot_write(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write to {output}: {error.strerror or error}; free space, or name another --output"
-    )
 
 
 def deliver(

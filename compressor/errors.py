@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+_OBEYED = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
+
+
+def printable(text: str) -> str:
+    """Text without the characters that a terminal obeys: what files call their parts may hold any."""
+    return text.translate(_OBEYED)
+
 
 class CompressorError(Exception):
     """Base of all errors that this package raises on purpose: one line that says what, where and what to do."""

@@ -9,6 +9,7 @@ to be widened to float32, so that a model takes no memory of its own.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +26,11 @@ from .export import quiet
 from .folders import Adapter
 from .ir import Input
 from .spill import spilling
+
+_DEPTH = re.compile(
+    r"(layers?|depths?|blocks?|stages?)$"
+)  # settings that count modules, and do not size them
+_DEEPEST = 1000
 
 
 def architecture(folder: Path) -> nn.Module:
@@ -112,6 +118,7 @@ def _config(folder: Path) -> Any:
         raise FileError(
             f"{folder} holds weights that are quantised already; give the model that they were made from."
         )
+    _check_depth(settings, folder)
     auto = library("transformers", spec).AutoConfig
     config = guarded(
         lambda: auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
@@ -122,6 +129,20 @@ def _config(folder: Path) -> Any:
         config.use_cache = False  # a cache is no tensor: it cannot be an output of a graph
     _use_plain_attention(config)
     return config
+
+
+def _check_depth(value: Any, folder: Path, key: str = "") -> None:
+    """FileError for more layers than any model has: the library makes them one by one until memory ends."""
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            _check_depth(item, folder, inner)
+    elif isinstance(value, list):
+        for item in value:
+            _check_depth(item, folder, key)
+    elif isinstance(value, (int, float)) and value > _DEEPEST and _DEPTH.search(key):
+        raise FileError(
+            f"{folder}: its config.json has {value} for {printable([key])}, over {_DEEPEST}: it is damaged."
+        )
 
 
 def _use_plain_attention(config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in
 _KNOWN_STEPS = {
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_flip_channel_order"
 }  # fmt: skip
+_LARGEST = 1 << 14  # pixels of a side that pictures are brought to
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,6 +46,23 @@ class Preprocess:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     reverse: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for what no picture can be brought to."""
+        sizes = [
+            n for size in (self.resize, self.crop) for n in (size if isinstance(size, tuple) else [size])
+        ]
+        if not all(n is None or (isinstance(n, int) and 0 < n <= _LARGEST) for n in sizes):
+            raise ValueError(
+                f"pictures of {self.resize}, cut to {self.crop}; sides are 1 to {_LARGEST} pixels"
+            )
+        numbers = (self.scale, self.offset, *self.mean, *self.std)
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers) or 0 in self.std:
+            raise ValueError(f"normalises by {self.mean} and {self.std}, scales by {self.scale}")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"normalises by {len(self.mean)} means and {len(self.std)} deviations; channels are 1 or 3"
+            )
 
     def image(self, image: Image) -> Tensor:
         """One picture of PIL, of any mode and size, to [channels, height, width]."""
@@ -178,7 +197,7 @@ def _from_json(path: Path) -> Preprocess:
         return _timm(config, str(path)) if "input_size" in config else _hugging_face(config, str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{path}: not a preprocessing config of timm or Hugging Face ({error!r})") from error
 
 

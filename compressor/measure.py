@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -205,11 +206,14 @@ def random_feeds(
         kind = _NUMPY.get(spec.type)
         if kind is None:
             raise UsageError(f"input {spec.name} is a {spec.type}; give it by hand")
+        if math.prod(shape) > _FED:
+            raise UsageError(f"input {spec.name} is {shape}, more than fits: give a smaller --batch")
         floating = np.issubdtype(kind, np.floating)
         feeds[spec.name] = generator.standard_normal(shape).astype(kind) if floating else np.ones(shape, kind)
     return feeds
 
 
+_FED = 1 << 27  # numbers of one generated input
 _NUMPY: dict[str, type] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,

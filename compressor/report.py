@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path}: cannot read the report: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a report, its text is not JSON ({error})") from error
     if not isinstance(report, dict) or "schema" not in report:
         raise UsageError(f"{path}: not a report of compress, it has no 'schema'")
@@ -87,7 +87,19 @@ def read_report(path: str | Path) -> dict[str, Any]:
     rows = report.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "pass" in row for row in rows):
         raise UsageError(f"{path}: a damaged report, its 'rows' are not a list of passes")
+    emitted = report.get("emitted") or {}
+    if not isinstance(emitted, dict) or not isinstance(emitted.get("file", ""), str):
+        raise UsageError(f"{path}: a damaged report, its 'emitted' names no file")
     return report
+
+
+@contextlib.contextmanager
+def showing(path: str | Path) -> Iterator[None]:
+    """Turns what a report from a file, damaged in its depths, raises while it is printed into a UsageError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UsageError(f"{path}: a damaged report ({type(error).__name__}: {error})") from error
 
 
 def _plain(value: Any) -> Any:

@@ -405,7 +405,11 @@ def _folders(loaded: Loaded, how: Any) -> list[Path | None]:
 
 def _latency_table(path: str | Path | None) -> dict[str, list[float]]:
     """What an earlier run measured: the decisions made by it are made again."""
-    return dict(report.read_report(path).get("latency_table") or {}) if path is not None else {}
+    table = report.read_report(path).get("latency_table") or {} if path is not None else {}
+    rows = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(row, list) and all(isinstance(ms, (int, float)) for ms in row) for row in rows):
+        raise UsageError(f"{path}: a damaged report: its latency_table is no table of milliseconds")
+    return dict(table)
 
 
 def _stream(stream: Data | None) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -235,8 +236,8 @@ def offered(path: str | os.PathLike[str]) -> onnx.ModelProto:
     runtime = _runtime()
     options = _options(runtime, threads=1, optimize=True, pack=False)
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        out = Path(folder) / "offered.onnx"
+    with _scratch(path) as folder:
+        out = folder / "offered.onnx"
         _write_optimized_to(options, out)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", str(_LARGE)
@@ -269,6 +270,8 @@ def required_operators(ort_path: str | os.PathLike[str]) -> str:
 
 
 def _runtime() -> Any:
+    # Since 1.29 its Linux builds send names and hashes of models to their maker unless this is set when they load.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -329,11 +332,25 @@ def _optimized(path: str | os.PathLike[str]) -> Iterator[tuple[onnx.ModelProto, 
     """The optimised model in a folder that goes when the block ends; large weights stay in a file there."""
     import onnx
 
-    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        out = Path(folder) / "optimized.onnx"
+    with _scratch(path) as folder:
+        out = folder / "optimized.onnx"
         session(path, threads=1, optimized_path=out)
         model = onnx.load(out, load_external_data=False)
-        yield model, Path(folder)
+        yield model, folder
+
+
+@contextmanager
+def _scratch(model: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder for a copy of a model. OutputError where ONNX Runtime fails because it has no room."""
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        try:
+            yield Path(folder)
+        except TargetError as error:
+            if shutil.disk_usage(folder).free > os.path.getsize(model):
+                raise
+            raise OutputError(
+                f"{tempfile.gettempdir()}: no space left for temporary files; free some, or name another in TMPDIR"
+            ) from error
 
 
 def _float_values(model: onnx.ModelProto, folder: Path) -> set[str]:

@@ -6,6 +6,8 @@ of ready batches (what the user yields: a tensor, a tuple, a dict). batches.py c
 
 from __future__ import annotations
 
+import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +28,13 @@ from .errors import DataError, UsageError
 
 FILES = frozenset({".npz", ".npy", ".pt", ".pth", ".safetensors"})
 LABELS = ("y", "label", "labels", "target", "targets")
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile,
-           SafetensorError)  # fmt: skip
+# A header of numpy's is Python text: it may end too soon, nest too deep, or name no dtype.
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, SyntaxError, RuntimeError,
+           tokenize.TokenError, zlib.error, zipfile.BadZipFile, SafetensorError)  # fmt: skip
 Key = str | int
+_PACKED = (
+    1 << 28
+)  # bytes that a member of a .npz may unpack to at once: a few kilobytes may claim any number of them
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,18 @@ def _npz_column(path: Path, archive: zipfile.ZipFile, member: str) -> Column:
     """An array in a zip, decompressed as it is read: a .npz cannot be mapped into memory."""
     with archive.open(member) as stream:
         shape, fortran, dtype = _npy_header(stream)
+    name = f"{path}: '{member.removesuffix('.npy')}'"
     if dtype.hasobject:
-        raise DataError(f"{path}: '{member.removesuffix('.npy')}' holds Python objects; save plain arrays")
+        raise DataError(f"{name} holds Python objects; save plain arrays")
+    at_once = math.prod(shape if fortran else shape[1:]) * dtype.itemsize
+    if at_once > _PACKED:
+        much = f"{at_once / 1e6:,.0f} MB"
+        what = (
+            f"is stored by columns, so {much} would be unpacked"
+            if fortran
+            else f"has samples of {much}, unpacked"
+        )
+        raise DataError(f"{name} {what} at once, over {_PACKED >> 20} MB: save it as .npy, by rows")
 
     def blocks(rows: int) -> Iterator[Tensor]:
         with reading(path), zipfile.ZipFile(path) as opened, opened.open(member) as stream:

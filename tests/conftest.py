@@ -20,6 +20,7 @@ SHIM = ROOT / "tests" / "shim"
 
 # Tests run side by side; a pool of threads in each of them would only fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import it before compressor does
 os.environ.pop("COLUMNS", None)  # workers inherit their terminal's width, which tables would take
 _SHIM = runpy.run_path(str(SHIM / "sitecustomize.py"))  # the operators live as long as what defined them
 if str(SHIM) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):

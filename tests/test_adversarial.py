@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import delivery, runtime
+from compressor import delivery, publishing, runtime
 from compressor.api import compress, verify
 from compressor.capture import capture
 from compressor.edges import possible
@@ -279,7 +279,7 @@ def test_companions_of_an_earlier_run_go_and_other_files_stay(tmp_path: Path) ->
     folder.mkdir()
     for name in ("model.ort", "model.onnx.data", "model.onnx", "notes.txt"):
         (folder / name).write_text("old")
-    with delivery.staging(folder) as stage:
+    with publishing.staging(folder) as stage:
         (stage / "model.onnx").write_text("new")
         (stage / "model.ort").write_text("new")
     assert {f.name: f.read_text() for f in folder.iterdir()} == {

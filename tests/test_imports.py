@@ -95,7 +95,7 @@ TIERS = [
     ["gate", "huggingface", "adapters", "criteria"],
     ["load", "emit", "factors"],
     ["runtime", "handover", "edges"],
-    ["verify", "apart"],
+    ["verify", "apart", "publishing"],
     ["measure"],
     ["jitter", "advice", "profiling", "progress"],
     ["pipeline", "delivery"],

@@ -7,11 +7,12 @@ import dataclasses
 import io
 import math
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import registry
 from ..errors import UsageError
@@ -95,7 +96,7 @@ def _line(spec: str, outcomes: Sequence[Outcome]) -> Line:
     for name in COLUMNS:
         seen = [one.values[name] for one in done if name in one.values]
         if seen:
-            values[name] = statistics.fmean(seen), statistics.stdev(seen) if len(seen) > 1 else math.nan
+            values[name] = float(np.mean(seen)), float(np.std(seen, ddof=1)) if len(seen) > 1 else math.nan
     why = dict.fromkeys(f"{one.state}: {one.why}" for one in outcomes if one.state != DONE)
     return Line(spec, len(done), tuple(why), values)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, data, delivery, measure, page, registry, report
+from .. import __version__, data, delivery, measure, page, publishing, registry, report
 from ..emit import Emitted, feeds
 from ..errors import CompressorError, OutputError
 from ..ir import Graph
@@ -164,7 +164,7 @@ def run(task: Task, number: int, spec: str) -> Outcome:
 
     try:
         trial = Trial(task, number, spec)
-        with trial.memory, delivery.staging(folder) as stage:
+        with trial.memory, publishing.staging(folder) as stage:
             result = trial.compile(_opened(task)[0], None, task.calibration, stage)
             written = report.write_report(stage / "report.json", result.report)
             page.write(stage / page.NAME, report.read_report(written))
