@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -30,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import registry
+from .. import publishing, registry
 from ..errors import CompressorError, FileError, UsageError
 from . import trial as trials
 from .engines import Asked, Engine
 from .store import key_of
 from .trial import DONE, FAILED, REFUSED, Outcome, Task
-from .tune import alone, made_task, opened_engine, tune
+from .tune import made_task, opened_engine, tune
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -221,14 +220,6 @@ def _published(engine: Engine, entry: Entry, task: Task, key: str, outcome: Outc
 
 
 def _moved(made: Path, entry: Entry, key: str, outcome: Outcome) -> None:
-    fresh = entry.output.with_name(f".{entry.output.name}-new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(made, fresh)
-    (fresh / RECEIPT).write_text(json.dumps({"key": key, "outcome": dataclasses.asdict(outcome)}))
-    with alone(entry.output.parent):
-        old = entry.output.with_name(f".{entry.output.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
-        if entry.output.exists():
-            os.replace(entry.output, old)
-        os.replace(fresh, entry.output)
-        shutil.rmtree(old, ignore_errors=True)
+    with publishing.staging(entry.output) as stage:
+        shutil.copytree(made, stage, dirs_exist_ok=True)
+        (stage / RECEIPT).write_text(json.dumps({"key": key, "outcome": dataclasses.asdict(outcome)}))
