@@ -8,7 +8,7 @@ WORKERS ?= 2
 RELEASES ?= 1.15.1 1.17.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench docs demo clean
+.PHONY: help setup check test nightly bench docs demo clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ check: $(VENV)/.dev ## lint, formatting and types
 
 test: $(VENV)/.dev $(RELEASES:%=$(VENV)/onnxruntime-%/.done) ## run the test suite
 	$(PYTHON) -m pytest -n $(WORKERS) -q
+
+nightly: $(VENV)/.dev ## run what is too long for every change, and thousands of random networks
+	$(PYTHON) -m pytest -n $(WORKERS) -q -m nightly
+	$(PYTHON) benchmarks/hostile.py 2000 --files 100 --faults 100
 
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(PYTHON) $$script || exit 1; done

@@ -23,6 +23,7 @@ from . import (
     divergence,
     handover,
     heads,
+    jitter,
     measure,
     page,
     postprocess,
@@ -50,6 +51,7 @@ from .progress import Watch, counted
 from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run
+from .spec import split
 from .target import Target
 from .trainable import Trainable
 from .trainable import trainable as as_module
@@ -223,9 +225,10 @@ def verify(
     It runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
     postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
     then compared before that, and of the detections is stated how many agree.
-    tolerance: largest relative error; where None, SQNR under 20 dB on any output or slice means that they differ.
+    tolerance: largest relative error; where None, 1e-4 (or what last bits make of the model, see `jitter`) for a file
+    whose passes all promise the same numbers, and for any other an SQNR of 20 dB on every output and slice.
     layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
-    Returns {"ok", "checks", "provider", "samples"}, and with it {"inside"}.
+    Returns {"ok", "checks", "judged_by", "provider", "samples"}, and with it {"inside"}; judged_by: `error` or `sqnr`.
 
     against: a report.json, whose every claim is checked again instead, see `claims`; `data` is then what the run was
     calibrated on. model and onnx may be None: the model that it names, if it is there, and the file beside it. Returns
@@ -265,14 +268,19 @@ def verify(
                     ends.applied(graph), Path(onnx), inputs, shown, provider=provider
                 )
                 stated = [found]
-    checks = comparison.checks(tolerance)
+    exact = tolerance is None and ends is None and _exact(Path(onnx), graph)
+    checks = comparison.checks(contracts.EMITTED if exact else tolerance)
+    if exact and any(c.error > c.tolerance for c in checks):
+        checks = jitter.allowed(checks, jitter.errors(graph, samples), jitter.EVERYWHERE)
+    by_error = exact or tolerance is not None
     bad = [
         c
         for c in checks
-        if not c.finite or (c.error > tolerance if tolerance else c.sqnr_db < contracts.WARN_DB)
+        if not c.finite or (c.error > c.tolerance if by_error else c.sqnr_db < contracts.WARN_DB)
     ]
     result: dict[str, Any] = {
         "ok": not bad,
+        "judged_by": "error" if by_error else "sqnr",
         "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": provider,
         "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
@@ -476,6 +484,14 @@ def _provider(onnx: Path) -> str:
     """Where a file runs here: as its target says, if it has one."""
     made_for = targets().get(delivery.metadata(onnx).get("target", ""))
     return delivery.usable_provider(made_for) if made_for is not None else CPU
+
+
+def _exact(onnx: Path, graph: Graph) -> bool:
+    """Whether a float file promises the model's own numbers: it says which passes made it, and all of them do."""
+    names = [part.partition("(")[0] for part in split(delivery.metadata(onnx).get("spec", ""))]
+    known = passes()
+    promised = [known[name].contract if name in known else contracts.BOUNDED for name in names]
+    return bool(names) and contracts.is_single(graph) and all(one is contracts.EXACT for one in promised)
 
 
 def _stem(model: Any) -> str:

@@ -320,11 +320,12 @@ def show_verification(result: Mapping[str, Any], console: Console, layers: bool 
     """One row an output slice, worst first, and in a word whether the two models agree; then what is inside."""
     numbers = ["error", "SQNR", "cosine", "agreement"]
     made = table("output", "slice", *numbers, right=numbers)
+    judged = result.get("judged_by") == "error"
     for check in result.get("checks") or ():
         made.add_row(
             escape(str(check.get("output", ""))),
             escape(str(check.get("slice") or "")),
-            error("exact", [check]),
+            error("exact", [check if judged else {**check, "tolerance": None}]),
             *(_number(check, key, form) for key, form in _CHECK_FORMATS),
         )
     console.print(made)

@@ -28,7 +28,8 @@ _MAX_RUNS, _MAX_ITEMS, _MAX_TEXT, _MAX_DEPTH = 100, 100_000, 4_000, 12
 
 _ROW: dict[str, Any] = {
     "pass": str, "config": str, "contract": str, "status": str, "params": int, "macs": int, "bytes": int,
-    "total_db": float, "seconds": float, "peak_mb": float, "metric": {str: float}, "facts": {str: Any},
+    "total_db": float, "total_cosine": float, "total_agreement": float, "seconds": float, "peak_mb": float,
+    "metric": {str: float}, "facts": {str: Any},
     "rewrites": [{"site": str, "what": str}],
     "declines": [{"site": str, "reason": str}],
     "checks": [{

@@ -70,7 +70,13 @@ class Generator:
         return np.concatenate(made, 1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+MORE = ("shared heads", "a window")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[pytest.mark.nightly] if one in MORE else []) for one in CONFIGS],
+)
 def test_tokens_are_those_that_the_library_generates(tmp_path, name):
     model, folder = folder_of(tmp_path / "model", name)
     result = compressor.compress(
@@ -131,6 +137,7 @@ def test_weights_of_few_bits_with_a_cache(tmp_path):
     assert Generator(result.onnx).tokens(np.array([[5, 6, 7]])).shape == (1, TOKENS)
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_merged_and_the_program_goes_on_from_there(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     model, folder = folder_of(tmp_path / "model", "shared heads")

@@ -22,7 +22,8 @@ from compressor.ir import Graph
 from compressor.run import Run
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-NOT_RUN = 5  # blocks of all pages together, at most
+LONG = ("adapters.md", "text.md")  # pages whose blocks take over twenty seconds: `make nightly` runs them
+NOT_RUN = 7  # blocks of all pages together, at most
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +84,9 @@ def runnable(page: Path) -> list[Block]:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if runnable(p)], ids=lambda p: p.relative_to(ROOT / "docs").as_posix()
+    "page",
+    [pytest.param(p, marks=[pytest.mark.nightly] if p.name in LONG else []) for p in PAGES if runnable(p)],
+    ids=lambda p: p.relative_to(ROOT / "docs").as_posix(),
 )
 def test_blocks_run(page: Path, reader: Reader, tmp_path: Path) -> None:
     with imports_from(tmp_path):

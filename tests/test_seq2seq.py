@@ -86,7 +86,7 @@ class Decoder:
         return np.concatenate(made, 1)
 
 
-@pytest.mark.parametrize("name", ["whisper", "t5"])
+@pytest.mark.parametrize("name", ["whisper", pytest.param("t5", marks=pytest.mark.nightly)])
 def test_tokens_are_those_that_the_library_generates(tmp_path, name):
     model, folder = folder_of(tmp_path / "model", name)
     encoder = part(folder, "encoder", tmp_path / "encoder", passes="fold")
@@ -121,6 +121,7 @@ def test_tokens_are_those_that_the_library_generates(tmp_path, name):
     assert noise(logits, torch.from_numpy(other.step(ids.numpy()))) < 60  # another one's encoder shows
 
 
+@pytest.mark.nightly
 def test_both_parts_in_few_bits(tmp_path):
     _, folder = folder_of(tmp_path / "model", "bart")
     write_tokenizer(folder, model_max_length=32)

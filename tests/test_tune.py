@@ -127,35 +127,24 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_a_worker_that_dies_costs_its_trial_alone(files, tmp_path, monkeypatch):
-    (tmp_path / "deadly.py").write_text(
+def test_a_worker_that_dies_and_a_metric_that_raises_cost_their_trials_alone(files, tmp_path, monkeypatch):
+    (tmp_path / "moody.py").write_text(
         "import os, sys\n"
         "def metric(run):\n"
         "    frame = sys._getframe()\n"
         "    while frame.f_code.co_name != 'run' or 'trial' not in frame.f_locals:\n"
         "        frame = frame.f_back\n"
-        "    return os._exit(9) if frame.f_locals['trial'].number == 1 else 1.0\n"
+        "    number = frame.f_locals['trial'].number\n"
+        "    if number == 0: raise RuntimeError('no camera')\n"
+        "    if number == 1: os._exit(9)\n"
+        "    return float('nan') if number == 2 else 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)  # which workers inherit
-    study = search(files, tmp_path / "out", evaluate="deadly:metric", workers=2)
-    assert [one.state for one in study.outcomes.values()] == ["done", "failed", "done", "done"]
-    assert "worker died" in study.outcomes[1].why
-
-
-def test_a_metric_that_raises_or_is_not_a_number_costs_its_trial_alone(files, tmp_path, monkeypatch):
-    (tmp_path / "moody.py").write_text(
-        "import torch\n"
-        "seen = []\n"
-        "def metric(run):\n"
-        "    seen.append(1)\n"
-        "    if len(seen) == 3: raise RuntimeError('no camera')\n"
-        "    return float('nan') if len(seen) == 6 else 0.5\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)  # which workers inherit
-    study = search(files, tmp_path / "out", evaluate="moody:metric")
-    failed = [one.why for one in study.outcomes.values() if one.state == "failed"]
-    assert any("RuntimeError: no camera" in why for why in failed) and len(study.done) >= 1
-    assert study.best is not None
+    study = search(files, tmp_path / "out", evaluate="moody:metric", workers=2)
+    first, second, third, *last = study.outcomes.values()
+    assert [first.why, third.why] == ["RuntimeError: no camera", "its metric is not a number"]
+    assert "worker died" in second.why and {first.state, second.state, third.state} == {"failed"}
+    assert [one.state for one in last] == ["done"] and study.best == last[0]
 
 
 def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_path, capsys):

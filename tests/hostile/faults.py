@@ -232,9 +232,10 @@ class Scene:
             self._refused(self.run("fold", most=most), {0, 4, 5}) + self.seen() + litter(self.place, {"out"})
         )
 
-    def full(self, kilobytes: int) -> list[str]:
-        """The output lies on a disk of this size, with an earlier output on it."""
-        with disk(self.folder / "disk", self.output, kilobytes) as place:
+    def full(self, spare: int) -> list[str]:
+        """The output lies on a disk that has so many kilobytes left beside an earlier output."""
+        held = sum(4 + 4 * -(-path.stat().st_size // 4096) for path in self.output.rglob("*"))
+        with disk(self.folder / "disk", self.output, 8 + held + spare) as place:
             before = contents(place / "out")
             bad = self._refused(self.run("fold", place / "out"), {0, 5})
             return bad + untouched(place / "out", before) + litter(place, {"out"})
@@ -323,7 +324,7 @@ def drawn(scene: Scene, rng: random.Random, mounts: bool) -> tuple[str, Callable
         ("files cut short", lambda: scene.no_longer_files(int(2 ** rng.uniform(10, 15)))),
     ]
     if mounts:
-        faults += [("full disk", lambda: scene.full(40 + size))] * 2 + [
+        faults += [("full disk", lambda: scene.full(size))] * 2 + [
             ("no room for temporary files", lambda: scene.no_temp(size))
         ]
     return rng.choice(faults)

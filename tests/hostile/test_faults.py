@@ -45,7 +45,7 @@ def test_two_runs_at_once_leave_one_whole_output(scene: faults.Scene) -> None:
 def test_disks_without_room(scene: faults.Scene) -> None:
     if not faults.can_mount(scene.folder / "try"):
         pytest.skip("needs the right to mount a small disk: run as root")
-    assert scene.full(48) == []
+    assert scene.full(16) == []
     assert scene.no_temp(4) == []
     assert scene.read_only() == []
 
