@@ -38,23 +38,21 @@ def files(tmp_path_factory) -> Path:
 
 def test_a_sweep_is_means_over_seeds_of_the_same_data(files, tmp_path):
     lines, notices = sweep(
-        files / "net.pt2", "prune(macs={0.9,0.5},criterion=l1),fold,{none,int8(rounding=nearest)}",
+        files / "net.pt2", "prune(macs={0.9,0.5},criterion=l1),fold",
         calibration=files / "x.npz", seeds=2, output=tmp_path / "out", workers=2,
     )  # fmt: skip
-    assert [line.seeds for line in lines] == [2] * 4 and not any(line.failed for line in lines)
+    assert [line.seeds for line in lines] == [2] * 2 and not any(line.failed for line in lines)
     by = {line.spec: line.values for line in lines}
     wide, narrow = by["prune(macs=0.9,criterion=l1),fold"], by["prune(macs=0.5,criterion=l1),fold"]
     assert narrow["macs"][0] < wide["macs"][0] < 1 and narrow["macs"][1] == 0
     assert narrow["flops"][0] == 2 * narrow["macs_count"][0]
     assert wide["p50_ms"][0] <= wide["p95_ms"][0] and wide["throughput"][0] > 0
-    assert by["prune(macs=0.9,criterion=l1),fold,int8(rounding=nearest)"]["size_mb"][0] < wide["size_mb"][0]
+    assert narrow["size_mb"][0] < wide["size_mb"][0]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "sweep.csv").read_text())))
     assert [row["spec"] for row in rows] == [line.spec for line in lines]
     assert float(rows[0]["macs"]) == pytest.approx(wide["macs"][0], rel=1e-5)
     assert rows[0]["joules"] == "n/a" or float(rows[0]["joules"]) > 0
-    # what asked for the same is called different only where it is
-    apart = {round(line.values["macs"][0], 2) for line in lines if "0.5" in line.spec}
-    assert bool(notices) == (len(apart) > 1)
+    assert not notices
 
 
 def test_budgets_that_were_reached_apart_are_called_so():

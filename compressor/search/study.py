@@ -180,7 +180,7 @@ class Study:
                 outcome = self._timed(outcome)
             values = [outcome.values.get(name, math.nan) for name in self.objectives]
             missed = distance(self.constraints, outcome.values)
-            if outcome.state == DONE and any(map(math.isnan, [missed, *values])):
+            if outcome.state == DONE and not all(map(math.isfinite, [missed, *values])):
                 outcome = dataclasses.replace(outcome, state=trials.FAILED, why="its metric is not a number")
             one.set_constraint("missed", min(missed, 1e9))
             one.set_user_attr(_OUTCOME, dataclasses.asdict(outcome))

@@ -24,7 +24,7 @@ from . import timing
 from .objectives import Constraint, hopeless
 from .store import Store, key_of
 
-SECONDS = 4.0  # of timing a model and the original in turns
+SECONDS = 2.0  # of timing a model and the original in turns
 DONE, REFUSED, HOPELESS, FAILED = "done", "refused", "hopeless", "failed"
 
 
