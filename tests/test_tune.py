@@ -166,10 +166,13 @@ def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_pa
 
 def test_trials_without_hope_end_early(files, tmp_path):
     study = search(
-        files, tmp_path / "out", passes="prune(macs={0.95,0.15},reach=best,criterion=l1),fold",
-        constraints=["sqnr>=200"], trials=2,
+        files, tmp_path / "out", passes="prune(macs={0.95,0.15},reach=best,criterion=l1),fold,{none,fp16,int8}",
+        constraints=["sqnr>=200"], trials=6,
     )  # fmt: skip
-    assert {one.state for one in study.outcomes.values()} == {"hopeless"}
+    assert [one.state for one in study.outcomes.values()] == ["hopeless"] * 4  # the first round
+    assert len({one.doomed for one in study.outcomes.values()}) == 2 and study.stopped.startswith(
+        "every spec"
+    )
     assert all("after prune" in one.why and "sqnr>=200" in one.why for one in study.outcomes.values())
     assert "no trial gave a model" in study.failure()
 

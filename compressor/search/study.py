@@ -141,6 +141,7 @@ class Study:
                 study.tell(stale.number, state=TrialState.FAIL)
         asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
         known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
+        doomed = tuple(f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
         study.sampler = self._sampler(len(self.outcomes))
         same = 0
         while len(asked) < count and same < SAME:
@@ -148,7 +149,7 @@ class Study:
             spec = self.space.canonical(
                 self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
             )
-            if spec in known:
+            if spec in known or spec.startswith(doomed):
                 same += 1
                 study.tell(one, state=TrialState.FAIL)
                 continue

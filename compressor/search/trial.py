@@ -56,7 +56,7 @@ class Task:
 @dataclass(frozen=True)
 class Outcome:
     """What became of one trial. why: in words, where it is not DONE. values: see `objectives`. reused: passes that
-    another trial had made.
+    another trial had made. doomed: passes after which no trial keeps to the constraints.
     """
 
     number: int
@@ -67,10 +67,15 @@ class Outcome:
     sha256: str = ""
     reused: int = 0
     seconds: float = 0.0
+    doomed: str = ""
 
 
 class _Hopeless(Exception):
-    """A constraint is missed by so much that the passes to come cannot mend it."""
+    """A constraint is missed by more than the passes to come can mend. doomed: the passes so far, as a spec."""
+
+    def __init__(self, why: str, doomed: str) -> None:
+        super().__init__(why)
+        self.doomed = doomed
 
 
 _OPEN: dict[str, tuple[Loaded, Graph]] = {}
@@ -117,11 +122,12 @@ class Trial(Run):
         if not row.config:
             self.first = row
             return
-        left = self.pipeline.passes[[p.name for p in self.pipeline.passes].index(row.name) + 1 :]
+        done = [one.name for one in self.pipeline.passes].index(row.name) + 1
+        made, left = self.pipeline.passes[:done], self.pipeline.passes[done:]
         if left and not any(one.learns for one in left):
             why = hopeless(self.task.constraints, _quality(row, self.first))
             if why:
-                raise _Hopeless(f"after {row.config}: {why}")
+                raise _Hopeless(f"after {row.config}: {why}", ",".join(map(str, made)))
 
 
 class _Kept(Memory):
@@ -173,7 +179,7 @@ def run(task: Task, number: int, spec: str) -> Outcome:
         values = _quality(last, trial.first, made.get("metric")) | _sizes(result.report)
         return outcome(DONE, values=values, sha256=made["sha256"])
     except _Hopeless as error:
-        return outcome(HOPELESS, str(error))
+        return outcome(HOPELESS, str(error), doomed=error.doomed)
     except OutputError:
         raise
     except CompressorError as error:

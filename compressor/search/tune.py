@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,11 +192,21 @@ def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine
 
 def _digest(graph: Graph, task: Task) -> str:
     """Of everything that decides the numbers of a trial beside its spec: weights, data, options."""
-    files = [
-        task.calibration,
-        *(str(value) for value in task.options.values() if isinstance(value, (str, Path))),
-    ]
-    return key_of(graph.fingerprint(), [_digest_of(Path(one)) for one in files if one and Path(one).exists()])
+    named = [task.calibration, *(str(one) for one in task.options.values() if isinstance(one, (str, Path)))]
+    return key_of(graph.fingerprint(), [_digest_of(path) for one in named if one and (path := _file_of(one))])
+
+
+def _file_of(named: str) -> Path | None:
+    """A file or folder, or the file of `module:function`."""
+    head = named.rpartition(":")[0]
+    for one in (named, head):
+        if one and Path(one).exists():
+            return Path(one)
+    try:
+        found = importlib.util.find_spec(head) if head else None
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.origin and Path(found.origin).is_file() else None
 
 
 def _digest_of(path: Path) -> str:
