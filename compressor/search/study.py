@@ -33,6 +33,7 @@ from .space import Space
 from .trial import DONE, Outcome, Task
 
 ROUND = 4  # trials that are asked together, whatever the number of workers
+STUCK = 8  # specs in a row that were tried before: the rest of the round is drawn at random
 SAME = 50  # specs in a row that were tried before: the space is exhausted
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
@@ -151,6 +152,8 @@ class Study:
             )
             if spec in known or spec.startswith(doomed):
                 same += 1
+                if same == STUCK:
+                    study.sampler = RandomSampler(seed=self._seed(len(self.outcomes)))
                 study.tell(one, state=TrialState.FAIL)
                 continue
             one.set_user_attr("spec", spec)
@@ -158,10 +161,12 @@ class Study:
             asked.append((one, spec))
         return asked
 
+    def _seed(self, told: int) -> int:
+        return self.seed * 100_003 + told
+
     def _sampler(self, told: int) -> BaseSampler:
         """A fresh one for every round: what it draws depends on seed and history alone."""
-        seed = self.seed * 100_003 + told
-
+        seed = self._seed(told)
         if self.sampler == "random":
             return RandomSampler(seed=seed)
         if self.sampler == "nsga2":
