@@ -132,6 +132,7 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
         ("[[model]]\npath = 'a.pt2'\npases = 'fold'", UsageError, "did you mean 'passes'"),
         ("[[model]]\npath = 'a.pt2'\n[[model]]\npath = 'a.pt2'", UsageError, "two models would be written"),
         ("[[model", FileError, "is not TOML"),
+        ("model = ['a.pt2']", UsageError, "at least one model in a table"),
     ],
 )
 def test_what_a_list_gets_wrong_is_said_before_anything_runs(tmp_path, text, error, words):

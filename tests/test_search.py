@@ -62,6 +62,15 @@ def test_every_way_to_write_several():
     assert asked == ["prune", "prune.macs", "prune.criterion", "int8|fp16|none"]
 
 
+def test_a_space_is_walked_whole_or_not_at_all():
+    passes = "prune(macs=0.1..0.9/0.002),{squeeze(macs=0.1..0.9/0.1),none},{int8,fp16,none}"
+    with pytest.raises(UsageError, match="more than 10,000"):
+        space(passes).product()
+    # choices that do not matter are no specs of their own, however many there are
+    few = "fold,{int8(percentile={99,99.9,99.99,99.999},sqnr={10,20,30},rounding={nearest,adaptive}),none}"
+    assert len(space(few).product()) == 4 * 3 * 2 + 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -73,6 +82,8 @@ def test_every_way_to_write_several():
         ("prune(mac={0.5,0.6})", "did you mean 'macs'"),
         ("{int8,int9}", "did you mean 'int8'"),
         ("{int8,int8}", "once"),
+        ("fold,{int8(calibration={auto,mes}),none}", "calibration=mes"),
+        ("fold,prune?(criterion={l1,l3})", "criterion=l3"),
         ("int8,prune?", "must come after"),
         ("prune?(macs=0.5", "parenthesis"),
     ],

@@ -113,6 +113,13 @@ def test_a_search_that_is_killed_loses_nothing(files, tmp_path):
         assert path.stat().st_mtime_ns == made.get(path.parent.name, path.stat().st_mtime_ns)
     with pytest.raises(UsageError, match="--resume"):
         search(files, out)
+    for other, named in (
+        ({"passes": "fold,{int8(equalise=false,rounding={nearest,adaptive}),none}"}, "another --passes"),
+        ({"objectives": ["size", "latency"]}, "another --objective"),
+        ({"calib_limit": 40}, "another model, data or options"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            search(files, out, resume=True, **other)
 
 
 def alive(pid: int) -> bool:

@@ -114,7 +114,8 @@ def read(listed: Path, output: Path | None) -> list[Entry]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{listed} is not TOML: {error}") from error
     defaults, models = text.get("defaults", {}), text.get("model", [])
-    if not isinstance(models, list) or not models or not isinstance(defaults, dict):
+    tables = isinstance(models, list) and all(isinstance(one, dict) for one in models)
+    if not tables or not models or not isinstance(defaults, dict):
         raise UsageError(f"{listed}: name at least one model in a table [[model]]")
     home = output if output is not None else listed.parent
     entries = [_entry(listed, i, {**defaults, **one}, home) for i, one in enumerate(models, 1)]

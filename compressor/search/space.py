@@ -9,6 +9,7 @@ numbers from a to b in steps of 0.05, or `a..b/0.1`. `tune` searches such a spac
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,14 @@ class _Pass:
         ]
         return self.name + (f"({','.join(parts)})" if parts else "")
 
+    def spellings(self) -> list[str]:
+        """Every way to write it."""
+        made = [""] if self.present is not None else []
+        for words in itertools.islice(itertools.product(*(one.words for _, one in self.options)), MOST + 1):
+            answers = {one.name: word for (_, one), word in zip(self.options, words, strict=True)}
+            made.append(self.spelled(lambda name, words, answers=answers: answers.get(name, "with")))  # type: ignore[misc]
+        return made
+
 
 @dataclass(frozen=True)
 class _OneOf:
@@ -55,6 +64,9 @@ class _OneOf:
         word = choose(self.which.name, self.which.words)
         chosen = self.passes[self.which.words.index(word)]
         return chosen.spelled(choose) if chosen is not None else ""
+
+    def spellings(self) -> list[str]:
+        return [text for one in self.passes for text in (one.spellings() if one is not None else [""])]
 
 
 class Space:
@@ -82,8 +94,15 @@ class Space:
     def each_word(self) -> Iterator[str]:
         """Specs in which every word occurs at least once."""
         for name, words in self.decisions().items():
+            owner = name.partition(".")[0]  # the pass must be there for its options to be
             for word in words:
-                yield self.spec(lambda n, w, name=name, word=word: word if n == name else w[-1])  # type: ignore[misc]
+
+                def choose(
+                    n: str, w: Sequence[str], name: str = name, word: str = word, owner: str = owner
+                ) -> str:
+                    return word if n == name else owner if owner in w else w[-1]
+
+                yield self.spec(choose)
 
     def decisions(self) -> dict[str, tuple[str, ...]]:
         """Every decision by name, also those that matter for some others only."""
@@ -99,14 +118,11 @@ class Space:
 
     def product(self) -> list[str]:
         """Every spec, in the order of the text, each once. UsageError where there are too many to walk."""
-        decisions = self.decisions()
-        found: dict[str, None] = {}
-        for words in itertools.islice(itertools.product(*decisions.values()), MOST + 1):
-            answers = dict(zip(decisions, words, strict=True))
-            found[self.canonical(self.given(answers))] = None
-            if len(found) >= MOST:
-                raise UsageError(f"'{self.text}' stands for more than {MOST:,} specs")
-        return list(found)
+        spelled = [slot.spellings() for slot in self._slots]
+        if math.prod(map(len, spelled)) > MOST:
+            raise UsageError(f"'{self.text}' stands for more than {MOST:,} specs")
+        specs = (",".join(filter(None, words)) for words in itertools.product(*spelled))
+        return list(dict.fromkeys(map(self.canonical, specs)))
 
     def canonical(self, spec: str) -> str:
         """The spec as reports spell it: passes that are added stand in it, options that are the defaults do not."""

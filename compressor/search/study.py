@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from ..errors import OutputError
+from ..errors import OutputError, UsageError
 from ..report import dumps
 from . import trial as trials
 from .engines import Engine
@@ -37,7 +37,7 @@ STUCK = 8  # specs in a row that were tried before: the rest of the round is dra
 SAME = 50  # specs in a row that were tried before: the space is exhausted
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
-_OUTCOME = "outcome"
+_OUTCOME, _BEGUN = "outcome", "begun with"
 _KEPT = "outcome.json"
 
 
@@ -103,13 +103,16 @@ class Study:
         return found
 
     def _opened(self) -> optuna.Study:
+        begun = (self.folder / STATE).exists()
         storage = JournalStorage(JournalFileBackend(str(self.folder / STATE)))
         study = optuna.create_study(
             storage=storage,
             study_name="tune",
-            directions=["minimize"] * len(self.objectives),
+            # of another number of objectives it would not load, which `_require_same` says more clearly
+            directions=["minimize"] * len(self.objectives) if not begun else None,
             load_if_exists=True,
         )
+        self._require_same(study)
         for one in study.get_trials(deepcopy=False):
             if _OUTCOME in one.user_attrs:
                 outcome = Outcome(**one.user_attrs[_OUTCOME])
@@ -118,6 +121,23 @@ class Study:
             for guess in ({}, *self.guesses):
                 study.enqueue_trial(self._params(guess))
         return study
+
+    def _require_same(self, study: optuna.Study) -> None:
+        """UsageError where a search goes on with something else than it began with: its trials would not compare."""
+        mine = {
+            "--passes": self.space.text,
+            "--objective": ",".join(self.objectives),
+            "model, data or options": self.task.digest,
+            "--target": self.task.target,
+        }
+        theirs = study.user_attrs.get(_BEGUN)
+        if theirs is None:
+            study.set_user_attr(_BEGUN, mine)
+        elif other := [name for name in mine if mine[name] != theirs.get(name)]:
+            raise UsageError(
+                f"{self.folder} holds a search with another {' and another '.join(other)}: resume it as it began, or "
+                "name another --output"
+            )
 
     def _params(self, guess: Mapping[str, str]) -> dict[str, Any]:
         """What `_choice` makes the words of a guess again."""

@@ -192,8 +192,14 @@ def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine
 
 def _digest(graph: Graph, task: Task) -> str:
     """Of everything that decides the numbers of a trial beside its spec: weights, data, options."""
-    named = [task.calibration, *(str(one) for one in task.options.values() if isinstance(one, (str, Path)))]
-    return key_of(graph.fingerprint(), [_digest_of(path) for one in named if one and (path := _file_of(one))])
+    named = {"calibration": task.calibration, **task.options}
+    files = {
+        key: _digest_of(path)
+        for key, one in named.items()
+        if isinstance(one, (str, Path)) and (path := _file_of(str(one))) is not None
+    }
+    plain = {key: str(value) for key, value in named.items() if key not in files}
+    return key_of(graph.fingerprint(), files, plain)
 
 
 def _file_of(named: str) -> Path | None:
