@@ -6,9 +6,7 @@ an architecture, a function) is taken from a file that `--config` names, and fro
 
 from __future__ import annotations
 
-import difflib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .errors import FileError, OutputError, UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from . import toml
+from .errors import OutputError, UsageError, nearest
 
 NAME = "compress.toml"
 MODEL = "MODEL"  # the argument's name in the file; `model` is the flag --model
@@ -36,20 +30,12 @@ def read(path: Path, command: click.Command, *, named: bool) -> dict[str, Any]:
     named: whether the user named the file. FileError where it cannot be read; UsageError for a key that is no flag,
     with the nearest, and for one that runs code in a file that nobody named.
     """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: not TOML: {error}") from error
+    found = toml.read(path)
     keys = _keys(command)
     values: dict[str, Any] = {}
     for key, value in found.items():
         if key not in keys:
-            close = difflib.get_close_matches(key, keys, 1)
-            raise UsageError(
-                f"{path}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else "")
-            )
+            raise UsageError(f"{path}: unknown key '{key}'{nearest(key, keys)}")
         param, positive = keys[key]
         name = str(param.name)
         function = name in _MAY_RUN_CODE and ":" in str(value) and not Path(str(value)).exists()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 _OBEYED = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
 
 
 def printable(text: str) -> str:
     """Text without the characters that a terminal obeys: what files call their parts may hold any."""
     return text.translate(_OBEYED)
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """`, did you mean 'fold'?` for a name that is almost one of these, else nothing."""
+    close = difflib.get_close_matches(name, list(names), 1, cutoff)
+    return f", did you mean '{close[0]}'?" if close else ""
 
 
 class CompressorError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from . import camera, data, detectors, postprocess
 from .blend import combination
 from .capture import capture
 from .data import Data
-from .errors import DataError, FileError, UsageError
+from .errors import DataError, FileError, UsageError, nearest
 from .ir import Graph, Input
 from .load import Loaded, load
 from .receipt import continued, rename
@@ -96,10 +95,7 @@ class Options:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                raise UsageError(
-                    f"unknown option '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
-                )
+                raise UsageError(f"unknown option '{name}'{nearest(name, known)}")
         made = cls(**options)
         for name in made.formats:
             if name not in FORMATS:

@@ -99,6 +99,11 @@ _LATENCY_CMD = click.option(
     "bench.py m.onnx'.",
 )
 
+
+def _output(words: str) -> Callable[[_Command], _Command]:
+    return click.option("--output", "-o", metavar="DIR", shell_complete=completion.files, help=words)
+
+
 compiling = _all(
     click.option(
         "--passes",
@@ -112,13 +117,7 @@ compiling = _all(
     _EVAL,
     _LABEL_FIELD,
     _POSTPROCESS,
-    click.option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        shell_complete=completion.files,
-        help="Folder for the result; default: ./<name>-compressed.",
-    ),
+    _output("Folder for the result; default: ./<name>-compressed."),
     click.option(
         "--emit",
         multiple=True,
@@ -357,13 +356,7 @@ tuning = _all(
         "--timeout", type=_POSITIVE, metavar="SECONDS", help="Begin no round that would not end in time."
     ),
     click.option("--sampler", metavar="NAME", help="tpe, nsga2 or random; default: tpe."),
-    click.option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        shell_complete=completion.files,
-        help="Folder for the search; default: ./<name>-tuned.",
-    ),
+    _output("Folder for the search; default: ./<name>-tuned."),
     click.option("--resume", is_flag=True, help="Go on with the search in that folder."),
     *_ENGINES,
     click.option(
@@ -392,14 +385,12 @@ sweeping = _all(
     _CALIB_LIMIT,
     _EVAL,
     _LABEL_FIELD,
-    click.option(
-        "--output", "-o", metavar="DIR", help="Folder for models and sweep.csv; default: ./<name>-swept."
-    ),
+    _output("Folder for models and sweep.csv; default: ./<name>-swept."),
     *_ENGINES,
 )
 
 listing = _all(
-    click.option("--output", "-o", metavar="DIR", help="Folder for the models; default: that of the list."),
+    _output("Folder for the models; default: that of the list."),
     *_ENGINES,
 )
 

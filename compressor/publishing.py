@@ -49,7 +49,7 @@ def staging(output: Path) -> Iterator[Path]:
         with _lock(place.parent):
             _remove_abandoned(place)
             folder = Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
-            owner = _hold(folder)
+            owner = hold(folder)
     except OSError as error:
         raise _cannot_write(output, error) from error
     try:
@@ -78,7 +78,7 @@ def _cannot_write(output: Path, error: OSError) -> OutputError:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Other runs that want to move files in this folder wait; two runs at once leave all files of one of them."""
-    handle = _hold(folder)
+    handle = hold(folder)
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def _lock(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _hold(folder: Path, *, wait: bool = True) -> int | None:
+def hold(folder: Path, *, wait: bool = True) -> int | None:
     """A lock on a folder, held until its handle is closed or the process ends; None where there are none.
 
     OSError where another holds it and `wait` is false.
@@ -115,13 +115,26 @@ def _remove_abandoned(output: Path) -> None:
         if not name.startswith(start):
             continue
         with suppress(OSError):  # in use, or not ours to remove
-            owner = _hold(output.parent / name, wait=False)
+            owner = hold(output.parent / name, wait=False)
             if owner is not None:
                 shutil.rmtree(output.parent / name, ignore_errors=True)
                 os.close(owner)
 
 
 # -------------------------------------------------------------------- into place
+
+
+def replace(home: Path, fresh: Path) -> None:
+    """Puts a folder, beside `home`, in the place of `home`, whose files all go; in one step where the system can."""
+    if not home.exists():
+        os.replace(fresh, home)
+        return
+    if not _exchange(fresh, home):
+        old = Path(tempfile.mkdtemp(prefix=_prefix(home), dir=home.parent))
+        os.replace(home, old / home.name)
+        os.replace(fresh, home)
+        fresh = old
+    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _publish(folder: Path, output: Path) -> None:

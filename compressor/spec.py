@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, nearest
 
 Pass = Any  # a frozen dataclass with `name`, `after` and `requires`: pipeline.Pass, which stands further down
 
@@ -22,7 +21,9 @@ def parse(spec: str, registry: Mapping[str, type[Any]]) -> list[Pass]:
         name, _, rest = text.partition("(")
         name = name.strip()
         if name not in registry:
-            raise UsageError(f"unknown pass '{name}'{_nearest(name, registry)}; `compress passes` lists them")
+            raise UsageError(
+                f"unknown pass '{name}'{nearest(name, registry, 0.5)}; `compress passes` lists them"
+            )
         if rest and not rest.rstrip().endswith(")"):
             raise UsageError(f"'{text}' has no closing parenthesis")
         passes.append(_configure(registry[name], rest.rstrip()[:-1] if rest else ""))
@@ -81,7 +82,9 @@ def _configure(cls: type[Any], text: str) -> Pass:
         key = key.strip()
         if not sep or key not in fields:
             known = ", ".join(fields) or "none"
-            raise UsageError(f"{cls.name} has no option '{key}'{_nearest(key, fields)}; its options: {known}")
+            raise UsageError(
+                f"{cls.name} has no option '{key}'{nearest(key, fields, 0.5)}; its options: {known}"
+            )
         values[key] = _convert(cls.name, key, raw.strip(), fields[key])
     try:
         return cls(**values)
@@ -118,8 +121,3 @@ def _convert(owner: str, key: str, raw: str, kind: Any) -> Any:
         if k is not types.NoneType
     )
     raise UsageError(f"{owner}({key}={raw}): expected {wanted}")
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f", did you mean '{close[0]}'?" if close else ""

@@ -15,7 +15,7 @@ from sample_report import sample_report
 from torch import nn
 
 import compressor
-from compressor import config
+from compressor import config, toml
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -128,7 +128,7 @@ def test_text_survives_toml() -> None:
         "tolerance": 1e-05,
         "time": True,
     }
-    assert config.tomllib.loads(config.text(values)) == values
+    assert toml.tomllib.loads(config.text(values)) == values
 
 
 # -------------------------------------------------------------------------------- the plan

@@ -131,7 +131,7 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
         ("", UsageError, "at least one model"),
         ("[[model]]\npath = 'a.pt2'\npases = 'fold'", UsageError, "did you mean 'passes'"),
         ("[[model]]\npath = 'a.pt2'\n[[model]]\npath = 'a.pt2'", UsageError, "two models would be written"),
-        ("[[model", FileError, "is not TOML"),
+        ("[[model", FileError, "not TOML"),
         ("model = ['a.pt2']", UsageError, "at least one model in a table"),
     ],
 )

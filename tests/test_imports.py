@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
     ["errors", "blockwise", "units", "schema"],
     [
+        "toml",
         "ir",
         "tidy",
         "dialect",

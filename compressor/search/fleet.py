@@ -20,27 +20,20 @@ Paths are relative to the list. A model's folder is `output`, or its name below 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import publishing, registry
-from ..errors import CompressorError, FileError, UsageError
+from .. import publishing, registry, toml
+from ..errors import CompressorError, UsageError, nearest
 from . import trial as trials
 from .engines import Asked, Engine
 from .store import key_of
 from .trial import DONE, FAILED, REFUSED, Outcome, Task
 from .tune import made_task, opened_engine, tune
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RECEIPT = "batch.json"
 # Keys of an entry -> options of compress and tune that are called otherwise there.
@@ -107,12 +100,7 @@ def batch(
 
 def read(listed: Path, output: Path | None) -> list[Entry]:
     """The entries of a list. UsageError, FileError."""
-    try:
-        text = tomllib.loads(listed.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{listed}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{listed} is not TOML: {error}") from error
+    text = toml.read(listed)
     defaults, models = text.get("defaults", {}), text.get("model", [])
     tables = isinstance(models, list) and all(isinstance(one, dict) for one in models)
     if not tables or not models or not isinstance(defaults, dict):
@@ -145,10 +133,7 @@ def _entry(listed: Path, number: int, values: Mapping[str, Any], home: Path) -> 
     known = _known_options()
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise UsageError(
-                f"{where}: unknown key '{name}'" + (f", did you mean '{close[0]}'?" if close else "")
-            )
+            raise UsageError(f"{where}: unknown key '{name}'{nearest(name, known)}")
     for name in ("objectives", "constraints"):
         if isinstance(options.get(name), str):
             options[name] = [options[name]]

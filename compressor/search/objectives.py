@@ -7,13 +7,12 @@ there is one, and of the outputs, on held-out samples, the least of all: `sqnr` 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 
 OBJECTIVES = {"latency": "latency_ms", "size": "size_mb", "macs": "macs", "params": "params"}
 LOWER = ("latency_ms", "size_mb", "macs", "params", "drop")  # is better; of all others, higher
@@ -42,7 +41,7 @@ class Constraint:
         if math.isnan(value):
             return math.inf
         over = value - self.limit if self.most else self.limit - value
-        return max(0.0, over / max(abs(self.limit), 1e-3)) if over > 0 else 0.0
+        return max(0.0, over) / max(abs(self.limit), 1e-3)
 
 
 def constraint(text: str) -> Constraint:
@@ -56,8 +55,7 @@ def constraint(text: str) -> Constraint:
         raise UsageError(f"--constraint '{text}' is not NAME<=NUMBER or NAME>=NUMBER, for example drop<=1.0")
     name, most = found[1], found[2] == "<="
     if name not in (*LOWER, *HIGHER):
-        close = difflib.get_close_matches(name, (*LOWER, *HIGHER), 1)
-        hint = f", did you mean '{close[0]}'?" if close else f"; there are {', '.join((*LOWER, *HIGHER))}"
+        hint = nearest(name, (*LOWER, *HIGHER)) or f"; there are {', '.join((*LOWER, *HIGHER))}"
         raise UsageError(f"--constraint '{text}': unknown value '{name}'{hint}")
     if most != (name in LOWER):
         sign = "<=" if name in LOWER else ">="
@@ -70,9 +68,8 @@ def objective(text: str) -> str:
     """Name of the value to minimise; UsageError with the nearest name."""
     if text in OBJECTIVES:
         return OBJECTIVES[text]
-    close = difflib.get_close_matches(text, OBJECTIVES, 1)
-    hint = f", did you mean '{close[0]}'?" if close else ""
-    raise UsageError(f"--objective {text}: no such objective{hint}; there are {', '.join(OBJECTIVES)}")
+    known = ", ".join(OBJECTIVES)
+    raise UsageError(f"--objective {text}: no such objective{nearest(text, OBJECTIVES)}; there are {known}")
 
 
 def distance(constraints: Sequence[Constraint], values: Mapping[str, float]) -> float:

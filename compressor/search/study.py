@@ -25,7 +25,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
 from ..errors import OutputError, UsageError
-from ..report import dumps
+from ..publishing import replace
+from ..report import write_report, write_text
 from . import trial as trials
 from .engines import Engine
 from .objectives import Constraint, distance
@@ -222,7 +223,7 @@ class Study:
         """So that a search which is killed before the round ends need not make it again."""
         folder = self.task.trial(outcome.number)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _KEPT, json.dumps(dataclasses.asdict(outcome)))
+        write_text(folder / _KEPT, json.dumps(dataclasses.asdict(outcome)))
 
     def _kept(self, number: int, spec: str) -> Outcome | None:
         try:
@@ -282,7 +283,7 @@ class Study:
                     {f"{one.number:04d}": self.task.trial(one.number) for one in front},
                     self.folder / "pareto",
                 )
-            _write(self.folder / SUMMARY, dumps(self.summary()))
+            write_report(self.folder / SUMMARY, self.summary())
         except OSError as error:
             raise OutputError(
                 f"cannot write to {self.folder}: {error.strerror or error}; free space"
@@ -361,12 +362,7 @@ def _linked(sources: Mapping[str, Path], home: Path) -> None:
     for name, source in sources.items():
         shutil.copytree(source, fresh / name, copy_function=_link, dirs_exist_ok=True)
     fresh.mkdir(exist_ok=True)
-    old = home.with_name(f".{home.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if home.exists():
-        os.replace(home, old)
-    os.replace(fresh, home)
-    shutil.rmtree(old, ignore_errors=True)
+    replace(home, fresh)
 
 
 def _link(source: str, home: str) -> None:
@@ -374,9 +370,3 @@ def _link(source: str, home: str) -> None:
         os.link(source, home)
         return
     shutil.copy2(source, home)
-
-
-def _write(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.part")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

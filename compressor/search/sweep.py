@@ -17,6 +17,7 @@ import numpy as np
 from .. import registry
 from ..errors import UsageError
 from ..opening import Options
+from ..report import write_text
 from . import trial as trials
 from .engines import Engine
 from .space import Space
@@ -78,8 +79,7 @@ def sweep(
             for outcome in runner.run([(task, i, spec) for i, spec in enumerate(specs)], told):
                 found[outcome.spec].append(_timed(runner, task, outcome))
     lines = [_line(spec, outcomes) for spec, outcomes in found.items()]
-    text = as_csv(lines)
-    (folder / "sweep.csv").write_text(text, encoding="utf-8")
+    write_text(folder / "sweep.csv", as_csv(lines))
     return lines, _notices(lines)
 
 

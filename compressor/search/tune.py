@@ -18,18 +18,14 @@ from ..errors import UsageError
 from ..ir import Graph
 from ..opening import Options
 from ..ops import CONTRACTIONS, kind, node_macs
+from ..publishing import hold
 from ..target import Target
 from .engines import Engine, Local, Ray
-from .objectives import QUALITIES, Constraint, constraint, objective
+from .objectives import QUALITIES, constraint, objective
 from .space import Space
 from .store import key_of
 from .study import SAMPLERS, STATE, Study
 from .trial import Outcome, Task, opened
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 TRIALS = 40
 LEAST_DB = 20.0  # of the outputs, where neither a metric nor a constraint was named
@@ -234,16 +230,12 @@ def alone(folder: Path, resume: bool | None = None) -> Iterator[None]:
     if resume and not begun:
         raise UsageError(f"{folder} holds no search to resume")
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"another search runs in {folder}") from None
+        handle = hold(folder, wait=False)
+    except OSError:
+        raise UsageError(f"another search runs in {folder}") from None
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-__all__ = ["Constraint", "Study", "default_space", "tune"]
+        if handle is not None:
+            os.close(handle)
