@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from . import trial
 from .trial import FAILED, Outcome, Task
 
@@ -239,6 +239,8 @@ def _unpack(data: bytes, folder: Path) -> None:
 def _there(task: Task, parcel: bytes) -> Task:
     """The task with the paths of this node; what travels is unpacked once."""
     root = Path(tempfile.gettempdir()) / f"compressor-{getpass.getuser()}-{task.digest[:32]}"
+    if root.exists() and hasattr(os, "getuid") and root.stat().st_uid != os.getuid():
+        raise OutputError(f"{root} is another user's: remove it")
     if not root.exists():
         fresh = Path(tempfile.mkdtemp(dir=root.parent))
         _unpack(parcel, fresh)

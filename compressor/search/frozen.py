@@ -23,7 +23,6 @@ from ..errors import CompressorError
 from ..ir import Ancestor, Graph
 
 _FUNCTIONS = ("operator", "_operator", "math", "torch")  # modules whose functions may stand in a graph
-_META = "nn_module_stack", "stack_trace"
 
 
 class NotFrozen(CompressorError):

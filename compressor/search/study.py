@@ -142,11 +142,8 @@ class Study:
 
     def _params(self, guess: Mapping[str, str]) -> dict[str, Any]:
         """What `_choice` makes the words of a guess again."""
-        decisions = self.space.decisions()
-        unknown = set(guess) - set(decisions)
-        assert not unknown, unknown
         found: dict[str, Any] = {}
-        for name, words in decisions.items():
+        for name, words in self.space.decisions().items():
             word = guess.get(name, words[0])
             found[name] = words.index(word) if _numeric(words) else word
         return found
