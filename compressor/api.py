@@ -19,9 +19,7 @@ from . import (
     delivery,
     detections,
     detectors,
-    differences,
     divergence,
-    handover,
     heads,
     jitter,
     measure,
@@ -31,31 +29,22 @@ from . import (
     publishing,
     registry,
     report,
-    runtime,
 )
 from . import verify as contracts
-from .adapters import found_in
-from .budgets import costs_of
-from .channels import analyse, carrier_of
-from .costs import layers as layers_of
 from .delivery import CPU
-from .emit import companion_of
-from .errors import CompressorError, FileError, UsageError
-from .ir import Graph
-from .ledger import Ledger
-from .load import adapters_of, peek, sniff
+from .errors import FileError, UsageError
+from .inspection import inspect
+from .ir import Graph, Input
 from .opening import Options, capture_model, load_model, streams, take_pixels
-from .ops import kind, macs
+from .ops import macs
 from .pipeline import Size
 from .progress import Watch, counted
-from .receipt import Continued
 from .registry import passes, targets
 from .run import Result, Run
 from .spec import split
 from .target import Target
 from .trainable import Trainable
 from .trainable import trainable as as_module
-from .widths import MINIMUM, families, least_shares
 
 if TYPE_CHECKING:
     from .search.study import Study
@@ -250,40 +239,36 @@ def verify(
     provider = _provider(Path(onnx))
     with delivery.opened(Path(onnx), provider) as session:
         inputs = delivery.session_inputs(session, graph.inputs)
-        pairs = [
-            pair
-            for a, b in zip(graph.inputs, inputs, strict=True)
-            for pair in zip(a.shape, b.shape, strict=True)
-        ]
-        sizes = {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
+        sizes = _fixed(graph.inputs, inputs)
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
-        samples = [batch.inputs for batch in (source or held_out).limited(opt.calib_limit)]
+        shown = (source or held_out).limited(opt.calib_limit)
+        samples, count = [batch.inputs for batch in shown], sum(shown.sizes)
         stated = []
-        with watch("comparing", sum((source or held_out).limited(opt.calib_limit).sizes)) as advance:
-            shown = counted(samples, advance, lambda one: one[0].shape[0] if one[0].dim() else 1)
+        with watch("comparing", count) as advance:
+            each = counted(samples, advance, lambda one: one[0].shape[0] if one[0].dim() else 1)
             if ends is None:
-                comparison = delivery.compare_session(graph, session, inputs, shown)
+                comparison = delivery.compare_session(graph, session, inputs, each)
             else:
                 comparison, found = detections.compare(
-                    ends.applied(graph), Path(onnx), inputs, shown, provider=provider
+                    ends.applied(graph), Path(onnx), inputs, each, provider=provider
                 )
                 stated = [found]
     exact = tolerance is None and ends is None and _exact(Path(onnx), graph)
-    checks = comparison.checks(contracts.EMITTED if exact else tolerance)
+    limit = contracts.EMITTED if exact else tolerance
+    checks = comparison.checks(limit)
     if exact and any(c.error > c.tolerance for c in checks):
         checks = jitter.allowed(checks, jitter.errors(graph, samples), jitter.EVERYWHERE)
-    by_error = exact or tolerance is not None
     bad = [
         c
         for c in checks
-        if not c.finite or (c.error > c.tolerance if by_error else c.sqnr_db < contracts.WARN_DB)
+        if not c.finite or (c.error > c.tolerance if limit else c.sqnr_db < contracts.WARN_DB)
     ]
     result: dict[str, Any] = {
         "ok": not bad,
-        "judged_by": "error" if by_error else "sqnr",
+        "judged_by": "error" if limit else "sqnr",
         "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": provider,
-        "samples": sum((source or held_out).limited(opt.calib_limit).sizes),
+        "samples": count,
     }
     if layers or bad:
         whole = graph if ends is None else ends.applied(graph)
@@ -291,84 +276,6 @@ def verify(
             inside = divergence.look_inside(whole, Path(onnx), inputs, samples, tolerance)
         result["inside"] = inside.to_dict()
     return result
-
-
-def inspect(
-    path: str | Path | None,
-    *,
-    groups: bool = False,
-    layers: bool = False,
-    partitions: str | None = None,
-    diff: tuple[str | Path, str | Path] | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Facts about an ONNX file or a model: adapters, inputs, outputs, operators, parameters, MACs, bytes.
-
-    groups: also which channels `prune` could take and which not, and why (`ledger`), for the widths of target cpu.
-    layers: also what each operator costs (`costs.layers`). partitions: also what phones' accelerators take of an ONNX
-    file, and why not the rest (`delivery.on_accelerators`): `nnapi`, `coreml`, `xnnpack`, `qnn`, several, or `all`.
-    diff: instead, what differs between two ONNX files, or two reports (`differences.between`); path is then None.
-
-    Of a checkpoint without its architecture: what tensors it holds. Of adapters that cannot be loaded: what they are,
-    and the problem.
-    """
-    if diff is not None:
-        return differences.between(Path(diff[0]), Path(diff[1]))
-    if path is None:
-        raise UsageError("inspect shows a model, an ONNX file or a report: name one")
-    path = Path(path)
-    if path.suffix in (".onnx", ".ort"):
-        if groups:
-            raise UsageError(
-                f"{path}: --groups is for a PyTorch model, or the report.json of a run that pruned it"
-            )
-        if layers:
-            raise UsageError(f"{path}: --layers is for a PyTorch model")
-        if partitions is not None and path.suffix == ".ort":
-            raise UsageError(
-                f"{path}: its operators are fused for processors; --partitions is for the model.onnx beside it"
-            )
-        taken = {"partitions": delivery.on_accelerators(path, partitions)} if partitions is not None else {}
-        return _inspect_onnx(path) | taken
-    if partitions is not None:
-        raise UsageError(f"{path}: --partitions is for an ONNX file; compress the model first")
-    opt = Options.of(options)
-    if opt.model_spec is None and path.is_file() and sniff(path) in ("pickle", "safetensors"):
-        if groups or layers:
-            flag = "--groups" if groups else "--layers"
-            raise UsageError(f"{path}: {flag} needs the architecture too: --model file.py:FACTORY")
-        return _inspect_weights(path, adapters_of(path, opt.adapter))
-    facts: dict[str, Any] = {"path": str(path), "adapters": adapters_of(path, opt.adapter)}
-    try:
-        loaded = load_model(path, opt)
-        graph = capture_model(loaded, None, opt)
-        take_pixels(graph, opt)
-    except CompressorError as error:
-        if groups or layers or not facts["adapters"]:
-            raise
-        return facts | {"problem": str(error)}
-    counts: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            name = str(node.target)
-            counts[name] = counts.get(name, 0) + 1
-    earlier: dict[str, Any] = {}
-    if loaded.continued is not None:
-        earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
-    return facts | {
-        "adapters": facts["adapters"] or found_in(graph.tensors),
-        "inputs": [handover.shape_of(spec) for spec in graph.inputs],
-        "outputs": list(graph.outputs),
-        "params": measure.parameters(graph),
-        "macs": macs(graph),
-        "bytes": measure.bytes_of(graph),
-        "operators": dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))),
-        "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
-        "notices": [*loaded.notes, *graph.notices],
-        **earlier,
-        **(_groups(graph, registry.target("cpu")) if groups else {}),
-        **({"layers": layers_of(graph)} if layers else {}),
-    }
 
 
 def bench(
@@ -486,6 +393,12 @@ def _provider(onnx: Path) -> str:
     return delivery.usable_provider(made_for) if made_for is not None else CPU
 
 
+def _fixed(free: Sequence[Input], taken: Sequence[Input]) -> dict[str, int]:
+    """Sizes of the model's dynamic axes that a file fixes, by name."""
+    pairs = [pair for a, b in zip(free, taken, strict=True) for pair in zip(a.shape, b.shape, strict=True)]
+    return {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
+
+
 def _exact(onnx: Path, graph: Graph) -> bool:
     """Whether a float file promises the model's own numbers: it says which passes made it, and all of them do."""
     names = [part.partition("(")[0] for part in split(delivery.metadata(onnx).get("spec", ""))]
@@ -502,51 +415,3 @@ def _stem(model: Any) -> str:
                 return name.removesuffix(suffix)
         return name
     return type(model).__name__.lower()
-
-
-def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
-    """One row for every pass in the receipt that a model came with."""
-    shown = ("pass", "config", "contract", "status", "params", "macs", "bytes")
-    return [
-        {"run": number, **{key: row.get(key, "") for key in shown}}
-        for number, run in enumerate(continued.runs, 1)
-        for row in run["rows"]
-    ]
-
-
-def _groups(graph: Graph, target: Target) -> dict[str, Any]:
-    """The ledger of a graph that nothing was taken from, and the shares of it that pruning must leave."""
-    algebra = analyse(graph, carrier_of(graph))
-    costs = costs_of(graph, algebra)
-    unknown = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1))
-    found = families(algebra, costs, unknown, target.channel_multiple, MINIMUM)
-    entries = Ledger(graph, algebra, costs, found).entries()
-    return {"least": least_shares(found, costs), "groups": [entry.to_dict(names=True) for entry in entries]}
-
-
-def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, Any]:
-    found = peek(path)
-    tensors = found.places[0].tensors if found.places else {}
-    return {
-        "path": str(path),
-        "adapters": adapters,
-        "kind": found.summary() if found.places else found.kind,
-        "architecture": found.architecture,
-        "labels": list(found.labels),
-        "tensors": {
-            name: f"{handover.dtype_name(t.dtype)}{list(t.shape)}" for name, t in sorted(tensors.items())
-        },
-    }
-
-
-def _inspect_onnx(path: Path) -> dict[str, Any]:
-    known = path.suffix == ".onnx" and not delivery.is_large(path)
-    facts = {
-        "path": str(path),
-        "bytes": sum(f.stat().st_size for f in (path, companion_of(path)) if f.exists()),
-        **runtime.facts(path),
-        "operators": runtime.optimized_operators(path) if known else {},
-    }
-    integer = any(name.startswith(("QLinear", "QGemm", "MatMulInteger")) for name in facts["operators"])
-    warning = measure.saturation() if integer else ""
-    return facts | ({"warning": warning} if warning else {})

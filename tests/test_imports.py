@@ -119,6 +119,7 @@ TIERS = [
     ["program", "metrics", "differences", "page"],
     ["run"],
     ["claims"],
+    ["inspection"],
     ["api"],
     ["completion", "config"],
     ["console", "options"],
