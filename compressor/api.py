@@ -261,7 +261,7 @@ def verify(
     bad = [
         c
         for c in checks
-        if not c.finite or (c.error > c.tolerance if limit else c.sqnr_db < contracts.WARN_DB)
+        if not c.finite or (c.error > (tolerance or c.tolerance) if limit else c.sqnr_db < contracts.WARN_DB)
     ]
     result: dict[str, Any] = {
         "ok": not bad,

@@ -137,6 +137,24 @@ def test_exact_passes_give_the_numbers_of_the_model(model, tmp_path):
     assert not api.verify(model, result.onnx, example_inputs=(x,), tolerance=1e-4)["ok"]
 
 
+@pytest.mark.parametrize(("passes", "judged"), [("fold", "error"), ("fold,fp16", "sqnr")])
+def test_a_file_is_held_to_what_its_passes_promise(model, tmp_path, passes, judged):
+    """A loss of half a percent is none that exact passes may make, and nothing beside that of lossy ones."""
+    x = torch.randn(8, 3, 32, 32)
+    made = compressor.compress(model, x, passes=passes, output=tmp_path / "out", measure=False).onnx
+    right = api.verify(model, made, example_inputs=(x,))
+    assert right["ok"] and right["judged_by"] == judged
+    proto = onnx.load(made)
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f" and array.ndim > 1:
+            tensor.CopyFrom(onnx.numpy_helper.from_array((array * 1.005).astype(array.dtype), tensor.name))
+    onnx.save(proto, made)
+    wrong = api.verify(model, made, example_inputs=(x,))
+    assert 1e-3 < max(check["error"] for check in wrong["checks"]) < 0.1
+    assert wrong["ok"] == (judged == "sqnr")
+
+
 def test_mobile_fixes_the_batch_and_writes_ort(model, tmp_path):
     images = torch.randn(40, 3, 16, 16)
     result = api.compress(
