@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -89,7 +90,8 @@ def session(
     options.enable_cpu_mem_arena = arena
     if profile:
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "compressor")
+        # a name of its own: what the runtime adds to it tells seconds apart, and two sessions may begin in one
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"compressor-{uuid.uuid4().hex}")
     if weights_in is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_in)

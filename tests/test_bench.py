@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compressor import api, profiling
+from compressor import api, profiling, runtime
 from compressor.errors import UsageError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,6 +62,14 @@ def test_a_batch_that_the_file_does_not_take_is_refused(tmp_path: Path, run: Run
         api.bench([path], batch=(1, 8), seconds=0.1)
     for words in (("--threads", "1,x"), ("--batch", "0"), ("--batch", "1,"), ("--profile", "--batch", "1,2")):
         assert run("bench", path, *words)[0] == 2
+
+
+def test_sessions_that_begin_together_have_traces_of_their_own(files: tuple[Path, Path]) -> None:
+    sessions = [runtime.session(files[0], threads=1, profile=True) for _ in range(40)]
+    traces = {session.end_profiling() for session in sessions}
+    for one in traces:
+        Path(one).unlink(missing_ok=True)
+    assert len(traces) == len(sessions)
 
 
 def test_a_profile_leads_back_to_modules(files: tuple[Path, Path], run: Run) -> None:
