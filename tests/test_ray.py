@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def test_the_front_is_that_of_this_machine_though_a_worker_dies(cluster, tmp_pat
             **options,
         )  # fmt: skip
 
+    before = set(Path(tempfile.gettempdir()).glob("compressor-*"))
     killed: list[int] = []
 
     def kill() -> None:
@@ -81,6 +83,9 @@ def test_the_front_is_that_of_this_machine_though_a_worker_dies(cluster, tmp_pat
     assert (tmp_path / "there" / "best" / "model.onnx").read_bytes() == (
         tmp_path / "here" / "best" / "model.onnx"
     ).read_bytes()
+    assert (
+        not set(Path(tempfile.gettempdir()).glob("compressor-*")) - before
+    )  # nor is anything left on the nodes
 
 
 def test_a_cluster_that_is_not_there(tmp_path):

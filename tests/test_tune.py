@@ -21,7 +21,7 @@ from zoo import with_power
 from compressor import cli
 from compressor.errors import UsageError
 from compressor.search.study import Study
-from compressor.search.tune import default_space, tune
+from compressor.search.tune import default_space, made_task, tune
 
 INT8 = "int8(equalise=false,rounding=nearest,calibration={minmax,mse,percentile})"
 SPACE = f"fold,{{{INT8},none}}"
@@ -217,3 +217,13 @@ def test_the_default_space_suits_the_model(files):
     assert "int8" not in default_space(convolves, target("cpu"), ("latency_ms",), False)
     assert "int4" in default_space(multiplies, target("cpu"), ("size_mb",), True)
     assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), True)
+
+
+def test_files_of_the_same_weights_are_told_apart(files, tmp_path):
+    """The file's hash is written into what is made of it, so trials of one are not the other's."""
+    program = torch.export.load(files / "net.pt2")
+    torch.export.save(program, tmp_path / "again.pt2", extra_files={"note": "exported again"})
+    made = [
+        made_task(path, None, "cpu", tmp_path, {})[0] for path in (files / "net.pt2", tmp_path / "again.pt2")
+    ]
+    assert made[0].digest != made[1].digest

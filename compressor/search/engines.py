@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import getpass
 import io
 import logging
 import multiprocessing
@@ -17,6 +16,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from . import trial
 from .trial import FAILED, Outcome, Task
 
@@ -159,9 +159,10 @@ class Ray(Engine):
         self._run = ray.remote(**options)(_run_there)
         self._alone = ray.remote(**options, resources=slots)(_alone_there)
         self._parcels: dict[str, Any] = {}
+        self._place = f"compressor-{uuid.uuid4().hex}"  # a folder of every node, which no other search knows
 
     def run(self, asked: Sequence[Asked], done: Callable[[Outcome], None]) -> list[Outcome]:
-        refs = {self._run.remote(one[0], self._parcel(one[0]), *one[1:]): one for one in asked}
+        refs = {self._run.remote(self._place, one[0], self._parcel(one[0]), *one[1:]): one for one in asked}
         found: dict[int, Outcome] = {}
         left = list(refs)
         while left:
@@ -183,12 +184,26 @@ class Ray(Engine):
             f"trials/{one}": task.trial(one) for one in args if isinstance(one, int)
         }
         there = self.ray.put(_packed({name: path for name, path in models.items() if path.exists()}))
-        answer, made = self.ray.get(self._alone.remote(task, self._parcel(task), there, function, args))
+        answer, made = self.ray.get(
+            self._alone.remote(self._place, task, self._parcel(task), there, function, args)
+        )
         _unpack(made, Path(task.folder))
         return answer
 
     def close(self) -> None:
+        self._clear()
         self.ray.shutdown()
+
+    def _clear(self) -> None:
+        """Takes away what was unpacked on the nodes that still answer."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        clear = self.ray.remote(num_cpus=0, max_retries=0)(_clear_there)
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            nodes = [one["NodeID"] for one in self.ray.nodes() if one["Alive"]]
+            places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+            cleared = [clear.options(scheduling_strategy=place).remote(self._place) for place in places]
+            self.ray.wait(cleared, num_returns=len(cleared), timeout=ANSWER_SECONDS)
 
     def _parcel(self, task: Task) -> Any:
         if task.digest not in self._parcels:
@@ -236,12 +251,11 @@ def _unpack(data: bytes, folder: Path) -> None:
         tar.extractall(folder, filter="data")
 
 
-def _there(task: Task, parcel: bytes) -> Task:
+def _there(place: str, task: Task, parcel: bytes) -> Task:
     """The task with the paths of this node; what travels is unpacked once."""
-    root = Path(tempfile.gettempdir()) / f"compressor-{getpass.getuser()}-{task.digest[:32]}"
-    if root.exists() and hasattr(os, "getuid") and root.stat().st_uid != os.getuid():
-        raise OutputError(f"{root} is another user's: remove it")
+    root = Path(tempfile.gettempdir()) / place / task.digest
     if not root.exists():
+        root.parent.mkdir(mode=0o700, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=root.parent))
         _unpack(parcel, fresh)
         with contextlib.suppress(OSError):  # another worker of this node was faster
@@ -253,13 +267,13 @@ def _there(task: Task, parcel: bytes) -> Task:
         model=here["model"],
         calibration=here.get("calibration", task.calibration),
         options={key: here.get(key, value) for key, value in task.options.items()},
-        folder=tempfile.mkdtemp(),
+        folder=tempfile.mkdtemp(dir=root.parent),
         store=str(root / "store"),
     )
 
 
-def _run_there(task: Task, parcel: bytes, number: int, spec: str) -> tuple[Outcome, bytes]:
-    here = _there(task, parcel)
+def _run_there(place: str, task: Task, parcel: bytes, number: int, spec: str) -> tuple[Outcome, bytes]:
+    here = _there(place, task, parcel)
     try:
         outcome = trial.run(here, number, spec)
         folder = here.trial(number)
@@ -268,8 +282,10 @@ def _run_there(task: Task, parcel: bytes, number: int, spec: str) -> tuple[Outco
         shutil.rmtree(here.folder, ignore_errors=True)
 
 
-def _alone_there(task: Task, parcel: bytes, models: bytes, function: Callable[..., Any], args: Any) -> Any:
-    here = _there(task, parcel)
+def _alone_there(
+    place: str, task: Task, parcel: bytes, models: bytes, function: Callable[..., Any], args: Any
+) -> Any:
+    here = _there(place, task, parcel)
     try:
         with tempfile.TemporaryDirectory() as folder:
             _unpack(models, Path(folder))
@@ -282,3 +298,7 @@ def _alone_there(task: Task, parcel: bytes, models: bytes, function: Callable[..
         return answer, _packed({} if known else {"": here.original})
     finally:
         shutil.rmtree(here.folder, ignore_errors=True)
+
+
+def _clear_there(place: str) -> None:
+    shutil.rmtree(Path(tempfile.gettempdir()) / place, ignore_errors=True)

@@ -32,7 +32,7 @@ DONE, REFUSED, HOPELESS, FAILED = "done", "refused", "hopeless", "failed"
 class Task:
     """What all trials of a study share, as plain data. Files are named by paths that every worker can read.
 
-    digest: of model and data. constraints: those that a trial is given up by, early.
+    digest: of model, data and options. constraints: those that a trial is given up by, early.
     """
 
     model: str

@@ -16,6 +16,7 @@ from .. import registry
 from ..delivery import sha256
 from ..errors import UsageError
 from ..ir import Graph
+from ..load import Loaded
 from ..opening import Options
 from ..ops import CONTRACTIONS, kind, node_macs
 from ..publishing import hold
@@ -163,8 +164,8 @@ def made_task(
         store=str((folder / "store").resolve()),
         digest="",
     )
-    _, graph = opened(task)
-    return dataclasses.replace(task, digest=_digest(graph, task)), graph
+    loaded, graph = opened(task)
+    return dataclasses.replace(task, digest=_digest(loaded, graph, task)), graph
 
 
 @contextlib.contextmanager
@@ -186,8 +187,8 @@ def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine
     raise UsageError(f"--engine {name}: no such engine; there are local and ray")
 
 
-def _digest(graph: Graph, task: Task) -> str:
-    """Of everything that decides the numbers of a trial beside its spec: weights, data, options."""
+def _digest(loaded: Loaded, graph: Graph, task: Task) -> str:
+    """Of everything that decides the bytes of a trial beside its spec: the model's file, data, options."""
     named = {"calibration": task.calibration, **task.options}
     files = {
         key: _digest_of(path)
@@ -195,7 +196,7 @@ def _digest(graph: Graph, task: Task) -> str:
         if isinstance(one, (str, Path)) and (path := _file_of(str(one))) is not None
     }
     plain = {key: str(value) for key, value in named.items() if key not in files}
-    return key_of(graph.fingerprint(), files, plain)
+    return key_of(loaded.sha256, graph.fingerprint(), files, plain)
 
 
 def _file_of(named: str) -> Path | None:
