@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from . import (
     heads,
     jitter,
     measure,
+    notices,
     page,
     postprocess,
     profiling,
@@ -71,7 +73,7 @@ def compress(
     example_inputs: Any = None,
     *,
     passes: str | None = None,
-    target: str | Target = "cpu",
+    target: str | Target | None = None,
     calibration: Any = None,
     output: str | Path | None = None,
     **options: Any,
@@ -80,7 +82,8 @@ def compress(
 
     model: a module in memory, an exported program, or a file (see README for kinds). example_inputs: a tensor, a
     tuple, or a mapping of keyword inputs; not needed where the file carries one or `inputs` describes them.
-    passes: a spec such as `merge,prune(macs=0.5),int8`; the target's recipe if None. calibration: a file or folder of
+    passes: a spec such as `merge,prune(macs=0.5),int8`; the target's recipe if None. target: its name; if None this
+    machine, `cpu` or `cpu-avx2`, so name one where bytes must not depend on it. calibration: a file or folder of
     samples, or any iterable of batches (tensors, tuples, mappings by input name). output: a folder,
     `./<name>-compressed` if None. options: the fields of `Options`.
 
@@ -91,6 +94,8 @@ def compress(
     where = target if isinstance(target, Target) else registry.target(target)
     where = where.speaking(opt.opset, opt.min_ort)
     run = Run(opt, where, passes or where.recipe)
+    if target is None:
+        run.notices += notices.of_default(where)
     with run.memory:
         with run.step("reading the model"):
             loaded = load_model(model, opt)
@@ -145,7 +150,7 @@ def plan(
     example_inputs: Any = None,
     *,
     passes: str | None = None,
-    target: str | Target = "cpu",
+    target: str | Target | None = None,
     calibration: Any = None,
     output: str | Path | None = None,
     **options: Any,
@@ -218,6 +223,7 @@ def verify(
     whose passes all promise the same numbers, and for any other an SQNR of 20 dB on every output and slice.
     layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
     Returns {"ok", "checks", "judged_by", "provider", "samples"}, and with it {"inside"}; judged_by: `error` or `sqnr`.
+    {"warning"} says where sessions without options have other numbers on this machine.
 
     against: a report.json, whose every claim is checked again instead, see `claims`; `data` is then what the run was
     calibrated on. model and onnx may be None: the model that it names, if it is there, and the file beside it. Returns
@@ -270,6 +276,9 @@ def verify(
         "provider": provider,
         "samples": count,
     }
+    saturated = delivery.saturated(Path(onnx), provider, graph.inputs, inputs, samples)
+    if math.isfinite(saturated):
+        result["warning"] = notices.other_numbers(saturated)
     if layers or bad:
         whole = graph if ends is None else ends.applied(graph)
         with watch("looking inside"):

@@ -336,6 +336,8 @@ def show_verification(result: Mapping[str, Any], console: Console, layers: bool 
     )
     words = "the two models agree" if result.get("ok", True) else "the two models do not agree"
     console.print(f" {words}" + (f" ({escape(where)})" if where else ""), highlight=False)
+    if "warning" in result:
+        console.print(f" {escape(result['warning'])}", highlight=False)
     if "inside" in result:
         _show_inside(result["inside"], console, layers)
 

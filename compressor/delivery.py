@@ -126,12 +126,15 @@ def is_large(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path, provider: str = CPU) -> Iterator[Any]:
-    """A session to compare numbers with. A large model is mapped and not copied, in a process of its own."""
+def opened(path: Path, provider: str = CPU, *, exact: bool = True) -> Iterator[Any]:
+    """A session to compare numbers with. A large model is mapped and not copied, in a process of its own.
+
+    exact: computes what the file says; otherwise as an application does that sets no option, see `saturated`.
+    """
     if not is_large(path):
-        yield runtime.session(path, providers=[provider])
+        yield runtime.session(path, providers=[provider], exact=exact)
         return
-    with apart.Session(path, providers=[provider], weights="mapped") as session:
+    with apart.Session(path, providers=[provider], exact=exact, weights="mapped") as session:
         yield session
 
 
@@ -209,6 +212,34 @@ def check_emitted(
     with opened(emitted.path, provider) as session:
         comparison = compare_session(graph, session, emitted.inputs, varied(graph, batches))
     return judged(graph, comparison, varied(graph, batches), tolerance)
+
+
+def saturated(
+    path: Path,
+    provider: str,
+    specs: Sequence[Input],
+    inputs: Sequence[Input],
+    samples: Iterable[Sequence[Tensor]],
+) -> float:
+    """SQNR in dB of a session without options, whose 8-bit sums may saturate on this machine; inf where none does.
+
+    samples: tensors of `specs`, of which the file fixes some axes in `inputs`.
+    """
+    if provider != CPU or not measure.saturation() or not _multiplies_bytes(path):
+        return math.inf
+    with opened(path) as exact, opened(path, exact=False) as plain:
+        names = [one.name for one in exact.get_outputs()]
+        comparison = Comparison(names, [()] * len(names))
+        for whole in samples:
+            for part in pieces(specs, inputs, whole):
+                named = feeds(inputs, part)
+                comparison.update(*(to_tensors(runtime.run(one, named)) for one in (exact, plain)))
+    return min(check.sqnr_db for check in comparison.checks())
+
+
+def _multiplies_bytes(path: Path) -> bool:
+    weights = onnx.load(path, load_external_data=False).graph.initializer
+    return any(tensor.data_type == onnx.TensorProto.INT8 for tensor in weights)
 
 
 def judged(
@@ -313,6 +344,7 @@ def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[s
             raise ContractError(
                 f"the emitted model's output {check.output}{check.slice} is not the graph's: error {check.error:.1e}, "
                 f"{check.sqnr_db:.1f} dB; {wanted} is allowed"
+                + (f"; {measure.saturation()}" if is_integer(graph) and measure.saturation() else "")
             )
 
 

@@ -78,6 +78,7 @@ def emit(
     tidy.merge_slices(model)
     dialect_.speak(model, dialect)
     tidy.share_weights(model)
+    tidy.own_zero_points(model)
     _rename(model, ready)
     model.ir_version = ir_version
     model.metadata_props.clear()

@@ -138,9 +138,15 @@ def signature(
 
 
 def usage(
-    signature: Mapping[str, Any], *, integer: bool = False, ort_file: bool = False, data_file: str = ""
+    signature: Mapping[str, Any],
+    *,
+    integer: bool = False,
+    exact: str = "",
+    ort_file: bool = False,
+    data_file: str = "",
 ) -> str:
-    """usage.md for a model with this signature (`signature.json`). integer: it computes on integers.
+    """usage.md for a model with this signature (`signature.json`). integer: it computes on integers. exact: the
+    session's option without which some processors compute others.
 
     ort_file: model.ort stands beside it. data_file: the name of the file that holds a large model's weights.
     """
@@ -159,6 +165,7 @@ def usage(
         outputs=outputs,
         axes=axes,
         integer=integer,
+        exact=exact,
         ort_file=ort_file,
         data_file=data_file,
         sample=SAMPLE,

@@ -106,7 +106,7 @@ def _inspect_model(path: Path, groups: bool, layers: bool, opt: Options) -> dict
         "unknown": sorted({str(n.target) for n in graph.nodes if kind(n) == "opaque"}),
         "notices": [*loaded.notes, *graph.notices],
         **earlier,
-        **(_groups(graph, registry.target("cpu")) if groups else {}),
+        **(_groups(graph, registry.target(None)) if groups else {}),
         **({"layers": layers_of(graph)} if layers else {}),
     }
 
@@ -155,5 +155,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "operators": runtime.optimized_operators(path) if known else {},
     }
     integer = any(name.startswith(("QLinear", "QGemm", "MatMulInteger")) for name in facts["operators"])
-    warning = measure.saturation() if integer else ""
+    made_for = registry.targets().get(facts["metadata"].get("target", ""))
+    narrow = made_for is not None and made_for.quant.reduce_range
+    warning = measure.saturation() if integer and not narrow else ""
     return facts | ({"warning": warning} if warning else {})

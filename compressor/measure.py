@@ -375,8 +375,8 @@ def saturation() -> str:
     if isa not in ("avx512", "avx2", "avx"):
         return ""
     return (
-        f"this machine ({isa}) adds products of bytes in 16 bits, which saturate: 8-bit weights give other numbers "
-        "here than with VNNI or on Arm; --target cpu-avx2 makes weights of 7 bits"
+        f"this machine ({isa}) adds products of bytes in 16 bits, which saturate: 8-bit weights need sessions with "
+        f"{runtime.EXACT} set to 1, or weights of 7 bits (--target cpu-avx2)"
     )
 
 

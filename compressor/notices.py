@@ -26,8 +26,16 @@ def of_versions() -> Iterator[str]:
         yield f"torch {installed} is outside the tested range {TESTED_TORCH[0]} to {TESTED_TORCH[1]}"
 
 
-def of_passes(rows: Sequence[Row], target: Target, *, here: bool) -> Iterator[str]:
-    """here: the model will run on this machine."""
+def of_default(target: Target) -> Iterator[str]:
+    """Of the target that was taken because none was named."""
+    if measure.saturation():
+        yield (
+            f"made for this machine, which has no VNNI: target {target.name}, where int8 has weights of 7 bits; name "
+            "--target cpu for processors with VNNI and for Arm"
+        )
+
+
+def of_passes(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row.status == "not proved":
             yield f"{row.config}: not proved, the outputs hardly depend on what it changed"
@@ -35,9 +43,6 @@ def of_passes(rows: Sequence[Row], target: Target, *, here: bool) -> Iterator[st
         if "latency" in row.facts:
             one = row.facts["latency"]
             yield f"{row.config}: {one['before_ms']:.3g} -> {one['after_ms']:.3g} ms, timed on {one['timed_on']}"
-    quantised = any(row.name == "int8" for row in rows) and not target.quant.reduce_range
-    if quantised and here and (warning := measure.saturation()):
-        yield warning
     low = next((row for row in rows if row.total_db < contracts.WARN_DB), None)
     if low is not None:
         yield (
@@ -47,9 +52,14 @@ def of_passes(rows: Sequence[Row], target: Target, *, here: bool) -> Iterator[st
 
 
 def of_file(
-    graph: Graph, emitted: Emitted, checks: Sequence[contracts.Check], target: Target
+    graph: Graph, emitted: Emitted, checks: Sequence[contracts.Check], target: Target, saturated: float
 ) -> Iterator[str]:
-    """Where the network amplifies last bits so far that the file was held to less than usual, and slow operators."""
+    """Where the network amplifies last bits so far that the file was held to less than usual, and slow operators.
+
+    saturated: see `delivery.saturated`.
+    """
+    if math.isfinite(saturated):
+        yield other_numbers(saturated)
     floats = [check for check in checks if not check.discrete]
     level = min((check.sqnr_db for check in floats), default=math.inf)
     far = max((check.error for check in floats), default=0.0)
@@ -68,6 +78,11 @@ def of_file(
             f"the runtime of target {target.name} computes {', '.join(slow)} slower than floats: the file is smaller, "
             "not faster"
         )
+
+
+def other_numbers(saturated: float) -> str:
+    """Of a file whose 8-bit sums saturate on this machine; saturated: see `delivery.saturated`."""
+    return f"{measure.saturation()}; a session without the option gives this file {saturated:.1f} dB here"
 
 
 def of_times(latency: Mapping[str, Any]) -> Iterator[str]:

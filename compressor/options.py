@@ -50,7 +50,7 @@ _TARGET = click.option(
     "--target",
     metavar="NAME",
     shell_complete=completion.targets,
-    help="Where the model will run; default: cpu.",
+    help="Where the model will run; default: this machine, cpu or, without VNNI, cpu-avx2.",
 )
 _CALIB = click.option(
     "--calib",

@@ -40,14 +40,22 @@ def pass_names() -> list[str]:
     return [*own, *sorted(e.name for e in entry_points(group="compressor.passes") if e.name not in own)]
 
 
-def target(name: str) -> Target:
-    """The target of that name; UsageError with the nearest name."""
+def target(name: str | None) -> Target:
+    """The target of that name, this machine if None; UsageError with the nearest name."""
     known = targets()
+    name = name if name is not None else native()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0.4)
         hint = f", did you mean '{close[0]}'?" if close else ""
         raise UsageError(f"unknown target '{name}'{hint}; there are {', '.join(known)}")
     return known[name]
+
+
+def native() -> str:
+    """The target that is this machine: `cpu`, or `cpu-avx2` where 8-bit sums saturate."""
+    from .measure import saturation
+
+    return "cpu-avx2" if saturation() else "cpu"
 
 
 def _own(name: str) -> ModuleType:

@@ -28,12 +28,13 @@ from . import (
     receipt,
     registry,
     report,
+    runtime,
 )
 from . import verify as contracts
 from .data import Batch, Data
 from .edges import varied
 from .emit import Emitted, companion_of
-from .errors import DataError, TargetError, UnsupportedError, UsageError
+from .errors import ContractError, DataError, TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator
 from .ir import Graph
 from .layers import SAMPLES
@@ -160,8 +161,7 @@ class Run:
                 progress=self.progress,
             )
             rows, layers = self.passed(graph, ctx)
-            here = not self.stopwatch.elsewhere
-            self.notices += notices.of_passes(rows, self.target, here=here)
+            self.notices += notices.of_passes(rows)
             shipped = self.shipped(graph)
             made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
             made["model"] |= came
@@ -247,7 +247,14 @@ class Run:
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = self.check(graph, emitted, batches, provider)
-        self.notices += notices.of_file(graph, emitted, checks, self.target)
+            saturated = delivery.saturated(
+                emitted.path, provider, graph.inputs, emitted.inputs, [batch.inputs for batch in batches]
+            )
+        if self.target.quant.reduce_range and saturated < contracts.SIMULATION_DB:
+            raise ContractError(
+                f"weights of 7 bits were to keep 8-bit sums from saturating here, and do not: {saturated:.1f} dB"
+            )
+        self.notices += notices.of_file(graph, emitted, checks, self.target, saturated)
         with self.step("writing what an app needs"):
             self.hand_over(graph, stage, emitted, batches, loaded)
         samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
@@ -309,7 +316,14 @@ class Run:
         (stage / handover.SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n")
         ort_file = "ort" in self.target.formats
         large = companion_of(emitted.path).name if delivery.is_large(emitted.path) else ""
-        text = handover.usage(signature, integer=emitted.integer, ort_file=ort_file, data_file=large)
+        wide = emitted.integer and not self.target.quant.reduce_range
+        text = handover.usage(
+            signature,
+            integer=emitted.integer,
+            exact=runtime.EXACT if wide else "",
+            ort_file=ort_file,
+            data_file=large,
+        )
         (stage / handover.USAGE).write_text(text, encoding="utf-8")
         handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
 

@@ -24,7 +24,7 @@ CPU = Target(
 CPU_AVX2 = replace(
     CPU,
     name="cpu-avx2",
-    summary="ONNX Runtime on x86-64 without VNNI (before 2019): int8 weights of 7 bits",
+    summary="ONNX Runtime on any x86-64 and ARM64: int8 weights of 7 bits",
     channel_multiple=8,
     quant=replace(_QUANT, reduce_range=True),
 )

@@ -160,11 +160,11 @@ def _prepared(entry: Entry) -> tuple[Task, str, str]:
     options = {
         k: v for k, v in entry.options.items() if k not in ("passes", "target", "calibration", *SEARCH)
     }
-    target = entry.options.get("target", "cpu")
-    task, _ = made_task(entry.path, entry.options.get("calibration"), target, _work(entry), options)
-    spec = entry.options.get("passes") or registry.target(target).recipe
+    target = registry.target(entry.options.get("target"))
+    task, _ = made_task(entry.path, entry.options.get("calibration"), target.name, _work(entry), options)
+    spec = entry.options.get("passes") or target.recipe
     search = {name: entry.options.get(name) for name in SEARCH}
-    return task, spec, key_of(task.digest, target, {k: str(v) for k, v in options.items()}, spec, search)
+    return task, spec, key_of(task.digest, target.name, {k: str(v) for k, v in options.items()}, spec, search)
 
 
 def _work(entry: Entry) -> Path:

@@ -46,7 +46,7 @@ def sweep(
     passes: str,
     *,
     calibration: str | Path | None = None,
-    target: str = "cpu",
+    target: str | None = None,
     seeds: int = 1,
     output: str | Path | None = None,
     engine: str = "local",

@@ -45,7 +45,7 @@ def tune(
     model: str | Path,
     *,
     calibration: str | Path | None = None,
-    target: str = "cpu",
+    target: str | None = None,
     objectives: Sequence[str] = ("latency",),
     constraints: Sequence[str] = (),
     trials: int = TRIALS,
@@ -152,12 +152,16 @@ def _table(path: str | Path | None) -> dict[str, dict[str, float]]:
 
 
 def made_task(
-    model: str | Path, calibration: str | Path | None, target: str, folder: Path, options: Mapping[str, Any]
+    model: str | Path,
+    calibration: str | Path | None,
+    target: str | None,
+    folder: Path,
+    options: Mapping[str, Any],
 ) -> tuple[Task, Graph]:
     """What all trials share, its digest taken from weights, data and options; and the model's graph."""
     task = Task(
         model=str(Path(model).resolve()),
-        target=target,
+        target=registry.target(target).name,
         calibration=str(Path(calibration).resolve()) if calibration is not None else None,
         options=options,
         folder=str(folder.resolve()),
