@@ -115,10 +115,9 @@ def own_zero_points(model: onnx_ir.Model) -> None:
     """
     for zero in list(model.graph.initializers.values()):
         tensor = zero.const_value
-        if tensor is None or tensor.dtype != onnx_ir.DataType.INT8:
+        if tensor is None or tensor.dtype != onnx_ir.DataType.INT8 or tensor.numpy().any():
             continue
-        uses = [use for use in zero.uses() if use.node.op_type == "DequantizeLinear" and use.idx == 2]
-        for count, (node, index) in enumerate(uses[1:], 1):
+        for count, (node, index) in enumerate(list(zero.uses())[1:], 1):
             copy = onnx_ir.Value(
                 name=f"{zero.name}_{count}", shape=zero.shape, type=zero.type, const_value=tensor
             )

@@ -237,7 +237,7 @@ def test_half_precision_is_folded_in_float64() -> None:
 
 
 def test_resnet_is_convolutions_afterwards() -> None:
-    before = captured(torchvision_model("resnet18"), torch.randn(4, 3, 64, 64))
+    before = captured(torchvision_model("resnet18").double(), torch.randn(4, 3, 64, 64, dtype=torch.float64))
     after, outcome = fold(before)
     assert outcome.declines == []
     assert [r.what for r in outcome.rewrites[:2]] == [

@@ -54,7 +54,7 @@ def casts(graph: Graph) -> int:
 
 def in_runtime(graph: Graph, path: Path, *inputs: Tensor) -> Tensor:
     file = emit(graph, path / "model.onnx").path
-    return torch.from_numpy(runtime.run(runtime.session(file), [t.numpy() for t in inputs])[0])
+    return torch.from_numpy(runtime.run(runtime.session(file, exact=True), [t.numpy() for t in inputs])[0])
 
 
 def block(net: Net, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def compiled(
 def in_runtime(graph: Graph, path: Path, inputs: Tensor) -> tuple[Tensor, dict[str, int]]:
     """First output of the emitted graph, and the operators that ONNX Runtime's optimiser leaves."""
     file = emit(graph, path / "model.onnx").path
-    (output, *_) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    (output, *_) = runtime.run(runtime.session(file, threads=1, exact=True), [inputs.numpy()])
     return torch.from_numpy(output), runtime.optimized_operators(file)
 
 
@@ -321,7 +321,7 @@ def test_sums_of_few_products_stay_float(tmp_path):
     operators = runtime.optimized_operators(file)
     assert operators["QLinearConv"] == 2 and operators["Conv"] == 2
     (inputs,) = next(iter(data(graph, 64))).inputs
-    (seen,) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    (seen,) = runtime.run(runtime.session(file, threads=1, exact=True), [inputs.numpy()])
     assert noise(graph.run(inputs)[0], torch.from_numpy(seen)) > 30
     _, (*_, everything) = compiled(graph, Int8(measure=False))
     assert not everything.declines
@@ -569,7 +569,7 @@ def test_products_of_matrices_need_no_data(tmp_path):
     assert "no calibration data" in outcome.facts["scheme"]
     (inputs,) = next(iter(held)).inputs
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
-    (seen, *_) = runtime.run(runtime.session(file, threads=1), [inputs.numpy()])
+    (seen, *_) = runtime.run(runtime.session(file, threads=1, exact=True), [inputs.numpy()])
     simulated = after.run(inputs)[0]
     assert noise(simulated, torch.from_numpy(seen)) > 40 and noise(graph.run(inputs)[0], simulated) > 30
     asked, (outcome,) = compiled(graph, Int8(scheme="dynamic"))
@@ -588,7 +588,7 @@ def test_dynamic_rounding_is_that_of_onnx(tmp_path, size):
     graph = graph_of(Net(lambda net, x: net.a(x), a=nn.Linear(size[1], 3)), 4, *size)
     after, _ = compiled(graph, Int8(scheme="dynamic"))
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
-    session = runtime.session(file, threads=1)
+    session = runtime.session(file, threads=1, exact=True)
     for low, high in ((0.5, 2), (-3, -1), (-1, 1), (0, 0)):
         inputs = torch.empty(2, *size).uniform_(low, high, generator=torch.Generator().manual_seed(0))
         (seen,) = runtime.run(session, [inputs.numpy()])
@@ -614,7 +614,7 @@ def test_tables_of_embeddings_are_stored_as_integers(tmp_path):
     assert after.tensors["words.weight_int8"].dtype == torch.int8 and "few.weight" in after.tensors
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect)
     assert file.bytes < 2048 * 64 * 2
-    (seen,) = runtime.run(runtime.session(file.path, threads=1), [ids.numpy()])
+    (seen,) = runtime.run(runtime.session(file.path, threads=1, exact=True), [ids.numpy()])
     assert noise(after.run(ids)[0], torch.from_numpy(seen)) > 40
     assert noise(graph.run(ids)[0], after.run(ids)[0]) > 30
     kept, _ = compiled(graph, Int8(ignore=("words",)), Context(CPU, held, None))
