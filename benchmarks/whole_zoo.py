@@ -4,7 +4,8 @@
     python benchmarks/whole_zoo.py resnet18 'timm/*'     those that a name or pattern picks
     python benchmarks/whole_zoo.py --table               the table of what was measured, no more
 
-Rows are kept in `.zoo.jsonl` (`--rows`), and what is there is not measured again: stop and go on as you like. Random
+Rows are kept in `results/zoo.jsonl` (`--rows`), and what is there is not measured again: stop and go on as you like, in
+several processes if each has patterns of its own. Random
 weights with power (`tests/zoo.py`), dynamic batch, 16 made-up samples calibrate; every pass keeps its contract and
 the file is verified, or the run fails. The table then compares the file with PyTorch's own model on four samples that
 the run has not seen. *int8*: `merge,fold,int8(rounding=nearest)`: whether it became integer, or stays float because
@@ -40,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from zoo import with_power  # noqa: E402, I001  defines what torchvision needs, before it is imported
 
 import compressor  # noqa: E402
-from compressor import data, runtime  # noqa: E402
+from compressor import data, registry, runtime  # noqa: E402
 from compressor.errors import CompressorError, ContractError  # noqa: E402
 from compressor.ir import Graph  # noqa: E402
 from compressor.measure import parameters  # noqa: E402
@@ -69,7 +70,11 @@ def measured(make: Any) -> Iterator[Row]:
     if not isinstance(graph, Graph):
         yield {"verdict": UNCAPTURED, "why": graph}
         return
-    yield {"params": f"{parameters(graph) / 1e6:.1f}", "capture": time.perf_counter() - start}
+    yield {
+        "params": f"{parameters(graph) / 1e6:.1f}",
+        "capture": time.perf_counter() - start,
+        "target": registry.native(),
+    }
     if parameters(graph) > LARGE:
         yield {"verdict": GOOD, "kept": "too large to measure here"}
         return
@@ -184,6 +189,7 @@ def largest(expected: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> float
 
 def summary(rows: Mapping[str, Row]) -> Iterator[str]:
     verdicts = Counter(row.get("verdict", FAILED) for row in rows.values())
+    targets = Counter(row["target"] for row in rows.values() if "target" in row)
     integer = [
         float(row["speed"].split("x")[0])
         for row in rows.values()
@@ -192,6 +198,7 @@ def summary(rows: Mapping[str, Row]) -> Iterator[str]:
     yield f"{len(rows)} models: " + ", ".join(
         f"{count} {verdict}" for verdict, count in verdicts.most_common()
     )
+    yield "made for " + ", ".join(f"{name} ({count})" for name, count in targets.items())
     if integer:
         mean = math.exp(statistics.fmean(map(math.log, integer)))
         yield f"{len(integer)} integer: geometric mean {mean:.2f}x, least {min(integer):.2f}x."
@@ -216,7 +223,7 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", help="names or patterns")
     parser.add_argument(
-        "--rows", type=Path, default=ROOT / "benchmarks" / ".zoo.jsonl", help="where rows are kept"
+        "--rows", type=Path, default=ROOT / "benchmarks" / "results" / "zoo.jsonl", help="where rows are kept"
     )
     parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
