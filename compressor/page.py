@@ -57,6 +57,11 @@ def write(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page; the same report gives the same text. UsageError where the report is not what this version writes."""
+    return laid_out("page.html.j2", facts, report)
+
+
+def laid_out(template: str, said: Callable[[Report], Mapping[str, Any]], report: Report) -> str:
+    """The text of a template that shows what `said` finds in a report, in the look of all our pages."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("compressor", "templates"),
         autoescape=True,
@@ -67,7 +72,7 @@ def render(report: Report) -> str:
     parts = {name: environment.loader.get_source(environment, f"page.{name}")[0] for name in ("css", "js")}
     policy = {name: f"'sha256-{_digest(text)}'" for name, text in parts.items()}
     try:
-        text = environment.get_template("page.html.j2").render(facts(report), **parts, policy=policy)
+        text = environment.get_template(template).render(said(report), **parts, policy=policy)
         return text.encode("utf-8", "replace").decode()  # half a surrogate pair is JSON, and no text
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"a damaged report: {type(error).__name__}: {error}") from error

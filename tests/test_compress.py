@@ -92,7 +92,9 @@ def test_the_whole_line(files, run):
     assert report["emitted"]["operators"]["QLinearConv"] == 2
     assert report["rows"][0]["metric"]["top1"] == 1.0
     proto = onnx.load(folder / "model.onnx")
-    assert {p.key: p.value for p in proto.metadata_props}["spec"] == "merge,prune(macs=0.8),fold,int8(measure=False)"
+    assert {p.key: p.value for p in proto.metadata_props}[
+        "spec"
+    ] == "merge,prune(macs=0.8),fold,int8(measure=False)"
     signature = json.loads((folder / "signature.json").read_text())
     assert signature["inputs"][0]["shape"] == ["batch", 3, 16, 16]
     assert out.rstrip().splitlines()[-1].startswith("compress bench ")

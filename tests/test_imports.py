@@ -128,7 +128,7 @@ TIERS = [
 TIER = {name: height for height, names in enumerate(TIERS) for name in names}
 # The files of compressor/search/, in the same order; the core knows none of them, but for `api`.
 SEARCH = [
-    ["frozen", "objectives", "space", "timing"],
+    ["frozen", "objectives", "space", "timing", "picture"],
     ["store"],
     ["trial"],
     ["engines"],

@@ -27,6 +27,7 @@ from optuna.trial import Trial, TrialState
 from ..errors import OutputError, UsageError
 from ..publishing import replace
 from ..report import write_report, write_text
+from . import picture
 from . import trial as trials
 from .engines import Engine
 from .objectives import Constraint, distance
@@ -280,7 +281,9 @@ class Study:
                     {f"{one.number:04d}": self.task.trial(one.number) for one in front},
                     self.folder / "pareto",
                 )
-            write_report(self.folder / SUMMARY, self.summary())
+            summary = self.summary()
+            write_report(self.folder / SUMMARY, summary)
+            picture.write(self.folder, summary)
         except OSError as error:
             raise OutputError(
                 f"cannot write to {self.folder}: {error.strerror or error}; free space"
