@@ -276,7 +276,10 @@ def _product(node: Node, known: Mapping[Node, Any]) -> Window:
 def _same(node: Node, known: Mapping[Node, Any]) -> Window:
     if not node.meta["val"].dtype.is_floating_point:
         raise NotAffine(node, "gives integers")
-    return known[node.all_input_nodes[0]]
+    source = node.all_input_nodes[0]
+    if source not in known:
+        raise NotAffine(node, "reads a dtype and no values")
+    return known[source]
 
 
 def _batch_norm(node: Node, known: Mapping[Node, Any]) -> Window:
