@@ -8,8 +8,10 @@ the versions and the metadata alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +124,34 @@ def is_integer(graph: Graph) -> bool:
 # -------------------------------------------------------------------- translation
 
 
+@cache
+def _answer(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+@contextmanager
+def _library_read_once() -> Iterator[None]:
+    """The exporter parses the source of all that it can translate to at every export: half of a small model's time.
+
+    Where this torch has another inside, it takes that time.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import onnxscript_apis as library
+
+        read = library.get_torchlib_ops
+    except (ImportError, AttributeError):
+        yield
+        return
+    library.get_torchlib_ops = lambda: _answer(read)
+    try:
+        yield
+    finally:
+        library.get_torchlib_ops = read
+
+
 def _translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _library_read_once():
             program = torch.onnx.export(
                 reexport(graph),
                 dynamo=True,

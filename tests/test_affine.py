@@ -350,7 +350,10 @@ def test_windows_join_and_chain() -> None:
         (lambda m, x: x * torch.arange(9.0), "a value for every pixel"),
         (lambda m, x: F.conv2d(x, K2, padding="same"), "pads unevenly"),
         (lambda m, x: F.avg_pool2d(x, 3), "is not affine"),
-        (lambda m, x: F.relu(x) * torch.ones(1, dtype=torch.float64).type_as(x), "reads a dtype and no values"),
+        (
+            lambda m, x: F.relu(x) * torch.ones(1, dtype=torch.float64).type_as(x),
+            "reads a dtype and no values",
+        ),
     ],
 )
 def test_what_is_not_one_convolution(body: Callable[..., Any], reason: str) -> None:
