@@ -15,6 +15,7 @@ from .camera import Preprocessing
 from .data import Batch, Data, open_data
 from .errors import DataError, UsageError
 from .ir import Graph
+from .precision import are_boxes
 from .texts import Reading
 
 Run = Callable[..., Sequence[Tensor]]
@@ -68,6 +69,10 @@ def evaluator(
     labels = next(iter(data)).labels
     if labels is None and labelled:
         raise DataError(f"{data.description}: evaluation needs labels; add an array named y")
+    if labelled and are_boxes(labels):
+        raise UsageError(
+            f"{data.description}: boxes are compared with detections: add --postprocess 'nms(...)', which makes them"
+        )
     return Evaluator(
         "cosine" if labels is not None and labels.is_floating_point() and labels.dim() > 1 else "top1", data
     )

@@ -15,6 +15,7 @@ from .matching import FoundAgain
 from .nms import Detections
 from .opening import Options, reading
 from .postprocess import Plan
+from .precision import AveragePrecision, are_boxes
 
 
 def of_rows(
@@ -23,7 +24,7 @@ def of_rows(
     """The metric of `graph` as it came and of what becomes of it, and notices. None where none was asked for.
 
     plan: of `--postprocess`; what is run then returns detections, which are matched with the original's on the data of
-    `--eval`, or on the held-out samples, beside the metric of a function.
+    `--eval`, or on the held-out samples, beside the metric of a function, or the precision against boxes in the data.
     """
     own, asked = None, plan
     if isinstance(opt.evaluate, str) and postprocess.is_words(opt.evaluate):
@@ -52,4 +53,6 @@ def of_rows(
             f"the original detects nothing over conf={asked.options.conf:g} on {data.description}: what became of its "
             "detections is not measured; lower conf, or give pictures by --calib or --eval"
         )
-    return Evaluator("recall", function=lambda run: {**(own.of(run) if own else {}), **found(run)}), notices
+    drawn = plan is not None and are_boxes(next(iter(data)).labels)
+    precision = AveragePrecision(data, last) if drawn else own.of if own else lambda run: {}
+    return Evaluator("recall", function=lambda run: {**precision(run), **found(run)}), notices

@@ -27,7 +27,7 @@ SCHEMA = 1
 
 _STYLES = {"proved": "green", "not proved": "yellow", "warned": "yellow", "unchanged": "dim"}
 # fractions that people read as percentages
-_SHARES = frozenset({"top1", "top5", "accuracy", "agreement", "recall", "precision", "iou"})
+_SHARES = frozenset({"top1", "top5", "accuracy", "agreement", "recall", "precision", "iou", "map", "map50"})
 _SITES = 3  # sites named in a line of the declines; the file has them all
 
 

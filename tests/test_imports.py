@@ -63,7 +63,7 @@ TIERS = [
         "costs",
         "partitions",
     ],
-    ["target", "data", "matching", "weights", "tasks", "blend", "sentence"],
+    ["target", "data", "matching", "precision", "weights", "tasks", "blend", "sentence"],
     ["constants", "layout", "atoms", "evaluation", "lowering", "postprocess"],
     ["steps", "moves", "sharing", "uniform", "scales", "heads"],
     ["features", "positions", "export", "absorb"],
