@@ -28,9 +28,8 @@ _SILENT = (
     4  # only fatal messages: failures come back as exceptions, warnings would break the progress display
 )
 _LARGE = 1 << 16  # bytes of a tensor that is a weight, and no scales or sizes
-EXACT = (
-    "session.x64quantprecision"  # makes 8-bit weights unsigned, where x86 would add their products in 16 bits
-)
+# Makes 8-bit weights unsigned on x86 without VNNI, whose products with unsigned bytes would be added in 16 bits.
+EXACT = "session.x64quantprecision"
 _PROVIDER = "ExecutionProvider"
 _OPENVINO = f"OpenVINO{_PROVIDER}"
 FLOATS = {f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")}

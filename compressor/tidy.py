@@ -118,8 +118,7 @@ def own_zero_points(model: onnx_ir.Model) -> None:
         if tensor is None or tensor.dtype != onnx_ir.DataType.INT8 or tensor.numpy().any():
             continue
         for count, (node, index) in enumerate(list(zero.uses())[1:], 1):
-            copy = onnx_ir.Value(
-                name=f"{zero.name}_{count}", shape=zero.shape, type=zero.type, const_value=tensor
-            )
+            name = f"{zero.name}.{count}"
+            copy = onnx_ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=tensor)
             model.graph.register_initializer(copy)
             node.replace_input_with(index, copy)
