@@ -89,20 +89,22 @@ def measured(make: Any) -> Iterator[Row]:
         start = time.perf_counter()
         made, refused = integers(model, few, samples, Path(folder, "int8"))
         report = made.report
-        row: Row = {"verdict": GOOD, "kept": kept(report) + (" (sqnr=10)" if refused else "")}
+        verdict = GOOD
+        row: Row = {"kept": kept(report) + (" (sqnr=10)" if refused else "")}
         row |= {"size": share(report), "db": f"{noise(expected, outputs(made.onnx, feeds)):.1f}"}
         low, high = report["emitted"]["latency"]["spread"]
         row["speed"] = f"{report['emitted']['latency']['ratio']:.2f}x ({low:.2f}-{high:.2f})"
         if row["kept"].startswith("integer") and high < 1 / SLOWER:
-            row["verdict"] = SLOW
+            verdict = SLOW
         peaks = [peak(report)]
         yield row | {"seconds": f"{time.perf_counter() - start:.0f}", "mb": f"{max(peaks):.0f}"}
         made = compressor.compress(model, few, passes=HALVES, output=Path(folder, "fp16"))
         error = largest(expected, outputs(made.onnx, feeds))
         peaks.append(peak(made.report))
         if not error <= max(HALF, ROUNDINGS * alone):
-            row["verdict"] = WRONG
+            verdict = WRONG
         yield row | {
+            "verdict": verdict,
             "half": f"{error:.1e}",
             "weights": f"{alone:.1e}",
             "half_size": share(made.report),

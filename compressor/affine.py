@@ -66,7 +66,8 @@ class Reach:
         if node is self.entry or isinstance(state, list) or not is_tensor(node):
             return False
         same = self.form is TABLE or node.meta["val"].dtype == self.entry.meta["val"].dtype
-        return same and self.form.is_exit(state, self.entry, node)
+        empty = any(isinstance(size, int) and size == 0 for size in node.meta["val"].shape)
+        return same and not empty and self.form.is_exit(state, self.entry, node)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .constants import DataFree, ancestors
+from .constants import DataFree, ancestors, shape_only
 from .ir import Graph, site
 from .ops import extents, is_tensor, kind
 
@@ -33,23 +33,26 @@ def fold_uniform(graph: Graph, max_bytes: int, limit: int | None = None) -> list
     free = DataFree(graph)
     uniform = {node for node in graph.nodes if _is_uniform(node, free)}
     made: list[tuple[str, str]] = []
+    ours: set[Node] = set()  # what stands in the place of values before this one
     for node in graph.nodes:
         if limit is not None and len(made) >= limit:
             break
         if node not in uniform or all(user in uniform for user in node.users):
             continue
         sizes = extents(node.meta["val"])
-        under = ancestors(node, lambda n: kind(n) == "size" or n not in free)
+        under = ancestors(node, lambda n: kind(n) == "size" or (n not in free and n not in ours))
         count = sum(kind(n) not in _FREE for n in under)
         if count == 0 or not _is_told_a_size(under):
             continue
         if math.prod(map(_one, sizes)) * node.meta["val"].dtype.itemsize > max_bytes:
             continue
         constant = graph.add_tensor(f"{site(node)}.{node.name}", _of_one_sample(graph, under))
+        ours.add(constant)
         what = f"{count} operator{'s' * (count > 1)} on a repeated constant into one tensor"
         if any(isinstance(s, sympy.Symbol) for s in sizes):
             repeats = [_size(graph, s) if isinstance(s, sympy.Symbol) else -1 for s in sizes]
             constant = graph.insert(torch.ops.aten.expand.default, (constant, repeats), before=node)
+            ours.add(constant)
         graph.replace_uses(node, constant)
         made.append((site(node), what))
     if made:
@@ -78,7 +81,9 @@ def _of_one_sample(graph: Graph, nodes: list[Node]) -> Tensor:
     inside = set(nodes)
     with torch.no_grad():
         for node in nodes:
-            outside = {n: _shape_of_one(n) for n in node.all_input_nodes if n not in inside}
+            others = [n for n in node.all_input_nodes if n not in inside]
+            assert all(shape_only(node, n) for n in others), f"{node} reads data of {others}"
+            outside = {n: _shape_of_one(n) for n in others}
             env[node] = graph.execute(node, {**env, **outside})
     value: Tensor = env[nodes[-1]]
     return value.clone() if 0 in value.stride() else value

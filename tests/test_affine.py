@@ -363,6 +363,13 @@ def test_what_is_not_one_convolution(body: Callable[..., Any], reason: str) -> N
     assert any(reason in text for text in found.blocked.values())
 
 
+def test_a_value_without_elements_is_no_exit() -> None:
+    graph = graph_of(lambda m, x: torch.cat([F.relu(x), (x @ m.w)[..., 8:]], -1))
+    found = reached(graph, FEATURES)
+    empty = [node for node in found.known if 0 in node.meta["val"].shape]
+    assert empty and not set(empty) & set(found.exits())
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 12), (2, 6, 9, 7), (2, 6, 5, 6, 7)])
 @pytest.mark.parametrize(
     "geometry", [{}, {"stride": 2, "padding": 2}, {"dilation": 2, "padding": 1}, {"groups": 3}]

@@ -71,6 +71,27 @@ def _turn(part: nn.Module) -> None:
         nn.init.constant_(part.weight, 0.5)
 
 
+def read_on_the_way(m: Prompts, x: Tensor) -> Tensor:
+    prompts = m.encode(m.places[None].expand(x.shape[0], -1))
+    return torch.cat([x[:, :3] * prompts, torch.tanh(prompts * 2) * x[:, :3]], 1)
+
+
+def made_of_no_size(m: Prompts, x: Tensor) -> Tensor:
+    mask = F.pad(x.new_ones([4, 5]), (1, 0, 1, 0))
+    return x * mask + x * torch.cat([mask[:1], mask])[:-1]
+
+
+@pytest.mark.parametrize(("body", "count"), [(read_on_the_way, 2), (made_of_no_size, 1)])
+def test_what_is_made_of_a_folded_value_is_right(
+    body: Callable[[Prompts, Tensor], Tensor], count: int
+) -> None:
+    model, graph = graph_of(body)
+    assert len(fold_uniform(graph, 1 << 20)) == count  # the rest of the second reads tensors alone
+    graph.check()
+    x = torch.randn(4, 5, 6)
+    assert torch.allclose(graph.run(x)[0], model(x), atol=1e-6)
+
+
 def test_a_constant_that_would_be_too_large_stays() -> None:
     _, graph = graph_of(everywhere)
     assert fold_uniform(graph, 3 * 6 * 4 - 1) == []
