@@ -78,6 +78,7 @@ def emit(
     if optimize:
         tidy.fold_sizes(model)
     tidy.merge_slices(model)
+    tidy.keep_pads_of_maxima(model)
     dialect_.speak(model, dialect)
     tidy.share_weights(model)
     tidy.own_zero_points(model)

@@ -84,6 +84,10 @@ def _constant(model: onnx_ir.Model, node: onnx_ir.Node, what: str, value: np.nda
     return made
 
 
+# The least that is not zero, to a unit of its dtype; of float32 one that is not taken for zero where such are.
+_LEAST = {onnx_ir.DataType.FLOAT: 1.2e-38, onnx_ir.DataType.FLOAT16: 6e-8}
+
+
 def share_weights(model: onnx_ir.Model) -> None:
     """Equal tensors are stored once, under the name of the first."""
     alike: dict[tuple, list[onnx_ir.Value]] = defaultdict(list)
@@ -122,3 +126,27 @@ def own_zero_points(model: onnx_ir.Model) -> None:
             copy = onnx_ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=tensor)
             model.graph.register_initializer(copy)
             node.replace_input_with(index, copy)
+
+
+def keep_pads_of_maxima(model: onnx_ir.Model) -> None:
+    """A frame of zeros around what a maximum is taken of stays: its zeros become the next number that there is.
+
+    ONNX Runtime (1.31) makes it the frame of MaxPool itself, which counts for nothing: where all else in a
+    window is negative, the answer is another.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Pad" or not any(use.node.op_type == "MaxPool" for use in node.outputs[0].uses()):
+            continue
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        known = onnx_ir.convenience.get_const_tensor(value) if value is not None else None
+        dtype = node.inputs[0].dtype
+        if (value is not None and (known is None or known.numpy().any())) or dtype not in _LEAST:
+            continue
+        least = onnx_ir.tensor(_LEAST[dtype], dtype=dtype)
+        frame = onnx_ir.Value(
+            name=f"{node.outputs[0].name}.frame", shape=onnx_ir.Shape([]), const_value=least
+        )
+        frame.type = onnx_ir.TensorType(dtype)
+        model.graph.register_initializer(frame)
+        node.resize_inputs(max(len(node.inputs), 3))
+        node.replace_input_with(2, frame)

@@ -288,3 +288,20 @@ def test_two_runs_at_once_leave_the_files_of_one(tmp_path, monkeypatch):
     first.join()
     assert {file.read_text() for file in (tmp_path / "out").iterdir()} == {"second"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("-inf")])
+def test_a_frame_around_a_maximum_counts(tmp_path, value):
+    """ONNX Runtime takes zeros around an image for MaxPool's own frame, which is as good as minus infinity."""
+
+    class Framed(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=value), 3, 2)
+
+    x = torch.randn(2, 3, 8, 8) - 3
+    graph = capture(Framed(), x)
+    path = emit(graph, tmp_path / "framed.onnx").path
+    (seen,) = runtime.run(runtime.session(path, threads=1), [x.numpy()])
+    (expected,) = graph.run(x)
+    assert torch.allclose(torch.from_numpy(seen), expected, atol=1e-30)
+    assert float((expected - F.max_pool2d(x, 3, 2, 1)[..., :4, :4]).abs().max()) > 1 or value == float("-inf")
