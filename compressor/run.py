@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 import time
@@ -215,12 +214,9 @@ class Run:
 
     def baseline(self, graph: Graph) -> Emitted | None:
         """The model as it came, as float ONNX: what size and speed are compared with."""
-        folder = self.scratch / "float"
-        folder.mkdir()
         try:
             with self.step("emitting the original"):
-                plain = dataclasses.replace(self.target, formats=("onnx",))
-                return delivery.deliver(graph, plain, folder, {}, self.fixed(graph))
+                return self.stopwatch.emitted(graph, self.fixed(graph))
         except (UnsupportedError, TargetError) as error:
             self.notices.append(f"no comparison with the original as ONNX: {error}")
             return None

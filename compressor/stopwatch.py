@@ -57,7 +57,7 @@ class Stopwatch:
         clock = self.target.name if self.command is None else f"{self.target.name}, {self.command}"
         key = f"{clock}:{'+'.join(prints)}"
         if key not in self.table:
-            files = {p: self._file(p, graph, fixed) for p, graph in zip(prints, graphs, strict=True)}
+            files = {p: self.emitted(graph, fixed) for p, graph in zip(prints, graphs, strict=True)}
             found = self.latencies(files, graphs[0], seconds=len(files) * TIMING_SECONDS)
             self.table[key] = [found[p]["median_ms"] for p in prints]
         return self.table[key]
@@ -70,7 +70,9 @@ class Stopwatch:
         ratio = {"ratio": found["float"] / found["model"]} if found.keys() == {"model", "float"} else {}
         return {name: {"median_ms": ms} for name, ms in found.items()} | ratio
 
-    def _file(self, fingerprint: str, graph: Graph, fixed: Mapping[str, int]) -> Emitted:
+    def emitted(self, graph: Graph, fixed: Mapping[str, int]) -> Emitted:
+        """The graph as a file of this target, made once."""
+        fingerprint = graph.fingerprint()
         if fingerprint not in self._emitted:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             plain = dataclasses.replace(self.target, formats=("onnx",))

@@ -53,6 +53,7 @@ from compressor.verify import compare, observe
 from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
+FASTER = 1.03  # integers stay when the model is so many times faster with them: less is noise, and they cost accuracy
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
 FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
 HEARD = 32  # samples on which `auto` listens for the noise of ranges
@@ -414,4 +415,4 @@ def _worthwhile(
         *times, before = ctx.measure(*map(trial_with, choices), graph)
     facts = {"float_ms": before} | dict(zip(("int8_ms", "int8_as_it_was_ms"), times, strict=False))
     best = 0 if len(times) == 1 or times[0] <= SLOWER * times[1] else 1
-    return (choices[best] if times[best] < before else None), facts
+    return (choices[best] if FASTER * times[best] <= before else None), facts

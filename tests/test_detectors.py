@@ -372,7 +372,7 @@ def small_ssd() -> nn.Module:
 INT8 = {"passes": "fold,int8(rounding=nearest,equalise=false)", "measure": False}
 
 
-@pytest.mark.parametrize("name", ["yolo", "small_ssd"])
+@pytest.mark.parametrize("name", [pytest.param("yolo", marks=pytest.mark.nightly), "small_ssd"])
 def test_detections_from_end_to_end(name, request, tmp_path):
     model, x = request.getfixturevalue(name), pictures(64, 20)
     words = "nms(iou=0.5,conf=0.5,max=20)" if name == "yolo" else "nms(conf=0.3,max=20)"

@@ -22,7 +22,11 @@ from compressor.ir import Graph
 from compressor.run import Run
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-LONG = ("adapters.md", "text.md")  # pages whose blocks take over twenty seconds: `make nightly` runs them
+LONG = (
+    "adapters.md",
+    "text.md",
+    "search.md",
+)  # pages whose blocks take over twenty seconds: `make nightly` runs them
 NOT_RUN = 7  # blocks of all pages together, at most
 
 
