@@ -511,7 +511,7 @@ def targets() -> None:
     """List the targets with their settings."""
     from . import console, registry
 
-    console.show_targets(registry.targets(), console.output())
+    console.show_targets(registry.targets(), registry.native(), console.output())
     _next("MODEL", "--target", "cpu")
 
 

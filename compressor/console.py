@@ -126,8 +126,8 @@ def show_plan(plan: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def show_targets(registry: Mapping[str, Any], console: Console) -> None:
-    """One row a target: what it is for, and its settings."""
+def show_targets(registry: Mapping[str, Any], native: str, console: Console) -> None:
+    """One row a target: what it is for, and its settings. native: the one that is this machine."""
     made = table("target", "what it is for", "settings")
     for name, target in registry.items():
         settings = [
@@ -135,7 +135,8 @@ def show_targets(registry: Mapping[str, Any], console: Console) -> None:
             for field in dataclasses.fields(target)
             if field.name not in ("name", "summary", "quant", "lacks")
         ]
-        made.add_row(escape(name), escape(target.summary), escape(", ".join(settings)))
+        summary = f"{target.summary}; this machine" if name == native else target.summary
+        made.add_row(escape(name), escape(summary), escape(", ".join(settings)))
     console.print(made)
 
 

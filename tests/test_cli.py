@@ -280,6 +280,7 @@ def test_passes_and_targets_are_listed_with_their_settings(run: Run) -> None:
     assert last(out) == "compress MODEL --passes merge,fold"
     code, out, _ = run("targets")
     assert code == 0 and "cpu" in out and "channel_multiple=16" in out and "opset=20" in out
+    assert out.count("this machine") == 1
 
 
 def test_help_leads_with_the_default_command(run: Run) -> None:
