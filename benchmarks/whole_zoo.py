@@ -4,17 +4,17 @@
     python benchmarks/whole_zoo.py resnet18 'timm/*'     those that a name or pattern picks
     python benchmarks/whole_zoo.py --table               the table of what was measured, no more
 
-Rows are kept in `results/zoo.jsonl` (`--rows`), and what is there is not measured again: stop and go on as you like, in
-several processes if each has patterns of its own. Random
-weights with power (`tests/zoo.py`), dynamic batch, 16 made-up samples calibrate; every pass keeps its contract and
-the file is verified, or the run fails. The table then compares the file with PyTorch's own model on four samples that
-the run has not seen. *int8*: `merge,fold,int8(equalise=false,rounding=nearest)`, the quick recipe, whose dB are fewer:
-whether it became integer, or stays float because it measures no faster; where plain int8 is refused, as too loud for this network, `int8(sqnr=10)` is what its error
-tells a user to say. *dB*: signal over noise of the worst output. *speed*: how many times faster than the float file
-of the model as it came, batch 1, one thread, in turns. *fp16*: largest error relative to the scale of the output;
-*weights*: the same of PyTorch's model with its weights alone rounded to half precision, which is what the network
-makes of one rounding. *seconds* of both runs, *MB*: the larger peak of anonymous memory. Exit code 1 where a run
-fails, an int8 file is slower by over 5 %, or fp16 gives NaN or is over 2e-3 and over three times *weights*.
+Rows are kept in `results/zoo.jsonl` (`--rows`), and what is there is not measured again: stop and go on as you like,
+in several processes if each has patterns of its own. Random weights with power (`tests/zoo.py`), dynamic batch, 16
+made-up samples calibrate; every pass keeps its contract and the file is verified, or the run fails. The table then
+compares the file with PyTorch's own model on four samples that the run has not seen. *int8*:
+`merge,fold,int8(equalise=false,rounding=nearest)`, the quick recipe, whose dB are fewer: whether it became integer, or
+stays float because it measures no faster; where plain int8 is refused, as too loud for this network, `int8(sqnr=10)`
+is what its error tells a user to say. *dB*: signal over noise of the worst output. *speed*: how many times faster than
+the float file of the model as it came, batch 1, one thread, in turns. *fp16*: largest error relative to the scale of
+the output; *weights*: the same of PyTorch's model with its weights alone rounded to half precision, which is what the
+network makes of one rounding. *seconds* of both runs, *MB*: the larger peak of anonymous memory. Exit code 1 where a
+run fails, an int8 file is slower by over 5 %, or fp16 gives NaN or is over 2e-3 and over three times *weights*.
 """
 
 from __future__ import annotations
