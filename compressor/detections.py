@@ -112,12 +112,12 @@ def _exposed(path: Path, rest: Sequence[str], outputs: Sequence[str], provider: 
     del model.graph.output[:]
     model.graph.output.extend([*named, *(known[name] for name in (*rest, *detections))])
     if not delivery.is_large(path):
-        yield runtime.session(model.SerializeToString(), providers=[provider])
+        yield runtime.session(model.SerializeToString(), providers=[provider], exact=True)
         return
     beside = path.with_name(f".{path.name}.exposed")  # its weights are found beside it
     try:
         onnx.save(model, str(beside))
-        yield runtime.session(beside, providers=[provider], weights="mapped")
+        yield runtime.session(beside, providers=[provider], exact=True, weights="mapped")
     finally:
         beside.unlink(missing_ok=True)
 

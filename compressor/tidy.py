@@ -84,10 +84,6 @@ def _constant(model: onnx_ir.Model, node: onnx_ir.Node, what: str, value: np.nda
     return made
 
 
-# The least that is not zero, to a unit of its dtype; of float32 one that is not taken for zero where such are.
-_LEAST = {onnx_ir.DataType.FLOAT: 1.2e-38, onnx_ir.DataType.FLOAT16: 6e-8}
-
-
 def share_weights(model: onnx_ir.Model) -> None:
     """Equal tensors are stored once, under the name of the first."""
     alike: dict[tuple, list[onnx_ir.Value]] = defaultdict(list)
@@ -126,6 +122,10 @@ def own_zero_points(model: onnx_ir.Model) -> None:
             copy = onnx_ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=tensor)
             model.graph.register_initializer(copy)
             node.replace_input_with(index, copy)
+
+
+# The least that is not zero, to a unit of its dtype; of float32 one that is not taken for zero where such are.
+_LEAST = {onnx_ir.DataType.FLOAT: 1.2e-38, onnx_ir.DataType.FLOAT16: 6e-8}
 
 
 def keep_pads_of_maxima(model: onnx_ir.Model) -> None:
