@@ -1,4 +1,4 @@
-"""Graph -> ONNX. The only file that calls torch.onnx.
+"""Graph -> a file in ONNX.
 
 What comes out speaks the model's names: inputs and outputs by their path, dynamic axes by theirs, nodes by module
 path (`layer3.2.conv1/Conv`). The exporter's local paths and addresses are stripped, so the bytes depend on the graph,
@@ -8,28 +8,23 @@ the versions and the metadata alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir
-import torch
 from torch import Tensor
-from torch.fx import Node
 
 from . import dialect as dialect_
-from . import nms, tidy
-from .contrib import since, translations
-from .errors import CompressorError, UnsupportedError
-from .export import quiet, reexport
-from .ir import Graph, Input, as_declared, module_path, unsupported
+from . import tidy
+from .contrib import since
+from .ir import Graph, Input, as_declared, module_path
 from .lowering import prepared
 from .ops import kind
 from .target import release
+from .translator import translate
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf of this size is built in memory, twice; it cannot hold 2 GiB
 _INLINE_BYTES = 256  # smaller tensors stay in the model: shapes and scalars, from which shapes are inferred
@@ -74,7 +69,7 @@ def emit(
     UnsupportedError where an operator has no word in ONNX, with its module and line.
     """
     ready = prepared(graph, fixed or {})
-    model = _translate(ready, opset, optimize)
+    model = translate(ready, opset, optimize)
     if optimize:
         tidy.fold_sizes(model)
     tidy.merge_slices(model)
@@ -120,89 +115,6 @@ def companion_of(path: Path) -> Path:
 def is_integer(graph: Graph) -> bool:
     """True where the emitted model computes on integers, which round differently in every runtime."""
     return any(kind(n) in ("quantize", "integer_matmul") for n in graph.nodes)
-
-
-# -------------------------------------------------------------------- translation
-
-
-@cache
-def _answer(function: Callable[[], Any]) -> Any:
-    return function()
-
-
-@contextmanager
-def _library_read_once() -> Iterator[None]:
-    """The exporter parses the source of all that it can translate to at every export: half of a small model's time.
-
-    Where this torch has another inside, it takes that time.
-    """
-    try:
-        from torch.onnx._internal.exporter._registration import onnxscript_apis as library
-
-        read = library.get_torchlib_ops
-    except (ImportError, AttributeError):
-        yield
-        return
-    library.get_torchlib_ops = lambda: _answer(read)
-    try:
-        yield
-    finally:
-        library.get_torchlib_ops = read
-
-
-def _translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
-    try:
-        with quiet(), torch.no_grad(), _library_read_once():
-            program = torch.onnx.export(
-                reexport(graph),
-                dynamo=True,
-                opset_version=opset,
-                optimize=optimize,
-                verbose=False,
-                custom_translation_table={**translations(), **nms.translations()},
-            )
-    except (CompressorError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if optimize:
-            return _translate(graph, opset, False)
-        raise _explain(graph, error) from error
-    if program is None:
-        raise UnsupportedError("the ONNX exporter returned nothing")
-    return program.model
-
-
-def _explain(graph: Graph, error: Exception) -> UnsupportedError:
-    """Which operator has no translation, and where it stands; the exporter's own first line where that is not it."""
-    failing = _failing_node(error)
-    if failing is None:
-        return UnsupportedError(f"the model does not translate to ONNX: {_first_line(error)}")
-    trace = failing.meta.get("stack_trace")
-    own = [n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace]
-    culprit = next((n for n in own if kind(n) == "opaque"), own[0] if own else failing)
-    return unsupported(
-        culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript"
-    )
-
-
-def _failing_node(error: BaseException | None) -> Node | None:
-    """The node that the translator was at: only its stack frames know."""
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None:
-            node = trace.tb_frame.f_locals.get("node")
-            if isinstance(node, Node) and trace.tb_frame.f_globals.get("__name__", "").startswith(
-                "torch.onnx"
-            ):
-                return node
-            trace = trace.tb_next
-        error = error.__cause__
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 # -------------------------------------------------------------------- weights

@@ -1,5 +1,6 @@
 """Graph -> ONNX: names, axes, bytes, and operators without a word in ONNX."""
 
+import contextlib
 import os
 import threading
 from collections import Counter
@@ -7,10 +8,11 @@ from collections import Counter
 import onnx
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from compressor import delivery, publishing, runtime
+from compressor import delivery, publishing, runtime, translator
 from compressor.capture import capture
 from compressor.data import Batch
 from compressor.emit import emit
@@ -305,3 +307,58 @@ def test_a_frame_around_a_maximum_counts(tmp_path, value):
     (expected,) = graph.run(x)
     assert torch.allclose(torch.from_numpy(seen), expected, atol=1e-30)
     assert float((expected - F.max_pool2d(x, 3, 2, 1)[..., :4, :4]).abs().max()) > 1 or value == float("-inf")
+
+
+class Wordless(nn.Module):
+    """Operators that the exporter has no words for: torch makes others of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, image):
+        hidden = self.norm(self.stem(image))
+        both = (hidden > 0).__and__(hidden < 1)
+        return self.pool(hidden), both, torch.diff(hidden)
+
+
+def test_one_trace_writes_out_what_the_exporter_has_no_words_for(tmp_path, monkeypatch):
+    rewrites = pytest.importorskip("torch.onnx._internal.exporter._fx_passes")
+    traces = []
+    decompose = rewrites.decompose_with_registry
+    monkeypatch.setattr(
+        rewrites, "decompose_with_registry", lambda *args: traces.append(0) or decompose(*args)
+    )
+    torch.manual_seed(0)
+    graph = capture(zoo.with_power(Wordless(), image := torch.randn(2, 3, 8, 8)), (image,))
+    text = graph.text()
+    quick = emit(graph, tmp_path / "quick.onnx")
+    assert not traces and graph.text() == text
+    monkeypatch.setattr(translator, "_quick", lambda *_: contextlib.nullcontext())
+    slow = emit(graph, tmp_path / "slow.onnx")
+    assert traces
+    assert Counter(o for o, _ in quick.nodes) == Counter(o for o, _ in slow.nodes)
+    for a, b, c in zip(
+        *(runtime.run(runtime.session(e.path), [image.numpy()]) for e in (quick, slow)),
+        graph.run(image),
+        strict=True,
+    ):
+        assert (a == b).all()
+        torch.testing.assert_close(torch.from_numpy(a), c)
+
+
+def test_what_only_a_second_trace_writes_out_is_written_out(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 8, 3))
+
+        def forward(self, sound):
+            return self.conv(sound)
+
+    torch.manual_seed(0)
+    graph = capture(Normed(), (sound := torch.randn(2, 3, 16),))
+    emitted = emit(graph, tmp_path / "m.onnx")
+    (seen,) = runtime.run(runtime.session(emitted.path), [sound.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), *graph.run(sound))

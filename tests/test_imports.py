@@ -67,7 +67,7 @@ TIERS = [
     ["constants", "layout", "atoms", "evaluation", "lowering", "postprocess"],
     ["steps", "moves", "sharing", "uniform", "scales", "heads"],
     ["features", "positions", "export", "absorb"],
-    ["kernels", "ties", "padding"],
+    ["kernels", "ties", "padding", "translator"],
     [
         "affine",
         "channels",
@@ -136,7 +136,7 @@ SEARCH = [
     ["tune"],
     ["sweep", "fleet"],
 ]
-OWNERS = {"torch.onnx": "emit", "onnxruntime": "runtime"}  # library -> the one file that imports it
+OWNERS = {"torch.onnx": "translator", "onnxruntime": "runtime"}  # library -> the one file that imports it
 
 
 # ------------------------------------------------------------------------- the walkers

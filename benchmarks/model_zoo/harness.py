@@ -43,11 +43,11 @@ def models() -> dict[str, Any]:
 
 
 def chosen(patterns: Sequence[str]) -> dict[str, Any]:
-    """The models that a name or pattern picks, all if there is none; ends the program where that is nothing."""
+    """The models that names or patterns pick, in their order; all if there is none. Ends the program where none is."""
     everything = models()
     if not patterns:
         return everything
-    picked = {n: m for n, m in everything.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+    picked = {n: m for p in patterns for n, m in everything.items() if fnmatch.fnmatchcase(n, p)}
     if not picked:
         sys.exit(f"no model is called {', '.join(patterns)}; there are {', '.join(everything)}")
     return picked
