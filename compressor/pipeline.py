@@ -242,6 +242,7 @@ class Pipeline:
                     f"'{name}' is not among the passes of this run: {','.join(map(str, self.passes))}"
                 )
         self.tolerance, self.limits, self.stop_after, self.after = tolerance, limits, stop_after, after
+        self.seen: list[verify.Outputs] = []  # what the graph of the last run makes of each held-out batch
 
     def run(self, graph: Graph, ctx: Context, memory: Memory | None = None) -> list[Row]:
         """Edits `graph` in place; a row for the input and one for every pass. ContractError names pass and operator."""
@@ -273,6 +274,7 @@ class Pipeline:
             if memory is not None and done < len(self.passes):
                 memory.keep(self.passes[:done], rows, graph)
                 graph.become(graph.copy())  # names that come later are those after a recall
+        self.seen = judge.last
         return rows
 
     def _apply(self, one: Pass, graph: Graph, ctx: Context, judge: _Judge) -> Row:

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from torch.fx import Node
@@ -56,6 +55,7 @@ SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower wit
 FASTER = 1.03  # integers stay when the model is so many times faster with them: less is noise, and they cost accuracy
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
 FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
+SKETCHED = 4  # samples whose ranges do for a stopwatch
 HEARD = 32  # samples on which `auto` listens for the noise of ranges
 FEW_TEXTS = 8  # transformers have their outliers in the same channels everywhere, so that few texts know them
 BLOCK = 32  # columns that share a scale where weights alone are integers
@@ -387,7 +387,7 @@ def _worthwhile(
     """The rewrites to make, None where nothing in integers is faster than the model is, and what the stopwatch said.
 
     In doubt are the rewrites that the target wants timed, if they add work worth mentioning; they all stay or all go.
-    Timed are quantised trials whose ranges come from one batch: speed does not depend on scales.
+    Timed are quantised trials whose ranges come from a few samples: speed does not depend on scales.
     """
     data = ctx.calibration
     wanted = {
@@ -406,7 +406,8 @@ def _worthwhile(
     def trial_with(names: set[str]) -> Graph:
         trial = graph.copy()
         _rewrite(trial, spec, data, names, None)
-        ranges = calibrate(trial, place(trial, spec, None, ignore).owner, islice(data or (), 1))
+        few = () if data is None else data.limited(SKETCHED)
+        ranges = calibrate(trial, place(trial, spec, None, ignore).owner, few)
         insert_pairs(place(trial, spec, ranges, ignore), ranges)
         trial.clean()
         return trial
