@@ -9,7 +9,7 @@ Mutants are drawn with a seed from all that cosmic-ray makes of the channel alge
 fold pass, those left out that Python reads as the same program (types are not run). Each is tested in a copy of the
 checkout: the file's own tests first, and if they all pass, those of what is built on it. *killed*: a test failed, or
 a group of them took over 200 seconds of a processor. *survived* ones are listed with their change: each is either the
-same behaviour in other words, and then gets a line in EQUIVALENT, or lacks a test. Rows are kept in `results/mutants.jsonl`.
+same behaviour in other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ def analyse(graph: Graph, carrier: Carrier = "head_dim", norms: bool = False) ->
 def _first_reason(labels: Array, frozen: Sequence[tuple[Array, str]]) -> Array:
     """Index of the first freeze that hit each class, len(frozen) where none did; by label."""
     first = np.full(len(labels), len(frozen), dtype=np.int64)
-    for i in range(len(frozen) - 1, -1, -1):
-        first[labels[frozen[i][0]]] = i
+    for i, (atoms, _) in reversed([*enumerate(frozen)]):
+        first[labels[atoms]] = i
     return first
 
 

@@ -223,17 +223,17 @@ def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
     beats are in pareto/, and a search that was stopped goes on with --resume.
     """
     existing(model)
-    from . import console
+    from . import console, console_search
 
     errors = console.progress(quiet)
     with console.working(errors, "loading PyTorch"):
         from . import api
-    study = api.tune(model, told=console.trial_line(errors), **given())
+    study = api.tune(model, told=console_search.trial_line(errors), **given())
     summary = study.summary()
     if as_json:
         _json(summary)
     elif not quiet:
-        console.show_search(summary, console.output())
+        console_search.show_search(summary, console.output())
         if study.best is not None:
             _next("bench", study.folder / "best" / "model.onnx")
     if not study.feasible:
@@ -248,18 +248,18 @@ def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
 def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) -> None:
     """Compare passes on MODEL: every spec of a space, several seeds, same data, means and spreads."""
     existing(model)
-    from . import console
+    from . import console, console_search
 
     errors = console.progress(quiet)
     with console.working(errors, "loading PyTorch"):
         from . import api
-    lines, notices, text = api.sweep(model, told=console.trial_line(errors), **given())
+    lines, notices, text = api.sweep(model, told=console_search.trial_line(errors), **given())
     if as_json:
         _json({"lines": lines, "notices": notices})
     elif as_csv:
         click.echo(text, nl=False)
     elif not quiet:
-        console.show_sweep(lines, notices, console.output())
+        console_search.show_sweep(lines, notices, console.output())
 
 
 @commands.command("batch")
@@ -269,16 +269,16 @@ def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) 
 def compress_list(listed: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Compile many models: LIST.toml names them, with a recipe or a budget each. What is done is not done again."""
     existing(listed)
-    from . import console
+    from . import console, console_search
 
     errors = console.progress(quiet)
     with console.working(errors, "loading PyTorch"):
         from . import api
-    rows = api.batch(listed, told=console.trial_line(errors), **given())
+    rows = api.batch(listed, told=console_search.trial_line(errors), **given())
     if as_json:
         _json(rows)
     elif not quiet:
-        console.show_models(rows, console.output())
+        console_search.show_models(rows, console.output())
     failed = [f"{row['model']}: {row['why']}" for row in rows if row["state"] != "done"]
     if failed:
         raise UsageError("\n".join([f"{len(failed)} of {len(rows)} models were not made", *failed]))
@@ -304,7 +304,7 @@ def verify(
         existing(one)
     onnx = next((one for one in files[-1:] if len(files) == 2 or one.endswith((".onnx", ".ort"))), None)
     model = files[0] if files and files[0] != onnx else None
-    from . import console
+    from . import console, console_checks
 
     typed = given()
     if against is not None:
@@ -322,10 +322,10 @@ def verify(
     if as_json:
         _json(result)
     elif not quiet and against is not None:
-        console.show_claims(result, console.output())
+        console_checks.show_claims(result, console.output())
         _next("inspect", typed["against"])
     elif not quiet:
-        console.show_verification(result, console.output(), options["layers"])
+        console_checks.show_verification(result, console.output(), options["layers"])
         _next("bench", files[1])
     if not result.get("ok", True) and against is not None:
         raise ContractError(f"{typed['against']}: not all that it says is so")
@@ -383,7 +383,7 @@ def inspect(
     found = Path(existing(path))
     if (found / "report.json").is_file():
         found = found / "report.json"
-    from . import console
+    from . import console, console_layers
     from .report import read_report, render, showing
 
     if found.suffix == ".json" and found.is_file():
@@ -406,7 +406,7 @@ def inspect(
             _json(report)
         elif groups and not quiet:
             with showing(found):
-                console.show_ledger(console.ledger_of(report, found), console.output())
+                console_layers.show_ledger(console_layers.ledger_of(report, found), console.output())
         elif html and not quiet:
             click.echo(html)
         elif not quiet:
@@ -422,13 +422,13 @@ def inspect(
     if as_json:
         _json(facts)
     elif partitions and not quiet:
-        console.show_partitions(facts["partitions"], console.output())
+        console_layers.show_partitions(facts["partitions"], console.output())
         _next("bench", found)
     elif (groups or layers) and not quiet:
         if layers:
-            console.show_layers(facts, console.output())
+            console_layers.show_layers(facts, console.output())
         if groups:
-            console.show_ledger(facts, console.output())
+            console_layers.show_ledger(facts, console.output())
         _next(*((path, "--passes", "merge,prune") if groups else ("inspect", path, "--groups")))
     elif not quiet:
         console.show_facts(facts, console.output())
@@ -446,7 +446,7 @@ def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
     for one in map(Path, map(existing, diff)):
         inside = [one / name for name in ("report.json", "model.onnx") if (one / name).is_file()]
         paths.append(inside[0] if inside else one)
-    from . import console
+    from . import console, console_checks
 
     with console.working(console.progress(quiet), "comparing"):
         from . import api
@@ -455,7 +455,7 @@ def _show_difference(diff: tuple[str, str], quiet: bool, as_json: bool) -> None:
     if as_json:
         _json(result)
     elif not quiet:
-        console.show_difference(result, console.output())
+        console_checks.show_difference(result, console.output())
 
 
 @commands.command()
@@ -482,6 +482,7 @@ def bench(
     for one in onnx:
         existing(one)
     from . import console
+    from .console_times import show_latencies, show_profile, show_settings
 
     shown = console.logging(quiet, verbose, log_format)
     with console.working(shown["console"], "loading PyTorch"):
@@ -490,9 +491,7 @@ def bench(
     if as_json:
         _json(rows)
     elif not quiet:
-        show = (
-            console.show_settings if advise else console.show_profile if profile else console.show_latencies
-        )
+        show = show_settings if advise else show_profile if profile else show_latencies
         show(rows, console.output())
         _next("inspect", onnx[0])
 

@@ -123,6 +123,7 @@ TIERS = [
     ["api"],
     ["completion", "config"],
     ["console", "options"],
+    ["console_times", "console_search", "console_checks", "console_layers"],
     ["cli"],
 ]
 TIER = {name: height for height, names in enumerate(TIERS) for name in names}

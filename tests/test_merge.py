@@ -130,6 +130,22 @@ def test_addmm_between_reshapes_is_a_linear() -> None:
     assert merged.data_ptr() == before.tensors["weight"].data_ptr()  # turned, not copied
 
 
+def test_tables_read_by_indexing_go_on_counting_negative_numbers_from_the_end() -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.down = nn.Parameter(torch.randn(9, 8)), nn.Parameter(torch.randn(9, 2))
+            self.up = nn.Linear(2, 8, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table[ids] + self.up(self.down[ids])
+
+    graph = captured(Indexed(), torch.randint(0, 9, (2, LENGTH)))
+    after, outcome = merge(graph)
+    assert len(outcome.rewrites) == 1 and operators(after) == {"index": 1}
+    assert error(graph, after, torch.tensor([[-1, -9, 3], [0, -2, 8]])) < TOLERANCE
+
+
 def test_limit_applies_the_first_rewrites_only() -> None:
     before = transformer(LoRA)
     _, full = merge(before)
