@@ -16,7 +16,9 @@ from typing import Any
 import click
 
 import compressor
-from compressor import api, cli, errors, ir, pipeline, registry, schema, target
+from compressor import api, errors, ir, pipeline, registry, schema, target
+from compressor.commands import commands as group
+from compressor.commands import compress_model
 
 Explained = list[tuple[tuple[str, ...], str]]
 
@@ -143,7 +145,7 @@ def _wrapped(signature: str) -> str:
 
 def commands() -> str:
     made = []
-    for name, command in {"compress": cli.compress_model, **cli.commands.commands}.items():
+    for name, command in {"compress": compress_model, **group.commands}.items():
         usage = "compress" if name == "compress" else f"compress {name}"
         ctx = click.Context(command, info_name=usage)
         lines = [f"## `{usage}`\n", f"```text\n{' '.join(command.collect_usage_pieces(ctx))}\n```\n".replace(

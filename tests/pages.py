@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.cli import commands, main
+from compressor.cli import main
+from compressor.commands import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 _FENCE = re.compile(

@@ -21,7 +21,7 @@ from conftest import hears_ctrl_c
 from sample_report import sample_report
 
 import compressor
-from compressor import cli, options, report
+from compressor import cli, commands, options, report
 from compressor.errors import (
     CompressorError,
     ContractError,
@@ -126,10 +126,10 @@ def test_every_option_has_the_apis_name(run: Run, model: str, calls: list) -> No
 @pytest.mark.parametrize(
     ("command", "verb"),
     [
-        (cli.compress_model, "compress"),
-        (cli.verify, "verify"),
-        (cli.inspect, "inspect"),
-        (cli.bench, "bench"),
+        (commands.compress_model, "compress"),
+        (commands.verify, "verify"),
+        (commands.inspect, "inspect"),
+        (commands.bench, "bench"),
     ],
 )
 def test_the_api_takes_every_option(command: click.Command, verb: str) -> None:
@@ -182,9 +182,9 @@ def test_the_last_line_speaks_the_users_own_command(
         ("/x/compressor/__main__.py", "python -m compressor"),
     ):
         monkeypatch.setattr(sys, "argv", [argv0])
-        assert cli._program() == words
+        assert commands.program() == words
     monkeypatch.setattr(sys, "argv", ["/x/pytest"])
-    assert cli._program() == "compress"
+    assert commands.program() == "compress"
 
 
 def test_after_stop_after_nothing_is_there_to_bench(

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from compressor.cli import commands
+from compressor.commands import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -124,6 +124,7 @@ TIERS = [
     ["completion", "config"],
     ["console", "options"],
     ["console_times", "console_search", "console_checks", "console_layers"],
+    ["commands"],
     ["cli"],
 ]
 TIER = {name: height for height, names in enumerate(TIERS) for name in names}
