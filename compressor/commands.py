@@ -193,6 +193,8 @@ def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) 
         click.echo(text, nl=False)
     elif not quiet:
         console_search.show_sweep(lines, notices, console.output())
+    if not any(line["seeds"] for line in lines):
+        raise UsageError(f"no spec gave a model: {lines[0]['failed'][0]}")
 
 
 @commands.command("batch")

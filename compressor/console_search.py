@@ -56,6 +56,7 @@ def show_search(summary: Mapping[str, Any], console: Console) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in ended.most_common())
     within = ", ".join(summary["constraints"])
     stopped = f"; {summary['stopped']}" if summary["stopped"] else ""
+    stopped += f"; timed on {summary['timed_on']}" if summary["timed_on"] else ""
     console.print(escape(f"{len(trials)} trials ({counts}), {summary['feasible']} within {within}{stopped}"))
 
 

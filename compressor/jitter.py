@@ -25,6 +25,7 @@ LAST_BITS = 1e-6  # relative: some units in the last place of float32
 MARGIN_DB = 6.0  # twice the difference
 ONCE = 2.0  # times `errors`: for weights that were rounded once, as those of `errors` are
 EVERYWHERE = 8.0  # for two runtimes, each of which rounds at every operator as well
+_DISCRETE = ("quantize", "integer_matmul")
 Where = tuple[str, str]  # an output, and a slice of it
 
 
@@ -43,9 +44,15 @@ def allowed(checks: Sequence[Check], errors: Mapping[Where, float], times: float
 
 
 def levels(graph: Graph, samples: Iterable[Sequence[Tensor]]) -> dict[Where, float]:
-    """Least SQNR in dB of a runtime that computes an integer graph correctly, and rounds in its own way."""
-    twins = [jittered(graph, sign * LAST_BITS) for sign in (1, -1)]
-    checks = _compared(graph, twins, few(graph, samples, FEW))
+    """Least SQNR in dB of a runtime that computes a graph correctly, and rounds in its own way.
+
+    Integers are held to what last bits make of them; half precision to what all its rounding makes of the graph, since
+    every operator rounds.
+    """
+    base, twins = graph, [jittered(graph, sign * LAST_BITS) for sign in (1, -1)]
+    if not any(kind(node) in _DISCRETE for node in graph.nodes):
+        base, twins = widened(graph, torch.float32), [graph]
+    checks = _compared(base, twins, few(graph, samples, FEW))
     return {where: min(check.sqnr_db for check in found) - MARGIN_DB for where, found in checks.items()}
 
 
@@ -56,7 +63,7 @@ def jittered(graph: Graph, step: float) -> Graph:
     """
     twin = graph.copy()
     for node in list(twin.nodes):
-        if kind(node) in ("quantize", "integer_matmul"):
+        if kind(node) in _DISCRETE:
             value: Any = node.args[0]
             least = torch.finfo(value.meta["val"].dtype).eps
             factor = 1 + math.copysign(max(abs(step), least), step)

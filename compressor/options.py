@@ -317,9 +317,7 @@ _ENGINES = (
     click.option(
         "--ray-address", metavar="ADDRESS", help="Of the cluster; default: auto, the one of this machine."
     ),
-    click.option(
-        "--trial-cpus", type=_POSITIVE, metavar="N", help="Cores of one trial in the cluster; default: 1."
-    ),
+    click.option("--trial-cpus", type=_POSITIVE, metavar="N", help="Cores of one trial; default: 1."),
 )
 
 tuning = _all(

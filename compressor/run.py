@@ -131,11 +131,11 @@ class Run:
                 "sha256": loaded.sha256 or graph.fingerprint(),
                 "hashed": "file" if loaded.sha256 else "graph",
             }
-            opt = self.opt = take_pixels(graph, opt)
+        self.prepare(graph, loaded)
+        opt = self.opt
         require_finite(graph)
         self.notices += [*loaded.notes, *graph.notices]
-        if opt.postprocess is not None:
-            self.plan = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
+        if self.plan is not None:
             self.notices += self.plan.doubts(graph)
         source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
         self.facts = source.facts if source is not None else {}
@@ -187,6 +187,13 @@ class Run:
 
     def capture(self, loaded: Loaded, example: Any) -> Graph:
         return capture_model(loaded, example, self.opt)
+
+    def prepare(self, graph: Graph, loaded: Loaded) -> None:
+        """The ends that the user asked for: what images come in as is put in front, what follows outputs is planned."""
+        self.opt = take_pixels(graph, self.opt)
+        if self.opt.postprocess is not None:
+            asked = postprocess.parse(self.opt.postprocess)
+            self.plan = heads.plan(graph, asked, detectors.known(loaded.model))
 
     def passed(self, graph: Graph, ctx: Context) -> tuple[list[Row], list[dict[str, Any]]]:
         """Runs the passes over a graph; their rows, and what became of each layer."""

@@ -16,6 +16,7 @@ from .emit import Emitted
 from .ir import Graph
 from .target import Target
 
+HERE = "this host"
 TIMING_SECONDS = 0.5  # for each graph that a pass has timed
 
 
@@ -47,7 +48,7 @@ class Stopwatch:
         """Where times are taken, in words."""
         if self.command is not None:
             return "the device, by --latency-cmd"
-        return "this host, not on the target" if self.elsewhere else "this host"
+        return f"{HERE}, not on the target" if self.elsewhere else HERE
 
     def milliseconds(self, graphs: tuple[Graph, ...], fixed: Mapping[str, int]) -> list[float]:
         """Of each graph, timed in turns; a device is asked for one at a time. fixed: sizes of dynamic axes."""

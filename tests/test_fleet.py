@@ -97,6 +97,12 @@ output = "searched"
 
 [[model]]
 path = "missing.pt2"
+
+[[model]]
+path = "net.pt2"
+passes = "fold"
+latency-cmd = "false {onnx}"
+output = "untimed"
 """
 
 
@@ -106,7 +112,8 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
     assert cli.main(words) == 2
     said = capsys.readouterr()
     rows = json.loads(said.out)
-    assert [row["state"] for row in rows] == ["done", "done", "refused"] and "missing.pt2" in said.err
+    assert [row["state"] for row in rows] == ["done", "done", "refused", "refused"]
+    assert "missing.pt2" in said.err and "false" in rows[3]["why"]
     for name in ("small", "searched"):
         report = json.loads((files / name / "report.json").read_text())
         assert "int8" in report["spec"] and (files / name / "model.onnx").exists()
@@ -122,6 +129,10 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
     assert again[0]["spec"] == "fold,fp16" and again[1] == rows[1]
     after = {name: (files / name / "model.onnx").stat().st_mtime_ns for name in ("small", "searched")}
     assert after["small"] != before["small"] and after["searched"] == before["searched"]
+
+    (files / "models.toml").write_text(LIST.replace("sqnr>=10", "sqnr>=11"))  # another search, in its place
+    assert cli.main([*words]) == 2
+    assert json.loads(capsys.readouterr().out)[1]["state"] == "done"
 
 
 @pytest.mark.parametrize(

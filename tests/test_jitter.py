@@ -26,14 +26,18 @@ from targets.cpu import CPU
 WIDTH = 32
 
 
-def integer(layers: int) -> Graph:
+def steps(layers: int) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(*(one for _ in range(layers) for one in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
     with_power(model, torch.randn(8, WIDTH))
     with torch.no_grad():
         for layer in model[::2]:
             layer.weight *= 2  # tanh at its steepest and flattest: small changes grow
-    graph = capture(model, torch.randn(8, WIDTH))
+    return model
+
+
+def integer(layers: int) -> Graph:
+    graph = capture(steps(layers), torch.randn(8, WIDTH))
     samples = open_data([(torch.randn(64, WIDTH),)], graph.inputs)
     list(Int8(rounding="nearest", equalise=False, measure=False).run(graph, Context(CPU, samples, samples)))
     assert any(kind(node) == "quantize" for node in graph.nodes)
@@ -87,6 +91,20 @@ def test_the_file_of_a_deep_network_is_delivered(tmp_path):
     emitted: Emitted = delivery.deliver(graph, CPU, tmp_path, {}, {})
     checks = delivery.check_emitted(graph, emitted, [Batch(samples()[0])])
     assert all(check.finite for check in checks)
+
+
+def test_half_precision_is_held_to_what_its_rounding_does(tmp_path):
+    graph = capture(steps(18).half(), torch.randn(8, WIDTH).half())
+    batch = Batch((samples()[0][0].half(),))
+    (level,) = jitter.levels(graph, [batch.inputs]).values()
+    assert verify.FAIL_DB < level < verify.SIMULATION_DB
+    emitted = delivery.deliver(graph, CPU, tmp_path, {}, {})
+    (check,) = delivery.check_emitted(graph, emitted, [batch])
+    assert level < check.sqnr_db < verify.SIMULATION_DB
+    weight = next(n for n in graph.nodes if n.op == "get_attr" and n.meta["val"].dim() == 2)
+    graph.set_tensor(weight, graph.tensor(weight).roll(1, 1))
+    with pytest.raises(ContractError, match="is not the graph's"):
+        delivery.check_emitted(graph, emitted, [batch])
 
 
 # ---------------------------------------------------------------- floats

@@ -19,7 +19,7 @@ from torch import nn
 from zoo import with_power
 
 from compressor import cli
-from compressor.errors import UsageError
+from compressor.errors import CompressorError, UsageError
 from compressor.search.study import Study
 from compressor.search.tune import default_space, made_task, tune
 
@@ -107,7 +107,11 @@ def test_a_search_that_is_killed_loses_nothing(files, tmp_path):
     made = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("trials/*/outcome.json")}
     assert 2 <= len(made) < 4
     until(lambda: not any(alive(int(child)) for child in children))
+    with (out / "search.log").open("ab") as log:
+        log.write(b'{"op_code": 6, "wor')  # a machine that goes down in the middle of a line
     study = search(files, out, resume=True)
+    originals = [one.values["latency_ms"] * one.values["speedup"] for one in study.done]
+    assert originals == pytest.approx([originals[0]] * 4)
     assert len(study.done) == len({one.spec for one in study.done}) == 4
     for path in out.glob("trials/*/outcome.json"):
         assert path.stat().st_mtime_ns == made.get(path.parent.name, path.stat().st_mtime_ns)
@@ -116,6 +120,7 @@ def test_a_search_that_is_killed_loses_nothing(files, tmp_path):
     for other, named in (
         ({"passes": "fold,{int8(equalise=false,rounding={nearest,adaptive}),none}"}, "another --passes"),
         ({"objectives": ["size", "latency"]}, "another --objective"),
+        ({"constraints": ["sqnr>=5"]}, "another --constraint"),
         ({"calib_limit": 40}, "another model, data or options"),
     ):
         with pytest.raises(UsageError, match=named):
@@ -139,9 +144,9 @@ def test_a_worker_that_dies_and_a_metric_that_raises_cost_their_trials_alone(fil
         "import os, sys\n"
         "def metric(run):\n"
         "    frame = sys._getframe()\n"
-        "    while frame.f_code.co_name != 'run' or 'trial' not in frame.f_locals:\n"
+        "    while frame and (frame.f_code.co_name != 'run' or 'trial' not in frame.f_locals):\n"
         "        frame = frame.f_back\n"
-        "    spec = frame.f_locals['spec']\n"
+        "    spec = frame.f_locals['spec'] if frame else ''\n"
         "    if 'minmax' in spec: raise RuntimeError('no camera')\n"
         "    if 'mse' in spec: os._exit(9)\n"
         "    return float('nan') if 'percentile' in spec else 1.0\n"
@@ -154,6 +159,24 @@ def test_a_worker_that_dies_and_a_metric_that_raises_cost_their_trials_alone(fil
     assert why["minmax"] == "RuntimeError: no camera" and why["percentile"] == "its metric is not a number"
     assert "worker died" in why["mse"]
     assert [one.spec for one in study.done] == ["fold"] and study.best == study.done[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"calibration": "missing.npz"}, "missing.npz"),
+        ({"evaluate": "missing:metric"}, "missing"),
+        ({"output": "taken"}, "it is a file"),
+    ],
+)
+def test_what_no_trial_could_do_is_said_before_a_search_begins(files, tmp_path, options, words):
+    (tmp_path / "taken").touch()
+    given = {"calibration": files / "x.npz", "output": tmp_path / "out"} | options
+    if "output" in options:
+        given["output"] = tmp_path / options["output"]
+    with pytest.raises(CompressorError, match=words):
+        tune(files / "net.pt2", passes=SPACE, trials=4, workers=1, **given)
+    assert not (tmp_path / "out" / "search.log").exists()
 
 
 def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_path, capsys):

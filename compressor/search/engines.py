@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import CompressorError, TargetError, UsageError
 from . import trial
 from .trial import FAILED, Outcome, Task
 
 TRIES = 2  # of a trial whose worker died
+_DIED = f"its worker died {TRIES} times: out of memory, most likely"
 ANSWER_SECONDS = 10.0
 SLOT = "latency_slot"  # the resource of a Ray node that times one model at a time
 Asked = tuple[
@@ -37,7 +38,9 @@ Asked = tuple[
 
 
 class Engine:
-    """Runs trials side by side, and single calls that nothing else runs beside."""
+    """Runs trials side by side, and single calls that nothing else runs beside. workers: as many trials at a time."""
+
+    workers: int
 
     def run(self, asked: Sequence[Asked], done: Callable[[Outcome], None]) -> list[Outcome]:
         """Outcomes in the order asked. done: called once for each, in the order in which they come."""
@@ -52,26 +55,25 @@ class Engine:
 
 
 def _lost(number: int, spec: str) -> Outcome:
-    return Outcome(number, spec, FAILED, f"its worker died {TRIES} times: out of memory, most likely")
+    return Outcome(number, spec, FAILED, _DIED)
 
 
 class Local(Engine):
-    """Processes of this machine, which share its cores evenly."""
+    """Processes of this machine. threads: of each, whatever their number: sums depend on it in their last bits."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self.workers, self.threads = workers, threads
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._busy = False
 
     @property
     def pool(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
-            threads = max(1, (os.cpu_count() or 1) // self.workers)
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.workers,
                 multiprocessing.get_context("spawn"),
                 initializer=_prepare,
-                initargs=(threads, os.getpid()),
+                initargs=(self.threads, os.getpid()),
             )
         return self._pool
 
@@ -87,27 +89,39 @@ class Local(Engine):
         return [found[number] for _, number, _ in asked]
 
     def _together(self, asked: Sequence[Asked], tries: dict[int, int]) -> Iterator[Outcome]:
-        futures = {self.pool.submit(trial.run, *one): one for one in asked}
+        """Outcomes as they come, until a worker dies. No more is in flight than there are workers: one of those did
+        it."""
+        waiting = list(asked)
+        flying: dict[concurrent.futures.Future[Outcome], Asked] = {}
         broken, self._busy = False, True
-        for future in concurrent.futures.as_completed(futures):
-            _, number, spec = futures[future]
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                broken = True
-                tries[number] += 1
-                if tries[number] >= TRIES:
-                    yield _lost(number, spec)
+        while (waiting and not broken) or flying:
+            with contextlib.suppress(BrokenProcessPool):  # a worker died while it had nothing to do
+                while waiting and not broken and len(flying) < self.workers:
+                    future = self.pool.submit(trial.run, *waiting[0])
+                    flying[future] = waiting.pop(0)
+            if not flying:
+                break
+            ready, _ = concurrent.futures.wait(flying, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ready:
+                _, number, spec = flying.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    broken = True
+                    tries[number] += 1
+                    if tries[number] >= TRIES:
+                        yield _lost(number, spec)
         self._busy = False
-        if broken:
+        if broken or waiting:
             self.close()
 
     def alone(self, function: Callable[..., Any], task: Task, *args: Any) -> Any:
-        try:
-            return self.pool.submit(function, task, *args).result()
-        except BrokenProcessPool:
-            self.close()
-            return self.pool.submit(function, task, *args).result()
+        for _ in range(TRIES):
+            try:
+                return self.pool.submit(function, task, *args).result()
+            except BrokenProcessPool:
+                self.close()
+        raise TargetError(_DIED)
 
     def close(self) -> None:
         if self._pool is None:
@@ -158,6 +172,7 @@ class Ray(Engine):
         slots: dict[str, float] = {SLOT: 1} if ray.cluster_resources().get(SLOT) else {}
         self._run = ray.remote(**options)(_run_there)
         self._alone = ray.remote(**options, resources=slots)(_alone_there)
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
         self._parcels: dict[str, Any] = {}
         self._place = f"compressor-{uuid.uuid4().hex}"  # a folder of every node, which no other search knows
 
@@ -184,9 +199,14 @@ class Ray(Engine):
             f"trials/{one}": task.trial(one) for one in args if isinstance(one, int)
         }
         there = self.ray.put(_packed({name: path for name, path in models.items() if path.exists()}))
-        answer, made = self.ray.get(
-            self._alone.remote(self._place, task, self._parcel(task), there, function, args)
-        )
+        try:
+            answer, made = self.ray.get(
+                self._alone.remote(self._place, task, self._parcel(task), there, function, args)
+            )
+        except self.ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, CompressorError) else error) from None
+        except self.ray.exceptions.RayError as error:  # a node or a worker that is no longer there
+            raise TargetError(_DIED) from error
         _unpack(made, Path(task.folder))
         return answer
 

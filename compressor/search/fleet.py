@@ -19,6 +19,7 @@ Paths are relative to the list. A model's folder is `output`, or its name below 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -29,13 +30,15 @@ from typing import Any
 
 from .. import publishing, registry, toml
 from ..errors import CompressorError, UsageError, nearest
+from ..report import write_text
 from . import trial as trials
 from .engines import Asked, Engine
 from .store import key_of
+from .study import STATE
 from .trial import DONE, FAILED, REFUSED, Outcome, Task
-from .tune import made_task, opened_engine, tune
+from .tune import alone, made_task, opened_engine, tune
 
-RECEIPT = "batch.json"
+RECEIPT, KEY = "batch.json", "batch.key"
 # Keys of an entry -> options of compress and tune that are called otherwise there.
 NAMES = {
     "calib": "calibration", "eval": "evaluate", "model": "model_spec", "input": "inputs", "objective": "objectives",
@@ -75,17 +78,22 @@ def batch(
     """
     entries = read(Path(listed), Path(output) if output is not None else None)
     found: dict[int, Outcome] = {}
-    with opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+    with (
+        opened_engine(engine, workers, ray_address, trial_cpus) as runner,
+        contextlib.ExitStack() as held,
+    ):
         asked: list[Asked] = []
         tasks: dict[int, tuple[Entry, Task, str]] = {}
         for number, entry in enumerate(entries):
             try:
+                held.enter_context(alone(_work(entry)))
+                held.callback(shutil.rmtree, _work(entry), ignore_errors=True)
                 task, spec, key = _prepared(entry)
                 known = _known(entry, key)
                 if known is not None:
                     found[number] = known
                 elif entry.searched:
-                    found[number] = _searched(entry, number, key, runner)
+                    found[number] = _searched(entry, number, task, spec, key, runner)
                 else:
                     tasks[number] = entry, task, key
                     asked.append((task, number, spec))
@@ -93,8 +101,12 @@ def batch(
                 found[number] = Outcome(number, "", REFUSED, str(error).splitlines()[0])
             if number in found:
                 told(found[number])
-        for outcome in runner.run(asked, told):
-            found[outcome.number] = _published(runner, *tasks[outcome.number], outcome)
+        while asked:  # a few at a time: what was made is in its place, whatever becomes of the others
+            some, asked = asked[: runner.workers], asked[runner.workers :]
+            made = {outcome.number: outcome for outcome in runner.run(some, lambda outcome: None)}
+            for number, outcome in made.items():
+                found[number] = _published(runner, *tasks[number], outcome)
+                told(found[number])
     return [(entry, found[number]) for number, entry in enumerate(entries)]
 
 
@@ -144,7 +156,7 @@ def _entry(listed: Path, number: int, values: Mapping[str, Any], home: Path) -> 
 def _placed(listed: Path, value: Any) -> str:
     """A path relative to the list, where there is something; words such as `module:function` as they are."""
     beside = listed.parent / str(value)
-    return str(beside.resolve()) if beside.exists() or Path(str(value)).suffix else str(value)
+    return str(beside.resolve()) if beside.exists() else str(value)
 
 
 def _known_options() -> set[str]:
@@ -179,10 +191,17 @@ def _known(entry: Entry, key: str) -> Outcome | None:
         return None
 
 
-def _searched(entry: Entry, number: int, key: str, runner: Engine) -> Outcome:
+def _searched(entry: Entry, number: int, task: Task, spec: str, key: str, runner: Engine) -> Outcome:
+    """A search that goes on where an earlier one ended, unless it was for something else."""
     options = dict(entry.options)
     folder = entry.output.with_name(f"{entry.output.name}-search")
-    begun = (folder / "search.log").exists()
+    wanted = {name: options.get(name) for name in ("objectives", "constraints", "sampler")}
+    mine = key_of(task.digest, task.target, spec, wanted)
+    if _text(folder / KEY) != mine:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(folder / KEY, mine)
+    begun = (folder / STATE).exists()
     study = tune(entry.path, output=folder, resume=begun, running=runner, **options)
     best = study.best
     if best is None or not study.feasible:
@@ -194,15 +213,23 @@ def _searched(entry: Entry, number: int, key: str, runner: Engine) -> Outcome:
 
 def _published(engine: Engine, entry: Entry, task: Task, key: str, outcome: Outcome) -> Outcome:
     """Timed beside the original, and moved to where it belongs."""
-    try:
-        if outcome.state == DONE:
-            engine.alone(trials.original, task)
-            timed = engine.alone(trials.timed, task, outcome.number)
-            outcome = dataclasses.replace(outcome, values=outcome.values | timed)
-            _moved(task.trial(outcome.number), entry, key, outcome)
+    if outcome.state != DONE:
         return outcome
-    finally:
-        shutil.rmtree(task.folder, ignore_errors=True)
+    try:
+        engine.alone(trials.original, task)
+        timed = engine.alone(trials.timed, task, outcome.number)
+        outcome = dataclasses.replace(outcome, values=outcome.values | timed)
+        _moved(task.trial(outcome.number), entry, key, outcome)
+    except CompressorError as error:
+        return dataclasses.replace(outcome, state=REFUSED, why=str(error).splitlines()[0])
+    return outcome
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _moved(made: Path, entry: Entry, key: str, outcome: Outcome) -> None:

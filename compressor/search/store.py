@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..ir import Graph
 from .frozen import NotFrozen, freeze, thaw
 
 BYTES = 4 << 30
+ABANDONED = 3600.0  # seconds after which what is half written has no writer any more
 
 
 def key_of(*parts: Any) -> str:
@@ -72,6 +74,10 @@ class Store:
         return self.folder / f"{key}.safetensors"
 
     def _shrink(self) -> None:
+        for path in self.folder.glob("*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
         entries = []
         for path in self.folder.glob("*.safetensors"):
             with contextlib.suppress(OSError):  # another process was faster

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from ..errors import OutputError, UsageError
+from ..errors import CompressorError, OutputError, UsageError
 from ..publishing import replace
 from ..report import write_report, write_text
 from . import picture
@@ -47,7 +47,8 @@ _KEPT = "outcome.json"
 class Study:
     """One search. objectives: names of values to minimise. guesses: answers to try first, see `Space.given`.
 
-    table: sha256 of a file -> what was timed, taken instead of measured. told: after every trial, for a progress line.
+    table: sha256 of a file -> what was timed, taken instead of measured. timed_on: where, if not on this host.
+    told: after every trial, for a progress line.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class Study:
     seed: int = 0
     guesses: Sequence[Mapping[str, str]] = ()
     table: dict[str, dict[str, float]] = field(default_factory=dict)
+    timed_on: str = ""
     told: Callable[[Outcome], None] = lambda outcome: None
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
@@ -74,6 +76,14 @@ class Study:
 
     def run(self) -> None:
         """Searches until trials, time or the space are used up; whatever ends it, the best so far is on disk."""
+        try:
+            self._search()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {self.folder}: {error.strerror or error}; free space"
+            ) from error
+
+    def _search(self) -> None:
         start = time.monotonic()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.first = self._original()
@@ -85,9 +95,10 @@ class Study:
                 if self.timeout is not None and begun - start + longest > self.timeout:
                     self.stopped = f"the time is up ({self.timeout:g} s)"
                     break
-                asked = self._asked(study, min(ROUND, self.trials - len(self.outcomes)))
+                left = ROUND - len(self.outcomes) % ROUND  # of a round that was killed
+                asked = self._asked(study, min(left, self.trials - len(self.outcomes)))
                 if not asked:
-                    self.stopped = "every spec of the space was tried"
+                    self.stopped = self._exhausted()
                     break
                 self._round(study, asked)
                 longest = max(longest, time.monotonic() - begun)
@@ -106,6 +117,8 @@ class Study:
 
     def _opened(self) -> optuna.Study:
         begun = (self.folder / STATE).exists()
+        if begun:
+            _mend(self.folder / STATE)
         storage = JournalStorage(JournalFileBackend(str(self.folder / STATE)))
         study = optuna.create_study(
             storage=storage,
@@ -119,6 +132,10 @@ class Study:
             if _OUTCOME in one.user_attrs:
                 outcome = Outcome(**one.user_attrs[_OUTCOME])
                 self.outcomes[outcome.number] = outcome
+        for outcome in self.done:  # the summary was not written where the first round was killed
+            known = {name: outcome.values[name] for name in ("latency_ms", "speedup")}
+            self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
+            self.table.setdefault(outcome.sha256, known)
         if not study.get_trials(deepcopy=False):
             for guess in ({}, *self.guesses):
                 study.enqueue_trial(self._params(guess))
@@ -129,6 +146,7 @@ class Study:
         mine = {
             "--passes": self.space.text,
             "--objective": ",".join(self.objectives),
+            "--constraint": ",".join(map(str, self.constraints)),  # models beside them are gone
             "model, data or options": self.task.digest,
             "--target": self.task.target,
         }
@@ -161,7 +179,7 @@ class Study:
                 study.tell(stale.number, state=TrialState.FAIL)
         asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
         known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
-        doomed = tuple(f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
+        doomed = self._doomed
         study.sampler = self._sampler(len(self.outcomes))
         same = 0
         while len(asked) < count and same < SAME:
@@ -175,10 +193,23 @@ class Study:
                     study.sampler = RandomSampler(seed=self._seed(len(self.outcomes)))
                 study.tell(one, state=TrialState.FAIL)
                 continue
+            same = 0
             one.set_user_attr("spec", spec)
             known.add(spec)
             asked.append((one, spec))
         return asked
+
+    @property
+    def _doomed(self) -> tuple[str, ...]:
+        """How specs begin that keep to no constraint, whatever follows."""
+        return tuple(f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
+
+    def _exhausted(self) -> str:
+        known = {one.spec for one in self.outcomes.values()}
+        with contextlib.suppress(UsageError):  # too many to list
+            if all(spec in known or spec.startswith(self._doomed) for spec in self.space.product()):
+                return "every spec of the space was tried"
+        return f"{SAME} draws in a row had been tried before: there are few others"
 
     def _seed(self, told: int) -> int:
         return self.seed * 100_003 + told
@@ -202,7 +233,11 @@ class Study:
             outcome = made[one.number]
             assert outcome is not None
             if outcome.state == DONE:
-                outcome = self._timed(outcome)
+                try:
+                    outcome = self._timed(outcome)
+                except CompressorError as error:
+                    why = str(error).splitlines()[0]
+                    outcome = dataclasses.replace(outcome, state=trials.FAILED, why=why)
             values = [outcome.values.get(name, math.nan) for name in self.objectives]
             missed = distance(self.constraints, outcome.values)
             if outcome.state == DONE and not all(map(math.isfinite, [missed, *values])):
@@ -269,25 +304,20 @@ class Study:
 
     def _costs(self, one: Outcome) -> tuple[float, ...]:
         quality = one.values.get("drop", -one.values.get("sqnr", 0.0))
-        return (*(one.values[name] for name in self.objectives), quality)
+        lost = math.inf if math.isnan(quality) else quality
+        return (*(one.values[name] for name in self.objectives), lost)
 
     def publish(self) -> None:
         """Writes `best/`, `pareto/` and the summary; models of other trials go."""
         best, front = self.best, self.front
-        try:
-            if best is not None:
-                _linked({"": self.task.trial(best.number)}, self.folder / "best")
-                _linked(
-                    {f"{one.number:04d}": self.task.trial(one.number) for one in front},
-                    self.folder / "pareto",
-                )
-            summary = self.summary()
-            write_report(self.folder / SUMMARY, summary)
-            picture.write(self.folder, summary)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to {self.folder}: {error.strerror or error}; free space"
-            ) from error
+        if best is not None:
+            _linked({"": self.task.trial(best.number)}, self.folder / "best")
+            _linked(
+                {f"{one.number:04d}": self.task.trial(one.number) for one in front}, self.folder / "pareto"
+            )
+        summary = self.summary()
+        write_report(self.folder / SUMMARY, summary)
+        picture.write(self.folder, summary)
         wanted = {one.number for one in front} | ({best.number} if best is not None else set())
         for number in self.outcomes.keys() - wanted:
             shutil.rmtree(self.task.trial(number), ignore_errors=True)
@@ -322,6 +352,7 @@ class Study:
             "sampler": self.sampler,
             "seed": self.seed,
             "original": self.first,
+            "timed_on": self.timed_on,
             "stopped": self.stopped,
             "feasible": len(self.feasible),
             "best": best.number if best is not None else None,
@@ -334,6 +365,14 @@ class Study:
             "trials": [dataclasses.asdict(one) for _, one in sorted(self.outcomes.items())],
             "latency_table": self.table,
         }
+
+
+def _mend(log: Path) -> None:
+    """Takes away a last line that was being written when the machine went down."""
+    whole = log.read_bytes()
+    if not whole.endswith(b"\n"):
+        with log.open("r+b") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
 
 
 def _choice(one: Trial, name: str, words: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from . import trial as trials
 from .engines import Engine
 from .space import Space
 from .trial import DONE, Outcome, Task
-from .tune import alone, made_task, opened_engine
+from .tune import alone, elsewhere, made_task, opened_engine
 
 COLUMNS = (
     "macs", "macs_count", "flops", "params_count", "size_mb", "metric", "drop", "sqnr", "cosine", "agreement",
@@ -80,7 +80,8 @@ def sweep(
                 found[outcome.spec].append(_timed(runner, task, outcome))
     lines = [_line(spec, outcomes) for spec, outcomes in found.items()]
     write_text(folder / "sweep.csv", as_csv(lines))
-    return lines, _notices(lines)
+    place = elsewhere(registry.target(target))
+    return lines, [*([f"timed on {place}"] if place else []), *_notices(lines)]
 
 
 def _timed(engine: Engine, task: Task, outcome: Outcome) -> Outcome:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, data, delivery, measure, page, publishing, registry, report
+from .. import __version__, data, delivery, measure, metrics, page, publishing, registry, report
 from ..emit import Emitted, feeds
-from ..errors import CompressorError, OutputError
+from ..errors import CompressorError, DataError, OutputError
 from ..ir import Graph
 from ..load import Loaded
-from ..opening import Options, capture_model, load_model
+from ..opening import Options, capture_model, load_model, streams
 from ..pipeline import Memory, Pass, Row
 from ..run import Run
 from ..stopwatch import Stopwatch
@@ -184,27 +184,52 @@ def run(task: Task, number: int, spec: str) -> Outcome:
         raise
     except CompressorError as error:
         return outcome(REFUSED, _line(error))
-    except Exception as error:  # a metric of the user's, most of the time
+    except (Exception, SystemExit) as error:  # a metric of the user's, most of the time
         return outcome(FAILED, f"{type(error).__name__}: {_line(error)}")
 
 
 def original(task: Task) -> dict[str, float]:
-    """Writes the model as it came, as ONNX, and answers its values; errors are the caller's."""
-    _, graph = _opened(task)
-    opt = Options.of({**task.options, "measure": False})
-    target = registry.target(task.target)
-    run = Run(opt, target.speaking(opt.opset, opt.min_ort), target.recipe)
+    """Writes the model as it came, as ONNX, and answers its values, by the user's metric, too.
+
+    CompressorError where data or metric do not work even on it.
+    """
+    loaded, _ = _opened(task)
+    run, graph = _as_shipped(task)
     task.original.mkdir(parents=True, exist_ok=True)
     plain = dataclasses.replace(run.target, formats=("onnx",))
-    emitted = delivery.deliver(graph.copy(), plain, task.original, {}, run.fixed(graph))
-    return {"size_mb": emitted.bytes / 1e6}
+    whole = run.shipped(graph)
+    emitted = delivery.deliver(whole.copy(), plain, task.original, {}, run.fixed(graph))
+    values = {"size_mb": emitted.bytes / 1e6, "macs": 1.0, "params": 1.0}
+    _, _, held_out = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph))
+    evaluator, _ = metrics.of_rows(graph, loaded, held_out, run.plan, run.opt, run.fixed(graph))
+    if evaluator is not None:
+        try:
+            found = evaluator.of_graph(whole)
+        except CompressorError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DataError(
+                f"--eval, on the model as it came: {type(error).__name__}: {_line(error)}"
+            ) from error
+        for value in [*found.values()][:1]:
+            values |= {"metric": value, "drop": 0.0}
+    return values
+
+
+def _as_shipped(task: Task) -> tuple[Run, Graph]:
+    """A run that never runs, and the graph with what images come in as in front."""
+    loaded, graph = _opened(task)
+    opt, target = Options.of({**task.options, "measure": False}), registry.target(task.target)
+    run = Run(opt, target.speaking(opt.opset, opt.min_ort), target.recipe)
+    graph = graph.copy()
+    run.prepare(graph, loaded)
+    return run, graph
 
 
 def timed(task: Task, number: int) -> dict[str, float]:
     """`latency_ms` of a trial's file, and its `speedup` over the original, timed in turns with it."""
-    _, graph = _opened(task)
-    opt = Options.of(task.options)
-    stopwatch = Stopwatch(registry.target(task.target), opt.latency_cmd, {})
+    run, graph = _as_shipped(task)
+    stopwatch = Stopwatch(registry.target(task.target), run.opt.latency_cmd, {})
     files = {
         "model": _emitted(task.trial(number) / "model.onnx", graph),
         "float": _emitted(task.original / "model.onnx", graph),
@@ -215,7 +240,7 @@ def timed(task: Task, number: int) -> dict[str, float]:
 
 def costs(task: Task, number: int) -> dict[str, float]:
     """What a trial's file costs to run, see `timing.costs`, and its `speedup` over the original."""
-    _, graph = _opened(task)
+    _, graph = _as_shipped(task)
     files = [_emitted(one / "model.onnx", graph) for one in (task.trial(number), task.original)]
     one = delivery.single(files[0].inputs, graph.example)
     many = None

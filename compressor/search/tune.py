@@ -14,12 +14,14 @@ from typing import Any
 
 from .. import registry
 from ..delivery import sha256
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..ir import Graph
 from ..load import Loaded
 from ..opening import Options
 from ..ops import CONTRACTIONS, kind, node_macs
 from ..publishing import hold
+from ..spec import split
+from ..stopwatch import HERE, Stopwatch
 from ..target import Target
 from .engines import Engine, Local, Ray
 from .objectives import QUALITIES, constraint, objective
@@ -34,6 +36,7 @@ INT8 = (
     "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
     "sqnr={none,20,25,30})"
 )
+PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (
     {"prune": "with", "prune.macs": "0.8"},
     {"prune": "with", "prune.macs": "0.6"},
@@ -108,8 +111,10 @@ def tune(
             sampler=sampler,
             seed=opt.seed,
             guesses=[
-                guess for guess in GUESSES if all(word in known.get(name, ()) for name, word in guess.items())
+                _recipe(space, where),
+                *(g for g in GUESSES if all(word in known.get(name, ()) for name, word in g.items())),
             ],
+            timed_on=elsewhere(where, opt.latency_cmd),
             table=_table(latency_table),
             told=told,
         )
@@ -136,10 +141,26 @@ def default_space(graph: Graph, target: Target, objectives: Sequence[str], data:
     ends.append("none")
     parts = ["merge"]
     if data:
-        parts += ["prune?(macs=0.4..0.95,reach=best)", "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
+        parts += [PRUNE, "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
     else:
         parts.append("prune?(macs=0.7..0.95,reach=best)")
     return ",".join([*parts, "fold", f"{{{','.join(ends)}}}"])
+
+
+def _recipe(space: Space, target: Target) -> dict[str, str]:
+    """What makes the first guess the target's recipe, as far as the space can say it."""
+    names = {part.partition("(")[0] for part in split(target.recipe)}
+    turns = {name: words for name, words in space.decisions().items() if "|" in name}
+    return {
+        name: next((w for w in words if w in names), "none" if "none" in words else words[0])
+        for name, words in turns.items()
+    }
+
+
+def elsewhere(target: Target, command: str | None = None) -> str:
+    """Where times are taken, in words, if that is not simply this host."""
+    place = Stopwatch(target, command, {}).place
+    return "" if place == HERE else place
 
 
 def _table(path: str | Path | None) -> dict[str, dict[str, float]]:
@@ -185,7 +206,8 @@ def opened_engine(name: str, workers: int | None, address: str, cpus: float) -> 
 def _engine(name: str, workers: int | None, address: str, cpus: float) -> Engine:
     if name == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Local(workers or cores)
+        threads = max(1, int(cpus))
+        return Local(workers or max(1, cores // threads), threads)
     if name == "ray":
         return Ray(address, cpus)
     raise UsageError(f"--engine {name}: no such engine; there are local and ray")
@@ -229,12 +251,17 @@ def _digest_of(path: Path) -> str:
 @contextlib.contextmanager
 def alone(folder: Path, resume: bool | None = None) -> Iterator[None]:
     """The folder of a search, in which no other one runs. UsageError where it is not what `resume` says, if it does."""
+    folder = Path(os.path.realpath(folder))
     begun = (folder / STATE).exists()
     if begun and resume is False:
         raise UsageError(f"{folder} holds a search: go on with --resume, or name another --output")
     if resume and not begun:
         raise UsageError(f"{folder} holds no search to resume")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if folder.is_file() else error.strerror or error
+        raise OutputError(f"cannot make the folder {folder}: {why}") from error
     try:
         handle = hold(folder, wait=False)
     except OSError:
