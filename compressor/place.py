@@ -290,7 +290,7 @@ def ignored(could: Collection[Node], patterns: Collection[str]) -> set[Node]:
         if not matches:
             sites = ", ".join(sorted({site(n) for n in could})[:5])
             raise UsageError(
-                f"ignore={pattern} matches no operator that could be quantised; there are {sites}, ..."
+                f"ignore={pattern} matches no operator that could change; there are {sites}, ..."
             )
         found |= matches
     return found

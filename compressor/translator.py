@@ -2,15 +2,17 @@
 
 At every export torch parses the source of all that it can translate to, and traces the whole model a second time for
 the sake of the few operators that it has no words for: most of the time that a file takes. Here the first is done
-once, and one trace writes these operators out. Where this torch is another inside, it goes on doing as it does.
+once, and one trace writes these operators out. Where that fails, or this torch is another inside, it does as it does.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir
@@ -27,29 +29,36 @@ from .export import quiet, reexport
 from .ir import Graph, unsupported
 from .ops import kind
 
+_ONE_AT_A_TIME = threading.RLock()  # what is replaced in torch.onnx is so for all threads
+
 
 def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
     """The model as torch.onnx has it; `optimize` by its own optimiser, where that does not fail.
 
     UnsupportedError where an operator has no translation, with its module and line.
     """
-    try:
-        module, words = graph.module, {**translations(), **nms.translations()}
-        with quiet(), torch.no_grad(), _quick(module, words):
-            program = torch.onnx.export(
-                reexport(graph, module),
-                dynamo=True,
-                opset_version=opset,
-                optimize=optimize,
-                verbose=False,
-                custom_translation_table=words,
-            )
-    except (CompressorError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if optimize:
-            return translate(graph, opset, False)
-        raise _explain(graph, error) from error
+    with _ONE_AT_A_TIME:
+        for how in dict.fromkeys([(_quick, optimize), (_plain, optimize), (_plain, False)]):
+            try:
+                return _exported(graph, opset, *how)
+            except (CompressorError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                failed = error
+    raise _explain(graph, failed) from failed
+
+
+def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
+    module, words = graph.module, {**translations(), **nms.translations()}
+    with quiet(), torch.no_grad(), how(module, words, opset), _exact() if optimize else nullcontext():
+        program = torch.onnx.export(
+            reexport(graph, module),
+            dynamo=True,
+            opset_version=opset,
+            optimize=optimize,
+            verbose=False,
+            custom_translation_table=words,
+        )
     if program is None:
         raise UnsupportedError("the ONNX exporter returned nothing")
     return program.model
@@ -88,21 +97,41 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+@contextmanager
+def _exact() -> Iterator[None]:
+    """The optimiser takes 1e-8 for 0, and 1.00001 for 1: it would drop what keeps a division finite.
+
+    AttributeError where it compares numbers in another place (onnxscript 0.7.2): it is not used then.
+    """
+    from onnxscript.rewriter import _matcher
+
+    _ = _matcher.math.isclose
+    with _replaced(_matcher, "math", SimpleNamespace(isclose=lambda a, b, **_: a == b)):
+        yield
+
+
 # -------------------------------------------------------------------- as quick as may be
 
 
 @contextmanager
-def _quick(module: fx.GraphModule, own: Collection[Any]) -> Iterator[None]:
+def _plain(*_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator[None]:
     """While the block runs, `module` has its operators without words written out, and an export traces it once.
 
     own: operators with translations of their own.
     """
     try:
+        from onnxscript.function_libs.torch_lib.registration import default_registry as known
         from torch.onnx._internal.exporter import _fx_passes as rewrites
         from torch.onnx._internal.exporter._registration import onnxscript_apis as library
 
         read, decompose = library.get_torchlib_ops, rewrites.decompose_with_registry
-        words, parts = _vocabulary()
+        count = sum(len(one.overloads) + len(one.complex) for one in known.values())  # users register more
+        words, parts = _vocabulary(opset, count)
     except (ImportError, AttributeError):
         yield
         return
@@ -118,7 +147,7 @@ def _quick(module: fx.GraphModule, own: Collection[Any]) -> Iterator[None]:
         return program if all(map(has_word, called)) else decompose(program, registry)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(library, "get_torchlib_ops", lambda: _answer(read)))
+        stack.enter_context(_replaced(library, "get_torchlib_ops", lambda: _answer(read, count)))
         stack.enter_context(_replaced(rewrites, "decompose_with_registry", decomposed))
         for node in module.graph.nodes:
             if node.op == "call_function" and not has_word(node.target):
@@ -129,18 +158,24 @@ def _quick(module: fx.GraphModule, own: Collection[Any]) -> Iterator[None]:
 
 
 @cache
-def _answer(function: Callable[[], Any]) -> Any:
+def _answer(function: Callable[[], Any], _: int) -> Any:
     return function()
 
 
 @cache
-def _vocabulary() -> tuple[Collection[Any], Mapping[Any, Callable[..., Any]]]:
-    """The operators that the exporter's library translates, and what it makes of some of the others."""
+def _vocabulary(opset: int, count: int) -> tuple[Collection[Any], Mapping[Any, Callable[..., Any]]]:
+    """The operators that the exporter's library translates, and what it makes of some of the others.
+
+    Without those that a second trace always takes apart, views most of them: nobody has ever used these translations.
+    """
+    from torch._export.utils import _is_preservable_cia_op
     from torch.onnx._internal.exporter import _decomp, _registration
 
     library = _registration.onnxscript_apis
-    with _replaced(library, "get_torchlib_ops", lambda read=library.get_torchlib_ops: _answer(read)):
-        words = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
+    with _replaced(library, "get_torchlib_ops", lambda read=library.get_torchlib_ops: _answer(read, count)):
+        registry = _registration.ONNXRegistry.from_torchlib(opset)
+    words: set[Any] = set(_decomp.get_onnx_implemented_overloads(registry))
+    words -= {op for op in words if _composite(op) and not _is_preservable_cia_op(op)}
     parts = _decomp.create_onnx_friendly_decomposition_table(words)
     return words, {**parts, torch.ops.aten.batch_norm.default: _batch_norm}
 
@@ -153,11 +188,17 @@ def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: b
     return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, *rest[:2])[0]
 
 
+def _composite(operator: Any) -> bool:
+    if not isinstance(operator, OpOverload) or not torch._C._dispatch_has_kernel(operator.name()):
+        return False
+    return operator._can_decompose()
+
+
 def _written_out(operator: Any, parts: Mapping[Any, Callable[..., Any]]) -> Callable[..., Any]:
     """A function that does the same, of which a trace sees what is in it; the operator itself where nothing is."""
     made = parts.get(operator)
     if made is None:
-        if not (isinstance(operator, OpOverload) and operator._can_decompose()):
+        if not _composite(operator):
             return operator
         made = operator.decompose
 

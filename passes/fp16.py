@@ -8,9 +8,8 @@ table of positions stays in single precision where it has to, and only there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,8 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Node
 
+from compressor import place
 from compressor.ir import Graph, operator_name, site
-from compressor.ops import CONTRACTIONS, is_constant, is_tensor, kind, shape
+from compressor.ops import CONTRACTIONS, NORMS, is_constant, is_tensor, kind, shape
 from compressor.padding import Padding, Real
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.quantize import behind, redirect
@@ -34,6 +34,12 @@ TRIED, RANGED = 2, 64  # samples that operators are tried on, and that ranges ar
 TOLERANCE = 2.0**-7  # largest change of an operator's output, relative to its scale: 16 roundings of float16
 _SIZES = ("size", "getitem", "assertion")  # read no values
 _INTEGERS = ("quantize", "dequantize")
+# What hands on a number that is nearly zero, or makes one of it that is nearly infinite.
+_CARRIES = frozenset(
+    {"view", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "repeat", "identity",
+     "cast", "slice", "select"}
+)  # fmt: skip
+_INVERTS = frozenset({"aten.sqrt.default", "aten.rsqrt.default", "aten.reciprocal.default"})
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -98,13 +104,18 @@ class _Survey:
         self.graph = graph
         self._padding = Padding(graph)
         self.candidates = [n for n in graph.nodes if _computes_floats(n)]
+        ignored = place.ignored(self.candidates, ignore)
         self.peak: dict[Node, float] = {}
         self.sentinels: set[Node] = set()
         self._failed: dict[Node, str] = {}
         for node in self.candidates:
-            reason = _fixed(node, ignore)
+            reason = _fixed(node, ignored)
             if reason:
                 self._failed[node] = reason
+        for node in self.candidates:
+            number = _vanishing(graph, node)
+            if number:
+                self._keep_from_zero(node, number)
         self._twin = graph.copy()
         twins = {n.name: n for n in self._twin.nodes}
         self._twins = {n: twins[n.name] for n in self.candidates}
@@ -180,6 +191,21 @@ class _Survey:
         ):  # by rounding what it reads
             self._demand(node, f"{operator_name(node)} at {site(node)} needs more digits of it")
 
+    def _keep_from_zero(self, node: Node, number: float) -> None:
+        """Fails what a tiny number keeps from zero, and who would divide by it; no sample need come near it."""
+        self._failed.setdefault(node, f"its number {number:g} is zero in half precision")
+        edge = [] if kind(node) in NORMS else [node]
+        while edge:
+            source = edge.pop()
+            for user in source.users:
+                if user in self._failed or not _computes_floats(user):
+                    continue
+                self._failed[user] = (
+                    f"{number:g}, which is zero in half precision, keeps what it reads from zero"
+                )
+                if kind(user) in _CARRIES or operator_name(user) in _INVERTS:
+                    edge.append(user)
+
     def _demand(self, node: Node, why: str) -> None:
         """Fails what a node reads, and what that was made from, back to the last contractions."""
         edge, seen = list(node.all_input_nodes), set()
@@ -217,7 +243,17 @@ def _floats(value: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.dtype == SINGLE]
 
 
-def _fixed(node: Node, ignore: Sequence[str]) -> str:
+def _vanishing(graph: Graph, node: Node) -> float:
+    """The number among an operator's operands that half precision makes zero, such as 1e-8; 0 where there is none."""
+    if kind(node) in ("layer_norm", "group_norm"):  # computed in single precision by every runtime
+        return 0.0
+    numbers = [one for one in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(one, float)]
+    constants = [n for n in node.all_input_nodes if is_constant(n) and not shape(n) and _gives_float(n)]
+    numbers += [float(graph.tensor(n)) for n in constants]
+    return next((one for one in numbers if one and not float(torch.tensor(one).to(HALF))), 0.0)
+
+
+def _fixed(node: Node, ignored: Collection[Node]) -> str:
     """Why an operator is not even tried."""
     if any(kind(n) == "dequantize" for n in node.all_input_nodes) or any(
         kind(n) == "quantize" for n in node.users
@@ -227,7 +263,7 @@ def _fixed(node: Node, ignore: Sequence[str]) -> str:
         return "no pass knows this operator"
     if kind(node) == "grid_sample":
         return "it reads between pixels, at places that half precision would move"
-    if any(fnmatch(site(node), p) or fnmatch(site(node), f"{p}.*") for p in ignore):
+    if node in ignored:
         return "left in single precision as asked"
     return ""
 

@@ -15,6 +15,7 @@ from compressor import runtime
 from compressor.capture import capture
 from compressor.data import open_data
 from compressor.emit import emit, feeds
+from compressor.errors import UsageError
 from compressor.ir import Graph, operator_name
 from compressor.ops import is_tensor, kind
 from compressor.pipeline import Context, Outcome, Pipeline, parse
@@ -121,6 +122,38 @@ def test_a_tiny_epsilon_keeps_its_meaning():
     assert noise(graph.run(x)[0], after.run(x)[0]) > 45
     assert "rsqrt" in kept(graph, after) and outcome.declines
     assert not norm(None, x.half()).isfinite().all()
+
+
+RATIOS = {
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "sum": lambda x: x / (x.sum(-1, keepdim=True) + 1e-8),
+    "pooling": lambda x: x.sum(0) / x.abs().sum(0).clamp(min=1e-9),
+    "log": lambda x: torch.log(x.abs() + 1e-10),
+    "rsqrt": lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12),
+    "norm": lambda x: F.rms_norm(x, (8,), eps=1e-8),
+    "constant": lambda x: x / (x.abs().sum(-1, keepdim=True) + torch.tensor(1e-8)),
+}
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_what_only_a_zero_would_show(ratio, tmp_path):
+    """No sample is zero, and what keeps zeros finite is zero in half precision."""
+
+    def net(net, x):
+        return RATIOS[ratio](F.relu(net.a(x)))
+
+    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    model = Net(net, a=nn.Linear(8, 8, bias=False))
+    nn.init.eye_(model.a.weight)
+    graph, after, _ = halved(model, x)
+    assert "linear" not in kept(graph, after)
+    for one in (x, torch.zeros(6, 8)):
+        torch.testing.assert_close(in_runtime(after, tmp_path, one), graph.run(one)[0], rtol=2e-3, atol=2e-3)
+
+
+def test_ignore_names_something():
+    with pytest.raises(UsageError, match="matches no operator"):
+        halved(Net(lambda net, x: net.a(x), a=nn.Linear(8, 8)), torch.randn(2, 8), ignore=("nowhere.*",))
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9, -1000000000, -10000.0])

@@ -94,7 +94,7 @@ def test_the_file_of_a_deep_network_is_delivered(tmp_path):
 
 
 def test_half_precision_is_held_to_what_its_rounding_does(tmp_path):
-    graph = capture(steps(18).half(), torch.randn(8, WIDTH).half())
+    graph = capture(steps(22).half(), torch.randn(8, WIDTH).half())
     batch = Batch((samples()[0][0].half(),))
     (level,) = jitter.levels(graph, [batch.inputs]).values()
     assert verify.FAIL_DB < level < verify.SIMULATION_DB
