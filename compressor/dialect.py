@@ -128,7 +128,7 @@ RULES: dict[str, Callable[[onnx_ir.Model], None]] = {
 def _is_plain(gemm: onnx_ir.Node) -> bool:
     """A product with a transposed or plain weight and a bias of floats, if any, that scales nothing."""
     bias = [*gemm.inputs, None][2]
-    flat = bias is None or (bias.const_value is not None and len(bias.const_value.shape) == 1)
+    flat = bias is None or (bias.const_value is not None and _is_vector_for(bias, gemm))
     factors = (_number(gemm, name, 1) for name in ("alpha", "beta"))
     return flat and all(f == 1 for f in factors) and _number(gemm, "transA", 0) == 0
 
@@ -177,5 +177,11 @@ def _with_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]:
     if user is None or user.op_type != "Add":
         return node, None
     bias = user.inputs[1 - uses[0].idx]
-    flat = bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1
+    flat = bias is not None and bias.const_value is not None and _is_vector_for(bias, node)
     return (user, bias) if flat else (node, None)
+
+
+def _is_vector_for(bias: onnx_ir.Value, product: onnx_ir.Node) -> bool:
+    """Whether it has one number for each column: ONNX Runtime's product takes no fewer, to broadcast."""
+    size, columns = bias.shape, product.outputs[0].shape
+    return size is not None and columns is not None and len(size) == 1 and size[0] == columns[-1]

@@ -29,7 +29,7 @@ from .noise import Slopes, slopes
 from .ops import shape
 from .pipeline import EXACT, Context, Decline, Outcome, Rewrite
 from .place import Placement, operands, place
-from .quantize import is_bytes, redirect, tapped
+from .quantize import LEVELS, is_bytes, redirect, tapped
 from .target import QuantSpec
 
 aten = torch.ops.aten
@@ -60,11 +60,13 @@ class Problem:
     def noise(self, logs: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         scale = logs.exp()
+        least, most, _ = LEVELS[self.spec.activation]
+        steps = most - least
         for classes, low, high, power in self.spans:
             s = scale[classes]
             top, bottom = (high * s).amax().clamp(min=0), (low * s).amin().clamp(max=0)
             extent = 2 * torch.maximum(top, -bottom) if self.spec.activation == "s8" else top - bottom
-            total = total + (extent / 255).square() / 12 * (power / s.square()).sum()
+            total = total + (extent / steps).square() / 12 * (power / s.square()).sum()
         levels = 64 if self.spec.reduce_range else 127
         for classes, largest, power in self.rows:
             s = scale[classes]

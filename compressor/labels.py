@@ -125,7 +125,7 @@ def _follow(labels: Labels, node: Node) -> Any:
     elif which == "attention":
         found = labels.of.get(a["value"])
         found = found if _fits(found, node) and found.shape[-2] == 1 else None
-        labels.fix([a["query"], a["key"]] + ([] if found is not None else [a["value"]]))
+        labels.fix([a["query"], a["key"], a["attn_mask"]] + ([] if found is not None else [a["value"]]))
     elif which == "matmul" and not any(is_constant(n) for n in node.all_input_nodes):
         right: Any = node.args[1]
         found = labels.of.get(right)

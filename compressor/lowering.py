@@ -33,6 +33,8 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
             _reshape(ready, node)
         if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
             _write_out_variance(ready, node)
+        if operator_name(node) in ("aten.clamp.default", "aten.hardtanh.default"):
+            _bound_alike(ready, node)
     _separate_outputs(ready)
     return ready
 
@@ -84,8 +86,9 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
     turned = graph.insert(aten.transpose.int, (key, -2, -1), before=node)
     scores = graph.insert(aten.matmul.default, (query, turned), before=node)
     mask = bound["attn_mask"]
-    nothing = mask is not None and mask.meta["val"].dtype == torch.bool  # may be left to attend to
-    if nothing and mask not in added:
+    boolean = mask is not None and mask.meta["val"].dtype == torch.bool
+    nothing = boolean or (mask is not None and _has_infinities(graph, mask))  # may be left to attend to
+    if boolean and mask not in added:
         added[mask] = graph.insert(aten.where.Scalar, (mask, 0.0, -math.inf), before=node)
         if query.meta["val"].dtype != torch.float32:
             added[mask] = graph.insert(aten.to.dtype, (added[mask], query.meta["val"].dtype), before=node)
@@ -98,6 +101,32 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
     made = graph.insert(aten.matmul.default, (shares, value), before=node)
     graph.replace_uses(node, made)
     graph.erase(node)
+
+
+def _has_infinities(graph: Graph, mask: Node) -> bool:
+    """Whether a mask of floats may hold -inf: it is an input, or -inf or a sum of the least numbers goes into it."""
+    edge, seen = [mask], {mask}
+    least, sums = 0.0, False
+    while edge:
+        node = edge.pop()
+        if node.op == "placeholder" and node.meta["val"].is_floating_point():
+            return True
+        constants = [graph.tensor(node)] if node.op == "get_attr" else []
+        least = min([least, *(float(t.min()) for t in constants if t.is_floating_point() and t.numel())])
+        least = min([least, *(a for a in node.args if isinstance(a, (int, float)))])
+        sums |= kind(node) in ("add", "sub")
+        edge += [n for n in node.all_input_nodes if n not in seen and is_tensor(n)]
+        seen |= set(edge)
+    return least == -math.inf or (sums and 2 * least < torch.finfo(torch.float32).min)
+
+
+def _bound_alike(graph: Graph, node: Node) -> None:
+    """Bounds of floats as floats; the translator takes no mixture, such as clamp(0, 0.3)."""
+    if node.meta["val"].dtype.is_floating_point:
+        floats = [float(a) if isinstance(a, int) else a for a in node.args]
+        graph.set_args(
+            node, tuple(floats), {k: float(v) if isinstance(v, int) else v for k, v in node.kwargs.items()}
+        )
 
 
 def _write_out_variance(graph: Graph, node: Node) -> None:

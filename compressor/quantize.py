@@ -72,6 +72,7 @@ def _single(extent: float, steps: int) -> float:
     """extent / steps as a float32 that, times steps, does not exceed the extent; 1 for an extent of 0."""
     if extent <= 0:
         return 1.0
+    extent = min(extent, float(np.finfo(np.float32).max))
     scale = np.float32(extent / steps)
     while float(np.float32(scale * np.float32(steps))) > extent:
         scale = np.nextafter(scale, np.float32(0))
@@ -154,7 +155,12 @@ def percentile(percent: float) -> Method:
 
 
 def mse(spec: QuantSpec) -> Method:
-    """The range whose rounding and clipping changes the values least, in squares."""
+    """The range whose rounding and clipping changes the values least, in squares.
+
+    All of it with 16 bits, which round finer than a histogram shows.
+    """
+    if spec.activation == "u16":
+        return WHOLE
     return Method(lambda histogram: mse_range(histogram, symmetric=spec.activation == "s8"))
 
 

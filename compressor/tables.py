@@ -25,6 +25,13 @@ def is_lookup(node: Node) -> bool:
     return operator_name(node) == "aten.embedding.default" and is_constant(node.args[0])
 
 
+def has_tables(graph: Graph, ignore: Collection[str]) -> bool:
+    """Whether `store_tables` would store any."""
+    return any(
+        _is_worth(graph, node) and not any(under(node, pattern) for pattern in ignore) for node in graph.nodes
+    )
+
+
 def store_tables(graph: Graph, outcome: Outcome, ignore: Collection[str], limit: int | None) -> None:
     """Stores large tables that nothing else reads as integers, and enters each lookup into the outcome.
 

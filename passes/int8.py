@@ -46,7 +46,7 @@ from compressor.quantize import (
     percentile,
 )
 from compressor.rounding import round_weights
-from compressor.tables import store_tables
+from compressor.tables import has_tables, store_tables
 from compressor.target import QuantSpec
 from compressor.verify import compare, observe
 from compressor.weight_only import store_weights
@@ -118,7 +118,22 @@ class Int8(Pass):
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
         Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
 
+    @property
+    def _budget(self) -> str:
+        """What noise or loss is allowed, in the words of the spec."""
+        named = {"sqnr": self.sqnr, "max_drop": self.max_drop}
+        return ",".join(f"{name}={value:g}" for name, value in named.items() if value is not None)
+
+    def _require_place(self, data: bool) -> None:
+        """UsageError for a budget where nothing is measured that could keep it."""
+        if self._budget and (self.scheme != "static" or not data):
+            why = f"scheme={self.scheme} has none" if self.scheme != "static" else "pass --calib"
+            raise UsageError(
+                f"int8({self._budget}): a budget is measured on calibration data, with static scales: {why}"
+            )
+
     def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        self._require_place(data)
         if self.scheme == "static" and not data and not _multiplies(graph) and not take_apart(graph.copy()):
             raise UsageError(NO_DATA)
         products = self.scheme != "static" or not (data or take_apart(graph.copy()))
@@ -132,6 +147,7 @@ class Int8(Pass):
         return Size(size.params, size.macs, size.bytes * saved), rule
 
     def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
+        self._require_place(ctx.calibration is not None)
         given = take_apart(graph) if self.scheme == "static" else Given()
         no_ranges = ctx.calibration is None and not given
         if self.scheme == "weight":
@@ -164,8 +180,9 @@ class Int8(Pass):
             left = None if left is None else left - len(scaled.rewrites)
         ranges, words = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
-        if data is not None and (self.sqnr is not None or self.max_drop is not None):
-            floats, found = self._within(graph, spec, ranges, given, data, ctx)
+        tables = has_tables(graph, self.ignore)
+        if data is not None and self._budget:
+            floats, tables, found = self._within(graph, spec, ranges, given, data, ctx)
             facts |= found
         plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
@@ -173,7 +190,8 @@ class Int8(Pass):
         if self.rounding == "adaptive" and plan.operators and not given and data is not None:
             scales, facts["rounded"] = round_weights(plan, ranges, data, ctx)
         insert_pairs(plan, ranges, scales, known)
-        store_tables(graph, outcome, self.ignore, left)
+        if tables:
+            store_tables(graph, outcome, self.ignore, left)
         graph.clean()
         outcome.facts |= facts
         if data is not None:
@@ -253,8 +271,8 @@ class Int8(Pass):
         given: Given,
         data: Data,
         ctx: Context,
-    ) -> tuple[dict[Node, str], dict[str, Any]]:
-        """The operators that stay float so that the budget holds, as few as do."""
+    ) -> tuple[dict[Node, str], bool, dict[str, Any]]:
+        """The operators that stay float so that the budget holds, as few as do, and whether tables become integers."""
         plan, goal = place(graph, spec, ranges, self.ignore), Goal({})
         known = slopes_of(plan, labels_of(graph), data, ctx)
         order = loudest(plan, ranges, Slopes({}, {}) if isinstance(known, str) else known)
@@ -263,16 +281,26 @@ class Int8(Pass):
         def floating(share: float) -> list[str]:
             return names[: math.ceil(share * len(names))]
 
-        def trial(share: float) -> Graph:
-            return self._trial(graph, spec, ranges, given, floats=floating(share))
+        tables = has_tables(graph, self.ignore)
 
+        def trial(share: float) -> Graph:
+            copy = self._trial(graph, spec, ranges, given, floats=floating(share))
+            if tables:
+                store_tables(copy, Outcome(), self.ignore, None)
+                copy.clean()
+            return copy
+
+        budget = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
         with ctx.progress("int8: measuring copies", None):
-            share = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8").measured(
-                goal, graph, ctx, 0.0, trial
-            )
+            share = budget.measured(goal, graph, ctx, 0.0, trial)
+            if tables and share == 1:  # too many for the tables alone
+                tables = False
+                share = budget.measured(goal, graph, ctx, 0.0, trial)
+                goal.facts["tables"] = "float, for the budget"
         chosen = set(floating(share))
         kept = [node for node in order if node.name in chosen]
-        return dict.fromkeys(kept, KEPT), goal.facts | {"kept_float": [site(node) for node in kept]}
+        facts = goal.facts | {"kept_float": [site(node) for node in kept]}
+        return dict.fromkeys(kept, KEPT), tables, facts
 
     def _dynamic(self, graph: Graph, spec: QuantSpec, ctx: Context) -> Outcome:
         """Integer weights, and scales of activations that every run finds for itself."""

@@ -312,3 +312,20 @@ def test_writing_into_views(body: Callable[[torch.Tensor], torch.Tensor], rename
     assert torch.equal(graph.run(x)[0], body(x))
     program = torch.export.export(Model(), (x,), strict=False)
     assert rename_in_place(program.module().graph) == renamed
+
+
+def test_a_norm_over_its_own_batch_writes_no_statistics():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return nn.functional.batch_norm(x, self.norm.running_mean, self.norm.running_var, training=True)
+
+    model, x = Norm().eval(), torch.randn(8, 4)
+    graph = capture(model, (x,))
+    before, mine = graph.fingerprint(), model.norm.running_mean.clone()
+    assert not mine.equal(torch.zeros(4))  # the model itself writes them, in each call
+    torch.testing.assert_close(graph.run(x)[0], model.norm.train()(x))
+    assert graph.fingerprint() == before and not graph.tensors

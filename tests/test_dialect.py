@@ -134,3 +134,15 @@ def test_half_precision_has_no_other_words(tmp_path):
     said = emit(graph, tmp_path / "said.onnx", dialect=ONNXRUNTIME).path
     assert "Sum" not in operators(said)
     runtime.run(runtime.session(said, threads=1, exact=True), [graph.example[0].numpy()])
+
+
+def test_a_shift_of_all_columns_is_no_bias(tmp_path):
+    torch.manual_seed(0)
+    net = Net(lambda net, x: net.b(F.gelu(net.a(x))) + net.shift, a=nn.Linear(32, 64), b=nn.Linear(64, 32, bias=False),
+              shift=torch.ones(1))  # fmt: skip
+    graph = capture(net.eval(), x := torch.randn(4, 12, 32))
+    samples = open_data([(torch.randn(32, 12, 32),)], graph.inputs)
+    list(Int8(rounding="nearest").run(graph, Context(CPU, samples, samples)))
+    path = emit(graph, tmp_path / "m.onnx", dialect=ONNXRUNTIME).path
+    (seen,) = runtime.run(runtime.session(path, exact=True), [x.numpy()])
+    assert noise(graph.run(x)[0], torch.from_numpy(seen)) > 30

@@ -411,3 +411,23 @@ def test_what_only_a_second_trace_writes_out_is_written_out(tmp_path):
     emitted = emit(graph, tmp_path / "m.onnx")
     (seen,) = runtime.run(runtime.session(emitted.path), [sound.numpy()])
     torch.testing.assert_close(torch.from_numpy(seen), *graph.run(sound))
+
+
+def test_rows_that_attend_to_nothing_and_bounds_of_two_kinds(tmp_path):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x, padding):
+            made, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
+            return made.clamp(0, 0.3)
+
+    torch.manual_seed(0)
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    graph = capture(Attends().train(False), (x, padding))
+    emitted = emit(graph, tmp_path / "m.onnx")
+    padding[2] = True
+    (seen,) = runtime.run(runtime.session(emitted.path), [x.numpy(), padding.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), *graph.run(x, padding))

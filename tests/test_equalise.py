@@ -20,8 +20,9 @@ from compressor.ops import kind
 from compressor.pipeline import Context
 from compressor.pixels import lattice
 from compressor.place import operands, place
+from compressor.quantize import WHOLE, mse
 from compressor.rounding import rounded
-from compressor.target import QLINEAR
+from compressor.target import QLINEAR, QuantSpec
 from passes.int8 import Int8
 from targets.cpu import CPU
 
@@ -302,3 +303,45 @@ def test_pictures_that_others_read_too_stay_floats():
     graph = graph_of(net)
     steps = list(Int8(rounding="nearest").run(graph.copy(), context(graph, pictures())))
     assert not steps[0].rewrites
+
+
+def test_what_is_added_to_scores_is_not_scaled():
+    def pairs(net, x, edges):
+        query, key, value = net.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        made = F.scaled_dot_product_attention(query, key, value, attn_mask=net.edge(edges))
+        return net.out(made.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net = Net(pairs, qkv=nn.Linear(32, 96), edge=nn.Conv2d(4, 4, 1), out=nn.Linear(32, 32))
+    x, edges = (
+        torch.randn(160, 6, 32),
+        torch.randn(160, 4, 6, 6) * torch.tensor([1, 5, 0.1, 3])[:, None, None],
+    )
+    with torch.no_grad():
+        net.edge.weight[0] *= 20
+        net.edge.weight[1] *= 0.05
+    graph = capture(net.eval(), (x[:2], edges[:2]))
+    samples = open_data([(x, edges)], graph.inputs)
+    copy = graph.copy()
+    list(Int8(rounding="nearest", measure=False).run(copy, Context(CPU, samples, samples)))
+    assert noise(graph.run(x, edges)[0], copy.run(x, edges)[0]) > 18
+
+
+def test_steps_are_those_of_the_target():
+    """16 bits of activations are worth less noise than 8 of weights: nothing is moved onto the weights."""
+    torch.manual_seed(0)
+    spans = [(torch.arange(1, 9), -torch.rand(8), torch.linspace(0.1, 9, 8), torch.ones(8))]
+    rows = [(torch.arange(1, 9)[None], torch.rand(4, 8).double() + 0.5, torch.ones(4, 8).double())]
+    wide, narrow = (
+        Problem(QuantSpec(activation=a), 9, spans, rows).noise(torch.zeros(9, dtype=torch.float64))
+        for a in ("u16", "u8")
+    )
+    assert wide < narrow
+    assert (
+        Problem(QuantSpec(activation="u16"), 9, spans, []).noise(torch.zeros(9, dtype=torch.float64))
+        < narrow / 1e3
+    )
+
+
+def test_the_best_range_of_sixteen_bits_is_all_of_it():
+    assert mse(QuantSpec(activation="u16")) is WHOLE

@@ -695,3 +695,38 @@ def test_data_and_weights_without_a_number_are_named():
         net.a.weight *= 1e37
     with pytest.raises(DataError, match="samples 0 to .* give NaN or infinite values at avg_pool2d"):
         compiled(capture(net, torch.randn(4, 3, 16, 16)))
+
+
+# ---------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("options", [{"scheme": "dynamic"}, {"scheme": "weight"}, {}])
+def test_a_budget_that_nothing_measures_is_refused(options):
+    graph = graph_of(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), 4, 8)
+    samples = data(graph)
+    ctx = dataclasses.replace(context(graph), calibration=samples if options else None)
+    with pytest.raises(UsageError, match=r"int8\(sqnr=90\): a budget is measured on calibration data"):
+        compiled(graph, Int8(sqnr=90, **options), ctx)
+
+
+def test_tables_count_against_a_budget():
+    """One column is a hundred times as loud as the others, and rows have one scale."""
+    torch.manual_seed(0)
+    table = nn.Embedding(2000, 64)
+    with torch.no_grad():
+        table.weight[:, 0] *= 100
+    net = Net(lambda net, ids: net.b(F.relu(net.a(net.table(ids)[..., 1:]))), table=table, a=nn.Linear(63, 32),
+              b=nn.Linear(32, 8))  # fmt: skip
+    graph = capture(net.eval(), torch.randint(0, 2000, (4, 6)))
+    drawn = torch.randint(0, 2000, (160, 6), generator=torch.Generator().manual_seed(1))
+    samples = open_data([(drawn,)], graph.inputs)
+    found = {}
+    for asked in (None, 30.0):
+        config = Int8(sqnr=asked, equalise=False, rounding="nearest", measure=False)
+        after, (*_, outcome) = compiled(graph, config, Context(CPU, samples, samples))
+        found[asked] = noise(graph.run(drawn)[0], after.run(drawn)[0])
+        integers = {t.dtype for t in after.tensors.values()}
+        assert (outcome.facts.get("tables"), torch.int8 in integers) == (
+            ("float, for the budget", True) if asked else (None, True)
+        )
+    assert found[None] < 25 < 30 < found[30.0]
