@@ -80,7 +80,8 @@ _LABEL_FIELD = click.option(
 _DYNAMIC = click.option(
     "--dynamic/--static",
     default=None,
-    help="Leave the batch axis free, or fix it; default: the target's.",
+    help="Leave free axes free, or fix them all: the batch to the target's size or 1, others to the example's; "
+    "default: the target's.",
 )
 _OPSET = click.option("--opset", type=int, metavar="N", help="Opset of model.onnx; default: the target's.")
 _MIN_ORT = click.option(

@@ -53,7 +53,7 @@ from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 FASTER = 1.03  # integers stay when the model is so many times faster with them: less is noise, and they cost accuracy
-NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (100 to 500 are plenty)"
+NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (200 to 500 are plenty)"
 FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
 SKETCHED = 4  # samples whose ranges do for a stopwatch
 HEARD = 32  # samples on which `auto` listens for the noise of ranges

@@ -39,7 +39,7 @@ QNN = Target(
 QNN_A16 = replace(
     QNN,
     name="qnn-a16",
-    summary="the same with u16 activations, which lose less and are slower",
+    summary="the same with u16 activations, which lose less",
     opset=21,
     ir_version=10,
     quant=replace(HTP, activation="u16"),
