@@ -23,7 +23,8 @@ import torch
 
 from .camera import Camera
 from .emit import Emitted
-from .ir import DTYPE_NAMES, Graph, Input, terms
+from .errors import UnsupportedError
+from .ir import DTYPE_NAMES, Graph, Input, size_of, terms
 
 SIGNATURE, USAGE, LABELS, SAMPLE = "signature.json", "usage.md", "labels.txt", "test_data_set_0"
 
@@ -126,9 +127,7 @@ def signature(
             {
                 "name": name,
                 "dtype": dtype_name(node.meta["val"].dtype),
-                "shape": [
-                    s if isinstance(s, int) else axes.get(str(s), str(s)) for s in node.meta["val"].shape
-                ],
+                "shape": [size_of(s, axes) for s in node.meta["val"].shape],
             }
             for name, node in zip(graph.outputs, graph.results, strict=True)
         ],
@@ -190,8 +189,16 @@ def _described(one: Mapping[str, Any], taken: set[str]) -> dict[str, Any]:
         "variable": variable,
         "sizes": sizes,
         "count": int(np.prod(sizes, dtype=np.int64)),
-        "words": WORDS[one["dtype"]],
+        "words": _words(one),
     }
+
+
+def _words(one: Mapping[str, Any]) -> Words:
+    if one["dtype"] not in WORDS:
+        raise UnsupportedError(
+            f"{one['name']} is {one['dtype']}, which apps cannot pass on: cast it in the model"
+        )
+    return WORDS[one["dtype"]]
 
 
 def write_sample(folder: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:

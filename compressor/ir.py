@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
@@ -520,6 +521,16 @@ def describe(value: Any, symbols: Mapping[str, str] | None = None) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(describe(v, symbols) for v in value)})"
     return type(value).__name__.removeprefix("Sym").lower()
+
+
+def size_of(size: Any, axes: Mapping[str, str | int]) -> int | str:
+    """A size in the words of `Graph.axis_names`: `4*batch`, or a number where axes are fixed to some."""
+    if isinstance(size, int) or str(size) in axes:
+        return size if isinstance(size, int) else axes[str(size)]
+    expr = size.node.expr
+    known = {s: axes[str(s)] for s in expr.free_symbols if str(s) in axes}
+    made = expr.subs({s: sympy.Symbol(one) if isinstance(one, str) else one for s, one in known.items()})
+    return int(made) if made.is_Integer else str(made)
 
 
 def unsupported(node: Node, why: str) -> UnsupportedError:

@@ -35,7 +35,7 @@ from .edges import few, varied
 from .emit import Emitted, companion_of
 from .errors import ContractError, DataError, TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator
-from .ir import Graph
+from .ir import Graph, size_of
 from .layers import SAMPLES
 from .layers import layers as layers_of
 from .load import Loaded
@@ -363,7 +363,7 @@ class Run:
                 {
                     "name": name,
                     "dtype": handover.dtype_name(node.meta["val"].dtype),
-                    "shape": [axes.get(str(s), str(s)) for s in node.meta["val"].shape],
+                    "shape": [size_of(s, axes) for s in node.meta["val"].shape],
                 }
                 for name, node in zip(graph.outputs, graph.results, strict=True)
             ],

@@ -15,6 +15,8 @@ from torch import nn
 
 import compressor
 from compressor import handover, runtime
+from compressor.capture import capture
+from compressor.emit import emit
 from compressor.errors import UsageError
 from compressor.target import RELEASES
 from targets.cpu import CPU
@@ -201,3 +203,14 @@ def test_opsets_and_releases_that_do_not_fit_are_refused():
         with pytest.raises(UsageError, match=words):
             CPU.speaking(opset, release)
     assert list(RELEASES.values()) == sorted(RELEASES.values())
+
+
+@pytest.mark.parametrize(("fixed", "shape"), [({}, ["4*batch", 6]), ({"batch": 2}, [8, 6])])
+def test_sizes_that_follow_from_axes_are_said_in_their_names(tmp_path, fixed, shape):
+    class Flat(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(0, 1)
+
+    graph = capture(Flat(), (torch.randn(2, 4, 6),))
+    emitted = emit(graph, tmp_path / "m.onnx", fixed=fixed)
+    assert handover.signature(graph, emitted, (), None, None)["outputs"][0]["shape"] == shape

@@ -103,17 +103,18 @@ def _line(spec: str, outcomes: Sequence[Outcome]) -> Line:
 
 
 def _notices(lines: Sequence[Line]) -> list[str]:
-    """Where budgets that read alike were not reached alike."""
-    groups: dict[str, list[float]] = {}
+    """Where budgets of MACs were not reached, or not alike by lines whose budgets read alike."""
+    groups: dict[tuple[str, ...], list[float]] = {}
     for line in lines:
-        asked = re.search(r"\bmacs=([\d.]+)", line.spec)
+        asked = tuple(re.findall(r"\bmacs=([\d.]+)", line.spec))
         if asked and "macs" in line.values:
-            groups.setdefault(asked[1], []).append(line.values["macs"][0])
+            groups.setdefault(asked, []).append(line.values["macs"][0])
     return [
-        f"macs={asked} was reached with {100 * min(seen):.1f} to {100 * max(seen):.1f} % of the MACs: these lines "
-        "compare different sizes; prune(align=1) reaches budgets more exactly"
+        f"macs={', '.join(asked)} was reached with {100 * min(seen):.1f} to {100 * max(seen):.1f} % of the MACs: these "
+        "lines compare different sizes; prune(align=1) reaches budgets more exactly"
         for asked, seen in groups.items()
         if max(seen) - min(seen) > APART * max(seen)
+        or (len(asked) == 1 and any(abs(one - float(asked[0])) > APART * float(asked[0]) for one in seen))
     ]
 
 
