@@ -9,6 +9,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+from nets import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import torchvision_model, with_power
@@ -629,3 +630,26 @@ def test_zeros_round_a_convolution_become_its_padding(pads, options, folds):
     assert (operators(after)["pad"] == 0) == folds
     ones, _ = fold(padded(pads, 1.0, **options))
     assert operators(ones)["pad"] == 1
+
+
+def test_a_norm_in_front_of_layers_of_two_kinds_names_the_first() -> None:
+    def two(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = net.norm(x)
+        return net.a(normed), torch.addmm(net.c, normed, net.w)
+
+    net = Net(two, norm=nn.BatchNorm1d(4), a=nn.Linear(4, 6), c=torch.randn(5), w=torch.randn(4, 5))
+    graph = capture(with_power(net, x := torch.randn(2, 4)).eval(), (x,))
+    (rewrite,) = fold(graph)[1].rewrites
+    assert rewrite.what == "batch_norm into linear behind it (a, addmm)"
+
+
+@pytest.mark.parametrize(("shared", "folds"), [("weight", False), ("bias", True)])
+def test_a_weight_that_another_site_reads_takes_no_scale(shared: str, folds: bool) -> None:
+    def two(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        others = (net.w, net.c) if shared == "weight" else (net.v, net.b)
+        return F.linear(x, net.w, net.b) * net.s, F.linear(x, *others).relu()
+
+    w, v, b, c, s = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
+    graph = capture(Net(two, w=w, v=v, b=b, c=c, s=s).eval(), (torch.randn(3, 4),))
+    after, outcome = fold(graph)
+    assert len(outcome.rewrites) == folds and (after.text() != graph.text()) == folds
