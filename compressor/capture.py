@@ -256,7 +256,7 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     try:
         with quiet():
             pure = program.run_decompositions({})
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
         raise explain(error) from error
     flat = flatten(pure, graph.inputs, graph.example)
     restore_batch_norm(flat.graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -22,6 +23,7 @@ def flatten(program: ExportedProgram, specs: Sequence[Input], example: Sequence[
     state = module.state_dict(keep_vars=True)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    _inline_blocks(module)
     _drop_constant_inputs(graph)
     outputs = distinct(_name_outputs(graph, program), [spec.name for spec in specs])
     tensors, parameters = _unify_tensors(module)
@@ -47,6 +49,42 @@ def refuse_complex(graph: Graph) -> None:
                 f"{what} is complex, which ONNX has no type for: pass real and imaginary part, as in "
                 "torch.view_as_real"
             )
+
+
+_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+def _inline_blocks(module: fx.GraphModule) -> None:
+    """What stands in a block of `no_grad`, or of autocast that is off or for other devices, stands in the graph."""
+    graph = module.graph
+    while (block := next(filter(_changes_nothing, graph.nodes), None)) is not None:
+        body, *given = block.args[1:] if block.target is _GRAD else block.args[4:]
+        inner = module.get_submodule(str(body.target))
+        assert isinstance(inner, fx.GraphModule)
+        known = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), given, strict=True))
+        made: Any = ()
+        with graph.inserting_before(block):
+            for node in inner.graph.nodes:
+                if node.op == "output":
+                    made = fx.node.map_arg(node.args[0], known.__getitem__)
+                elif node.op != "placeholder":
+                    known[node] = graph.node_copy(node, known.__getitem__)
+                if node.op == "get_attr":
+                    known[node].target = f"{body.target}.{node.target}"
+        for part in list(block.users):
+            part.replace_all_uses_with(made[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(block)
+        if not body.users:
+            graph.erase_node(body)
+
+
+def _changes_nothing(node: Node) -> bool:
+    if node.target is _AUTOCAST:
+        device, _, enabled, *_ = node.args
+        return device != "cpu" or not enabled
+    return node.target is _GRAD
 
 
 def _drop_constant_inputs(graph: fx.Graph) -> None:

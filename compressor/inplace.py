@@ -41,6 +41,8 @@ def rename_in_place(graph: fx.Graph) -> bool:
     for node in graph.nodes:  # dropout in evaluation writes nothing, so it is pure even on a view
         if node.target is torch.ops.aten.dropout_.default and node.args[2] is False:
             node.target = torch.ops.aten.dropout.default
+        if node.target is torch.ops.aten.detach_.default:  # writes nothing either
+            node.target = torch.ops.aten.detach.default
         if node.target in _NORMS and node.args[5]:  # writes running statistics, and says so nowhere
             node.args = (*node.args[:3], None, None, *node.args[5:])
     mutations = [n for n in graph.nodes if in_place(n)]

@@ -329,3 +329,42 @@ def test_a_norm_over_its_own_batch_writes_no_statistics():
     assert not mine.equal(torch.zeros(4))  # the model itself writes them, in each call
     torch.testing.assert_close(graph.run(x)[0], model.norm.train()(x))
     assert graph.fingerprint() == before and not graph.tensors
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cuda", enabled=False):
+            y = self.a(x).float()
+            with torch.autocast("cpu", enabled=False):
+                y = y * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        with torch.enable_grad():
+            y, z = self.b(y).relu(), y.sum(-1)
+        return y, z
+
+
+def test_blocks_that_change_nothing_are_what_is_in_them():
+    model, x = Blocks().eval(), torch.randn(3, 4)
+    graph = capture(model, (x,))
+    assert {n.target for n in graph.nodes if n.op == "get_attr"} >= {
+        "a.weight",
+        "a.bias",
+        "b.weight",
+        "b.bias",
+    }
+    assert all(n.op != "get_attr" or isinstance(graph.tensor(n), torch.Tensor) for n in graph.nodes)
+    for seen, expected in zip(graph.run(x), model(x), strict=True):
+        torch.testing.assert_close(seen, expected)
+
+
+def test_autocast_that_is_on_is_refused():
+    class Casts(Blocks):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(self.a(x))
+
+    with pytest.raises(UnsupportedError, match="control flow"):
+        capture(Casts().eval(), (torch.randn(3, 4),))
