@@ -275,3 +275,26 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path):
     graph, _ = network()
     (tmp_path / "file").write_text("")
     assert not Store(Path(tmp_path / "file" / "store")).keep("key", graph, graph.copy(), None)
+
+
+def test_what_a_task_names_travels_to_another_node(tmp_path, monkeypatch):
+    from compressor.search import engines
+    from compressor.search.trial import Task
+
+    home = tmp_path / "home"
+    for name in ("net.pt", "arch.py", "lora/adapter_config.json", "text/x"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+    monkeypatch.chdir(home)
+    options = {"model_spec": "arch.py:build", "adapter": ("lora:0.5", "elsewhere"), "text_field": "text"}
+    task = Task(str(home / "net.pt"), "cpu", None, options, str(home / "out"), str(home / "store"), "digest")
+    parcel = engines._packed(engines._named(task))
+    monkeypatch.setattr(engines.tempfile, "tempdir", str(tmp_path))
+    there = engines._there("place", task, parcel)
+    assert Path(there.model).read_text() == "net.pt" and there.calibration is None
+    code, _, name = there.options["model_spec"].rpartition(":")
+    assert Path(code).read_text() == "arch.py" and name == "build"
+    first, second = there.options["adapter"]
+    assert Path(first.removesuffix(":0.5"), "adapter_config.json").exists() and second == "elsewhere"
+    assert there.options["text_field"] == "text"
+    assert not any(home in Path(one).parents for one in (there.model, code, first, there.folder))

@@ -31,6 +31,7 @@ from .trial import FAILED, Outcome, Task
 TRIES = 2  # of a trial whose worker died
 _DIED = f"its worker died {TRIES} times: out of memory, most likely"
 ANSWER_SECONDS = 10.0
+FILES = ("model_spec", "adapter", "evaluate", "preprocess")  # options that name files
 SLOT = "latency_slot"  # the resource of a Ray node that times one model at a time
 Asked = tuple[
     Task, int, str
@@ -248,12 +249,28 @@ def _require_answer(address: str) -> None:
 
 def _named(task: Task) -> dict[str, Path]:
     """The files and folders that a task names, by the place where they are named."""
-    places: dict[str, Any] = {"model": task.model, "calibration": task.calibration, **task.options}
-    return {
-        name: Path(value)
-        for name, value in places.items()
-        if isinstance(value, (str, Path)) and Path(value).exists()
-    }
+    places = {"model": task.model, "calibration": task.calibration} | {n: task.options.get(n) for n in FILES}
+    words = {f"{name}-{i}": one for name, value in places.items() for i, one in enumerate(_several(value))}
+    return {key: path for key, one in words.items() if (path := _file_of(one)) is not None}
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _file_of(word: Any) -> Path | None:
+    """What lies on this disk of `FILE`, `FOLDER:0.5` or `file.py:function`."""
+    names = (str(word), str(word).rpartition(":")[0]) if isinstance(word, (str, Path)) else ()
+    return next((Path(name) for name in names if name and Path(name).exists()), None)
+
+
+def _moved(name: str, value: Any, here: Mapping[str, Path]) -> Any:
+    """The words of an option with the paths of this node."""
+    made = [
+        f"{here[key]}{str(one).rpartition(here[key].name)[2]}" if (key := f"{name}-{i}") in here else one
+        for i, one in enumerate(_several(value))
+    ]
+    return made if isinstance(value, (list, tuple)) else made[0]
 
 
 def _packed(paths: Mapping[str, Path]) -> bytes:
@@ -281,12 +298,15 @@ def _there(place: str, task: Task, parcel: bytes) -> Task:
         with contextlib.suppress(OSError):  # another worker of this node was faster
             os.replace(fresh, root)
         shutil.rmtree(fresh, ignore_errors=True)
-    here = {one.name: str(next(one.iterdir())) for one in root.iterdir() if one.name != "store"}
+    here = {one.name: next(one.iterdir()) for one in root.iterdir() if one.name != "store"}
     return dataclasses.replace(
         task,
-        model=here["model"],
-        calibration=here.get("calibration", task.calibration),
-        options={key: here.get(key, value) for key, value in task.options.items()},
+        model=_moved("model", task.model, here),
+        calibration=_moved("calibration", task.calibration, here),
+        options={
+            name: _moved(name, value, here) if name in FILES else value
+            for name, value in task.options.items()
+        },
         folder=tempfile.mkdtemp(dir=root.parent),
         store=str(root / "store"),
     )
