@@ -142,8 +142,8 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
         return (operator in words or operator in own) and not operator._schema.is_mutable
 
     def decomposed(program: ExportedProgram, registry: Any) -> ExportedProgram:
-        parts = program.graph_module.modules()
-        called = {n.target for part in parts for n in part.graph.nodes if n.op == "call_function"}
+        graphs = [part.graph for part in program.graph_module.modules()]
+        called = {node.target for one in graphs for node in one.nodes if node.op == "call_function"}
         return program if all(map(has_word, called)) else decompose(program, registry)
 
     with ExitStack() as stack:

@@ -230,7 +230,8 @@ def test_attention_is_few_operators(mask, rank, tmp_path):
     counts = emitted(
         lambda m, q, k, v, *a: F.scaled_dot_product_attention(q, k, v, *a), *example, folder=tmp_path
     )
-    assert sum(counts.values()) <= {None: 5, "floats": 6, "bools": 9}[mask] and counts["MatMul"] == 2
+    # an input may hold -inf, and rows of it: two operators keep what is left of these finite
+    assert sum(counts.values()) <= {None: 5, "floats": 8, "bools": 9}[mask] and counts["MatMul"] == 2
 
 
 def test_a_row_that_may_attend_to_nothing_is_what_it_is_in_torch(tmp_path):

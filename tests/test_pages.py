@@ -220,7 +220,7 @@ def test_the_schema_knows_every_key(reader: Reader) -> None:
     )
     report = read_report("out/report.json")
     assert schema.unknown(report) == []
-    assert report["outputs"][0]["shape"] == [report["inputs"][0]["shape"][0], "10"]
+    assert report["outputs"][0]["shape"] == [report["inputs"][0]["shape"][0], 10]
     report["rows"][0]["surprise"] = report["emitted"]["more"] = 1
     assert schema.unknown(report) == ["emitted.more", "rows[].surprise"]
     missing = [key for key in schema.REPORT if not present(report, key.removesuffix(".*").split("."))]
