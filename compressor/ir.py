@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from .errors import ContractError, UnsupportedError
+from .pieces import kernel
 
 DTYPE_NAMES = {
     torch.float16: "f16",
@@ -216,7 +217,7 @@ class Graph:
         if getattr(node.target, "overloadpacket", None) in _ACCUMULATING and _all_half((args, kwargs)):
             args, kwargs = pytree.tree_map(_widened, (args, kwargs))
             return node.target(*args, **kwargs).half()  # type: ignore[operator]
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return kernel(node.target, args, kwargs)(*args, **kwargs)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- verbs
 

@@ -19,7 +19,7 @@ import compressor
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = [
-    ["errors", "blockwise", "units", "schema"],
+    ["errors", "blockwise", "units", "schema", "pieces"],
     [
         "toml",
         "ir",

@@ -10,7 +10,7 @@ from nets import Net, conv, noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor import quantize
+from compressor import pieces, quantize
 from compressor.batches import Batch
 from compressor.capture import capture
 from compressor.data import batch_for
@@ -444,3 +444,20 @@ def test_a_value_has_one_scale_where_the_provider_knows_one(rescales):
         elif kind(node) == "quantize":
             scales.setdefault(node, set()).add(node.args[1])
     assert max(map(len, scales.values())) == (2 if rescales else 1)
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(torch.uint8, 117), (torch.int8, -3), (torch.uint16, 32768)])
+@pytest.mark.parametrize("size", [0, 1, 300_001])
+def test_pieces_are_the_same_numbers(dtype, zero, size):
+    decomposed = torch.ops.quantized_decomposed
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 3
+    x[::7] = 0.0125 * torch.arange(len(x[::7])) % 4  # ties
+    facts = (0.025, zero, torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
+    with torch.no_grad():
+        integers = pieces.quantize(x, *facts)
+        assert integers.equal(decomposed.quantize_per_tensor.default(x, *facts))
+        floats = pieces.dequantize(integers, *facts)
+        assert floats.equal(decomposed.dequantize_per_tensor.default(integers, *facts))
+        assert pieces.kernel(decomposed.quantize_per_tensor.default, (x,), {}) is pieces.quantize
+        assert pieces.kernel(torch.ops.aten.relu.default, (x,), {}) is torch.ops.aten.relu.default
+    assert pieces.kernel(decomposed.quantize_per_tensor.default, (x,), {}) is not pieces.quantize
