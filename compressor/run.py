@@ -256,7 +256,7 @@ class Run:
                 provider,
                 graph.inputs,
                 emitted.inputs,
-                few(graph, [batch.inputs for batch in batches], HEARD),
+                few(graph, [batch.inputs for batch in batches], max([HEARD, *self.fixed(graph).values()])),
             )
         if self.target.quant.reduce_range and saturated < contracts.SIMULATION_DB:
             raise ContractError(
