@@ -28,7 +28,7 @@ nightly: $(VENV)/.dev ## run what is too long for every change, and thousands of
 	$(PYTHON) benchmarks/hostile.py 2000 --files 100 --faults 100
 
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
-	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	@for script in $(filter-out benchmarks/run.py benchmarks/mutants.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PYTHON) $$script || exit 1; done
 
 docs: $(VENV)/.dev ## build the documentation into site/, and run its code blocks
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet

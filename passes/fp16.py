@@ -194,15 +194,12 @@ class _Survey:
     def _keep_from_zero(self, node: Node, number: float) -> None:
         """Fails what a tiny number keeps from zero, and who would divide by it; no sample need come near it."""
         self._failed.setdefault(node, f"its number {number:g} is zero in half precision")
-        edge = [] if kind(node) in NORMS else [node]
+        why = f"{number:g}, which is zero in half precision, keeps what it reads from zero"
+        edge, seen = [] if kind(node) in NORMS else [node], {node}
         while edge:
-            source = edge.pop()
-            for user in source.users:
-                if user in self._failed or not _computes_floats(user):
-                    continue
-                self._failed[user] = (
-                    f"{number:g}, which is zero in half precision, keeps what it reads from zero"
-                )
+            for user in set(filter(_computes_floats, edge.pop().users)) - seen:
+                seen.add(user)
+                self._failed.setdefault(user, why)
                 if kind(user) in _CARRIES or operator_name(user) in _INVERTS:
                     edge.append(user)
 

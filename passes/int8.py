@@ -116,20 +116,20 @@ class Int8(Pass):
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise ValueError(f"a percentile lies above 50 and at most at 100, got {self.percentile:g}")
-        Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
+        _ = self.budget
 
     @property
-    def _budget(self) -> str:
-        """What noise or loss is allowed, in the words of the spec."""
-        named = {"sqnr": self.sqnr, "max_drop": self.max_drop}
-        return ",".join(f"{name}={value:g}" for name, value in named.items() if value is not None)
+    def budget(self) -> Budget:
+        """What noise or loss is allowed. UsageError where it is none."""
+        return Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
 
     def _require_place(self, data: bool) -> None:
         """UsageError for a budget where nothing is measured that could keep it."""
-        if self._budget and (self.scheme != "static" or not data):
+        if self.budget.named and (self.scheme != "static" or not data):
             why = f"scheme={self.scheme} has none" if self.scheme != "static" else "pass --calib"
+            asked = ",".join(f"{name}={value:g}" for name, value in self.budget.named.items())
             raise UsageError(
-                f"int8({self._budget}): a budget is measured on calibration data, with static scales: {why}"
+                f"int8({asked}): a budget is measured on calibration data, with static scales: {why}"
             )
 
     def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
@@ -181,7 +181,7 @@ class Int8(Pass):
         ranges, words = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
         tables = has_tables(graph, self.ignore)
-        if data is not None and self._budget:
+        if data is not None and self.budget.named:
             floats, tables, found = self._within(graph, spec, ranges, given, data, ctx)
             facts |= found
         plan = place(graph, spec, ranges, self.ignore, left, floats)
@@ -290,12 +290,11 @@ class Int8(Pass):
                 copy.clean()
             return copy
 
-        budget = Budget(sqnr=self.sqnr, max_drop=self.max_drop, owner="int8")
         with ctx.progress("int8: measuring copies", None):
-            share = budget.measured(goal, graph, ctx, 0.0, trial)
+            share = self.budget.measured(goal, graph, ctx, 0.0, trial)
             if tables and share == 1:  # too many for the tables alone
                 tables = False
-                share = budget.measured(goal, graph, ctx, 0.0, trial)
+                share = self.budget.measured(goal, graph, ctx, 0.0, trial)
                 goal.facts["tables"] = "float, for the budget"
         chosen = set(floating(share))
         kept = [node for node in order if node.name in chosen]

@@ -151,6 +151,17 @@ def test_what_only_a_zero_would_show(ratio, tmp_path):
         torch.testing.assert_close(in_runtime(after, tmp_path, one), graph.run(one)[0], rtol=2e-3, atol=2e-3)
 
 
+def test_what_stays_single_anyway_hands_on_what_keeps_from_zero(tmp_path):
+    def net(net, x):
+        return F.normalize(F.relu(net.a(x)), dim=-1)
+
+    model = Net(net, a=nn.Linear(8, 8, bias=False))
+    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    graph, after, _ = halved(model, x, ignore=("expand_as",))
+    assert "div" in kept(graph, after)
+    assert in_runtime(after, tmp_path, torch.zeros(6, 8)).isfinite().all()
+
+
 def test_ignore_names_something():
     with pytest.raises(UsageError, match="matches no operator"):
         halved(Net(lambda net, x: net.a(x), a=nn.Linear(8, 8)), torch.randn(2, 8), ignore=("nowhere.*",))

@@ -251,14 +251,14 @@ def _named(task: Task) -> dict[str, Path]:
     """The files and folders that a task names, by the place where they are named."""
     places = {"model": task.model, "calibration": task.calibration} | {n: task.options.get(n) for n in FILES}
     words = {f"{name}-{i}": one for name, value in places.items() for i, one in enumerate(_several(value))}
-    return {key: path for key, one in words.items() if (path := _file_of(one)) is not None}
+    return {key: path for key, one in words.items() if (path := file_of(one)) is not None}
 
 
 def _several(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _file_of(word: Any) -> Path | None:
+def file_of(word: Any) -> Path | None:
     """What lies on this disk of `FILE`, `FOLDER:0.5` or `file.py:function`."""
     names = (str(word), str(word).rpartition(":")[0]) if isinstance(word, (str, Path)) else ()
     return next((Path(name) for name in names if name and Path(name).exists()), None)

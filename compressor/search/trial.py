@@ -211,8 +211,8 @@ def original(task: Task) -> dict[str, float]:
             raise DataError(
                 f"--eval, on the model as it came: {type(error).__name__}: {_line(error)}"
             ) from error
-        for value in [*found.values()][:1]:
-            values |= {"metric": value, "drop": 0.0}
+        if found:
+            values |= {"metric": next(iter(found.values())), "drop": 0.0}
     return values
 
 

@@ -23,7 +23,7 @@ from ..publishing import hold
 from ..spec import split
 from ..stopwatch import HERE, Stopwatch
 from ..target import Target
-from .engines import Engine, Local, Ray
+from .engines import Engine, Local, Ray, file_of
 from .objectives import QUALITIES, constraint, objective
 from .space import Space
 from .store import key_of
@@ -227,15 +227,14 @@ def _digest(loaded: Loaded, graph: Graph, task: Task) -> str:
 
 def _file_of(named: str) -> Path | None:
     """A file or folder, or the file of `module:function`."""
+    if (found := file_of(named)) is not None:
+        return found
     head = named.rpartition(":")[0]
-    for one in (named, head):
-        if one and Path(one).exists():
-            return Path(one)
     try:
-        found = importlib.util.find_spec(head) if head else None
+        spec = importlib.util.find_spec(head) if head else None
     except (ImportError, ValueError):
         return None
-    return Path(found.origin) if found is not None and found.origin and Path(found.origin).is_file() else None
+    return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
 
 
 def _digest_of(path: Path) -> str:
