@@ -1,15 +1,15 @@
 """A check of the tests: faults are put into the files that everything rests on, one at a time; do the tests see them?
 
-    pip install cosmic-ray==8.7.0
-    python benchmarks/mutants.py                    300 mutants; hours
-    python benchmarks/mutants.py --part 1/4         every fourth of them, for a process beside others
+    pip install cosmic-ray==8.7.0 coverage
+    python benchmarks/mutants.py --jobs 2           300 mutants; hours
     python benchmarks/mutants.py --table            what was found, no more
 
 Mutants are drawn with a seed from all that cosmic-ray makes of the channel algebra, the affine regions and the
-fold pass, those left out that Python reads as the same program (types are not run). Each is tested in a copy of the
-checkout: the file's own tests first, and if they all pass, those of what is built on it. *killed*: a test failed, or
-a group of them took over 200 seconds of a processor. *survived* ones are listed with their change: each is either the
-same behaviour in other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
+fold pass, those left out that Python reads as the same program (types are not run). Coverage says first which of the
+tests below run which line, and how long each takes. Each mutant then meets, in a copy of the checkout, the tests that
+run what it changes, quick ones first; where it is run by an import, all of them. *killed*: a test failed, or they took
+over 200 seconds of a processor. *survived* ones are listed with their change: each is either the same behaviour in
+other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import argparse
 import ast
 import difflib
 import json
+import multiprocessing
 import os
+import queue
 import random
 import resource
 import shutil
@@ -26,26 +28,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "mutants.jsonl"
 COUNT, SEED = 300, 0
-SECONDS = 200  # of a processor, for one group of tests, which takes a minute or so
+SECONDS = 200  # of a processor, for the tests of one mutant
 TESTS = {
-    "compressor/channels.py": [
-        ["tests/test_channels.py"],
-        ["tests/test_prune.py", "tests/test_uniform.py", "tests/test_padding.py", "tests/test_killers.py"],
-    ],
-    "compressor/affine.py": [
-        ["tests/test_affine.py"],
-        ["tests/test_merge.py", "tests/test_conv_adapters.py", "tests/test_spellings.py"],
-    ],
-    "passes/fold.py": [["tests/test_fold.py"], ["tests/test_composites.py", "tests/test_camera.py"]],
+    "compressor/channels.py": ["channels", "prune", "uniform", "padding", "killers"],
+    "compressor/affine.py": ["affine", "merge", "conv_adapters", "spellings"],
+    "passes/fold.py": ["fold", "composites", "camera"],
 }
+PRELOADED = [
+    "pytest",
+    "numpy",
+    "scipy",
+    "networkx",
+    "torch.export",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "hypothesis",
+]
 # Survivors that were read and change nothing that anybody could see, by the line that they change.
 EQUIVALENT = {
     "-            if given_up.get(choice.key, 0) + 1 < choice.candidates "
@@ -66,7 +74,8 @@ def mutants() -> list[Mutant]:
 
     class Positions(Visitor):
         def __init__(self, operator: Any) -> None:
-            self.operator, self.found = operator, []
+            self.operator = operator
+            self.found: list[Any] = []
 
         def visit(self, node: Any) -> Any:
             self.found += [start for start, _ in self.operator.mutation_positions(node)]
@@ -123,36 +132,139 @@ def sample() -> Iterator[tuple[Mutant, str]]:
             yield mutant, text
 
 
-def fate(checkout: Path, mutant: Mutant, text: str) -> dict[str, object]:
+def pytest_in(checkout: Path, words: list[str], recorder: Any = None) -> int:
+    """pytest's exit code, in this process, of the compressor that lies in `checkout`."""
+    import pytest
+
+    os.chdir(checkout)
+    sys.path[:0] = [str(checkout)]
+    os.environ |= {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:cov", *words], recorder and [recorder]))
+
+
+class Recorder:
+    """Hears from pytest which test runs, for coverage to note beside every line, and how long each takes."""
+
+    def __init__(self, coverage: Any) -> None:
+        self.coverage = coverage
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+
+def watch(checkout: Path, file: str, found: Path) -> None:
+    """Writes down the seconds of each test of one file, and which of them run which of its lines."""
+    from coverage import Coverage
+
+    coverage = Coverage(data_file=None, include=[str(checkout / file)])
+    recorder = Recorder(coverage)
+    coverage.start()
+    code = pytest_in(checkout, [f"tests/test_{name}.py" for name in TESTS[file]], recorder)
+    coverage.stop()
+    if code:
+        sys.exit(f"the tests of {file} fail as it is")
+    lines = coverage.get_data().contexts_by_lineno(str(checkout / file))
+    found.write_text(json.dumps({"seconds": recorder.seconds, "lines": lines}))
+
+
+def meet(checkout: Path, tests: Path, words: Path) -> None:
+    """Ends with the exit code of tests named in a file, one a line; what they say goes into `words`."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    with words.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(pytest_in(checkout, ["-x", "--no-header", f"@{tests}"]))
+
+
+def apart(target: Any, *arguments: Any) -> int:
+    """The exit code of a function in a process that has heavy imports behind it; negative where a signal ended it."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def tests_of(text: str, other: str, known: dict[str, Any]) -> list[str]:
+    """The tests that run what differs between two programs, quick ones first."""
+    matcher = difflib.SequenceMatcher(None, text.splitlines(), other.splitlines(), autojunk=False)
+    differ = {n + 1 for tag, i, j, *_ in matcher.get_opcodes() if tag != "equal" for n in range(i, j)}
+    statements = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)]
+    wide = set(differ)
+    for line in differ:
+        around = [n for n in statements if n.lineno <= line <= (n.end_lineno or n.lineno)]
+        if around:
+            least = min(around, key=lambda n: (n.end_lineno or n.lineno) - n.lineno)
+            wide |= set(range(least.lineno, (least.end_lineno or least.lineno) + 1))
+    runs = {test for line in wide for test in known["lines"].get(str(line), [])}
+    seconds: dict[str, float] = known["seconds"]
+    return sorted(seconds if not runs or "" in runs else runs, key=lambda test: (seconds[test], test))
+
+
+def fate(checkout: Path, mutant: Mutant, text: str, known: dict[str, Any]) -> dict[str, object]:
     """What the tests say of one, in a copy that is as it was afterwards."""
     file = checkout / mutant[0]
     before = file.read_text()
     start = time.perf_counter()
+    names, words = checkout.parent / "tests.txt", checkout.parent / "words.txt"
+    names.write_text("\n".join(tests_of(before, text, known)))
     file.write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-    state, by = "survived", ""
     try:
-        for tests in TESTS[mutant[0]]:
-            ended = subprocess.run(
-                [*words, *tests],
-                cwd=checkout,
-                env=environment,
-                capture_output=True,
-                text=True,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS)),
-            )
-            if ended.returncode:
-                failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                state = "killed"
-                by = "time" if ended.returncode < 0 else next(iter(failed), "it does not start")
-                break
+        code = apart(meet, checkout, names, words)
     finally:
         file.write_text(before)
+    failed = [line for line in words.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    by = "time" if code < 0 else next(iter(failed), "it does not start")
     return {
-        "mutant": list(mutant), "state": state, "by": by[:200], "change": changed(before, text),
-        "seconds": round(time.perf_counter() - start),
+        "mutant": list(mutant), "state": "killed" if code else "survived", "by": by[:200] if code else "",
+        "change": changed(before, text), "seconds": round(time.perf_counter() - start),
     }  # fmt: skip
+
+
+def copied(folder: Path) -> Path:
+    """A copy of what git keeps of this checkout."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    checkout = folder / "checkout"
+    for name in listed.stdout.splitlines():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, checkout / name)
+    return checkout
+
+
+def measure(jobs: int) -> None:
+    """Adds a row for each of the sample that has none."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    done = known()
+    left = [(m, t) for m, t in sample() if (m, changed((ROOT / m[0]).read_text(), t)) not in done]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
+        free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for n in range(jobs):
+            free.put(copied(Path(folder, str(n))))
+
+        def watched(file: str) -> dict[str, Any]:
+            checkout, found = free.get(), Path(folder, file.replace("/", "-"))
+            if apart(watch, checkout, file, found):
+                sys.exit(1)
+            free.put(checkout)
+            return json.loads(found.read_text())
+
+        tests = dict(zip(TESTS, pool.map(watched, TESTS), strict=True))
+
+        def met(one: tuple[Mutant, str]) -> None:
+            checkout = free.get()
+            row = fate(checkout, *one, tests[one[0][0]])
+            free.put(checkout)
+            with ROWS.open("a") as file:
+                print(json.dumps(row), file=file)
+            print(f"{row['state']:9} {row['seconds']:4} s  {row['change']}", flush=True)
+
+        list(pool.map(met, left))
 
 
 def changed(before: str, text: str) -> str:
@@ -193,26 +305,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", default="1/1", help="which share of the sample, as 2/4")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--table", action="store_true", help="test nothing")
     options = parser.parse_args()
     if not options.table:
-        part, parts = map(int, options.part.split("/"))
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            checkout = Path(folder, "checkout")
-            names = subprocess.run(
-                ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout
-            for name in names.splitlines():
-                (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, checkout / name)
-            for number, (mutant, text) in enumerate(sample()):
-                made = mutant, changed((ROOT / mutant[0]).read_text(), text)
-                if number % parts == part - 1 and made not in known():
-                    row = fate(checkout, mutant, text)
-                    with ROWS.open("a") as file:
-                        print(json.dumps(row), file=file)
-                    print(f"{row['state']:9} {row['seconds']:4} s  {row['change']}", flush=True)
+        measure(options.jobs)
     table()
 
 

@@ -40,7 +40,7 @@ from .ir import Graph, Input
 from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import macs
 from .pipeline import Size
-from .progress import Watch, counted
+from .progress import Log, Watch, counted
 from .registry import passes, targets
 from .run import Result, Run
 from .spec import split
@@ -109,26 +109,39 @@ def compress(
     return dataclasses.replace(result, output=folder, onnx=folder / "model.onnx")
 
 
-def tune(model: str | Path, **options: Any) -> Study:
-    """Searches for the best spec under a budget: see `compressor.search.tune.tune`, which needs the extra `tune`."""
+def tune(model: str | Path, *, console: Any = None, log: Log | None = None, **options: Any) -> Study:
+    """Searches for the best spec under a budget: see `compressor.search.tune.tune`, which needs the extra `tune`.
+
+    console, log: see `progress.Watch`; the log is given {"event": "trial", ...} with what became of each.
+    """
     with _optuna():
         from .search.tune import tune as search
-    return search(model, **options)
+    return search(model, watch=Watch(console, log), **options)
 
 
-def sweep(model: str | Path, passes: str, **options: Any) -> tuple[list[dict[str, Any]], list[str], str]:
-    """Compares every spec of a space: see `compressor.search.sweep.sweep`. Lines as plain data, notices, and CSV."""
+def sweep(
+    model: str | Path, passes: str, *, console: Any = None, log: Log | None = None, **options: Any
+) -> tuple[list[dict[str, Any]], list[str], str]:
+    """Compares every spec of a space: see `compressor.search.sweep.sweep`. Lines as plain data, notices, and CSV.
+
+    console, log: as for `tune`.
+    """
     with _optuna():
         from .search import sweep as search
-    lines, notices = search.sweep(model, passes, **options)
+    lines, notices = search.sweep(model, passes, watch=Watch(console, log), **options)
     return [dataclasses.asdict(line) for line in lines], notices, search.as_csv(lines)
 
 
-def batch(listed: str | Path, **options: Any) -> list[dict[str, Any]]:
-    """Compiles every model of a list: see `compressor.search.fleet.batch`. One row a model."""
+def batch(
+    listed: str | Path, *, console: Any = None, log: Log | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Compiles every model of a list: see `compressor.search.fleet.batch`. One row a model.
+
+    console, log: as for `tune`.
+    """
     with _optuna():
         from .search import fleet
-    made = fleet.batch(listed, **options)
+    made = fleet.batch(listed, watch=Watch(console, log), **options)
     return [
         {"model": str(entry.path), "output": str(entry.output), **dataclasses.asdict(outcome)}
         for entry, outcome in made
@@ -296,7 +309,7 @@ def bench(
     advise: bool = False,
     profile: bool = False,
     console: Any = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
+    log: Log | None = None,
 ) -> list[dict[str, Any]]:
     """Latency of ONNX files, measured in turns on generated inputs; the first is what the others are compared with.
 

@@ -149,7 +149,7 @@ def compress_model(
 @tuning
 @loading
 @printing
-def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def tune(model: str, quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any) -> None:
     """Search for the passes that make MODEL fastest, or smallest, within constraints.
 
     Every trial is a whole, verified compilation. The best model is in best/ of the output folder, those that no other
@@ -158,10 +158,10 @@ def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
     existing(model)
     from . import console, console_search
 
-    errors = console.progress(quiet)
-    with console.working(errors, "loading PyTorch"):
+    shown = console.searching(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    study = api.tune(model, told=console_search.trial_line(errors), **given())
+    study = api.tune(model, **shown, **given())
     summary = study.summary()
     if as_json:
         _json(summary)
@@ -178,15 +178,17 @@ def tune(model: str, quiet: bool, as_json: bool, **options: Any) -> None:
 @sweeping
 @loading
 @printing
-def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) -> None:
+def sweep(
+    model: str, quiet: bool, verbose: bool, log_format: str, as_json: bool, as_csv: bool, **options: Any
+) -> None:
     """Compare passes on MODEL: every spec of a space, several seeds, same data, means and spreads."""
     existing(model)
     from . import console, console_search
 
-    errors = console.progress(quiet)
-    with console.working(errors, "loading PyTorch"):
+    shown = console.searching(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    lines, notices, text = api.sweep(model, told=console_search.trial_line(errors), **given())
+    lines, notices, text = api.sweep(model, **shown, **given())
     if as_json:
         _json({"lines": lines, "notices": notices})
     elif as_csv:
@@ -201,15 +203,17 @@ def sweep(model: str, quiet: bool, as_json: bool, as_csv: bool, **options: Any) 
 @click.argument("listed", metavar="LIST.toml")
 @listing
 @printing
-def compress_list(listed: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def compress_list(
+    listed: str, quiet: bool, verbose: bool, log_format: str, as_json: bool, **options: Any
+) -> None:
     """Compile many models: LIST.toml names them, with a recipe or a budget each. What is done is not done again."""
     existing(listed)
     from . import console, console_search
 
-    errors = console.progress(quiet)
-    with console.working(errors, "loading PyTorch"):
+    shown = console.searching(quiet, verbose, log_format)
+    with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    rows = api.batch(listed, told=console_search.trial_line(errors), **given())
+    rows = api.batch(listed, **shown, **given())
     if as_json:
         _json(rows)
     elif not quiet:

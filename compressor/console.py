@@ -78,9 +78,38 @@ def _write_line(event: Mapping[str, Any]) -> None:
         failed = " failed after" if event["status"] == "failed" else ""
         words = f"{'  ' * event['depth']}{event['what']}{failed}  {seconds(event['seconds'])}{rate}"
         words += f", peak {event['peak_mb']:.0f} MB"
+    elif event["event"] == "trial":
+        words = trial_line(event)
     else:
         words = f"{event['what']}: {', '.join(filter(None, (event['contract'], event['status'])))}"
     print(words, file=sys.stderr, flush=True)
+
+
+# Values of a trial, and what they are called in a table.
+SEARCHED = {
+    "latency_ms": "ms", "speedup": "speed", "size_mb": "MB", "macs": "MACs", "metric": "metric", "drop": "drop",
+    "sqnr": "SQNR dB", "agreement": "top-1 equal",
+}  # fmt: skip
+
+
+def searching(quiet: bool, verbose: bool, log_format: str) -> dict[str, Any]:
+    """What `logging` says, for work that consists of trials: a line for each as it ends, where no log has them all."""
+    shown = logging(quiet, verbose, log_format)
+    errors = shown["console"]
+
+    def lines(event: Mapping[str, Any]) -> None:
+        if event["event"] == "trial":
+            errors.print(escape(trial_line(event)), highlight=False, soft_wrap=True)
+
+    return {"log": lines, **shown}
+
+
+def trial_line(trial: Mapping[str, Any]) -> str:
+    """`   3  fold,int8  latency_ms 1.25, speedup 2.1  (14 s)`, or why there is no model; its name first in a list."""
+    values = ", ".join(f"{name} {trial['values'][name]:.4g}" for name in SEARCHED if name in trial["values"])
+    what = values if trial["state"] == "done" else f"{trial['state']}: {trial['why']}"
+    words = filter(None, (trial.get("model"), trial["spec"], what, f"({trial['seconds']:.0f} s)"))
+    return f"{trial['number']:>4}  {'  '.join(words)}"
 
 
 def working(console: Console, words: str) -> AbstractContextManager[Any]:

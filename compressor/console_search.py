@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from .console import SEARCHED
 from .report import table
-
-
-def trial_line(console: Console) -> Callable[[Any], None]:
-    """Prints one line for every trial of a search, as it ends."""
-
-    def told(outcome: Any) -> None:
-        values = ", ".join(
-            f"{name} {outcome.values[name]:.4g}" for name in _SEARCHED if name in outcome.values
-        )
-        what = values if outcome.state == "done" else f"{outcome.state}: {outcome.why}"
-        line = f"{outcome.number:>4}  {outcome.spec}  {what}  ({outcome.seconds:.0f} s)"
-        console.print(escape(line), highlight=False, soft_wrap=True)
-
-    return told
-
-
-_SEARCHED = {
-    "latency_ms": "ms", "speedup": "speed", "size_mb": "MB", "macs": "MACs", "metric": "metric", "drop": "drop",
-    "sqnr": "SQNR dB", "agreement": "top-1 equal",
-}  # fmt: skip
 
 
 def show_search(summary: Mapping[str, Any], console: Console) -> None:
@@ -42,10 +23,8 @@ def show_search(summary: Mapping[str, Any], console: Console) -> None:
         shown.append(trials[best])
     key = summary["objectives"][0]
     shown.sort(key=lambda one: one["values"][key])
-    names = [name for name in _SEARCHED if any(name in one["values"] for one in shown)]
-    made = table(
-        "", "passes", *(_SEARCHED[name] for name in names), right=[_SEARCHED[name] for name in names]
-    )
+    names = [name for name in SEARCHED if any(name in one["values"] for one in shown)]
+    made = table("", "passes", *(SEARCHED[name] for name in names), right=[SEARCHED[name] for name in names])
     original = summary["original"]
     made.add_row("", "original", *(_searched(name, original) for name in names))
     for one in shown:
@@ -89,9 +68,9 @@ def _spread(mean: float, spread: float) -> str:
 
 def show_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One row a model of a list."""
-    names = [name for name in _SEARCHED if any(name in row["values"] for row in rows)]
+    names = [name for name in SEARCHED if any(name in row["values"] for row in rows)]
     made = table(
-        "model", "passes", *(_SEARCHED[name] for name in names), right=[_SEARCHED[name] for name in names]
+        "model", "passes", *(SEARCHED[name] for name in names), right=[SEARCHED[name] for name in names]
     )
     for row in rows:
         what = row["spec"] if row["state"] == "done" else f"{row['state']}: {row['why']}"

@@ -354,7 +354,6 @@ def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[s
             raise ContractError(
                 f"the emitted model's output {check.output}{check.slice} is not the graph's: error {check.error:.1e}, "
                 f"{check.sqnr_db:.1f} dB; {wanted} is allowed"
-                + (f"; {measure.saturation()}" if is_integer(graph) and measure.saturation() else "")
             )
 
 

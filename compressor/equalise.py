@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ STEPS, RATE = 300, 0.05  # of the descent, in log s
 WIDEST = math.log(64)  # scales lie between 1/64 and 64
 ROWS = 128  # of a weight that stand for all of them
 LOUD = 0.1  # share of the outputs' energy: where the slopes foresee more noise, they are no guide
+SMOOTHS = "smooths"  # in `meta` of such a product
 GAIN = 0.005  # share of all noise that a product in front of a matrix product must take away
 
 
@@ -175,8 +177,23 @@ def smooth(graph: Graph, plan: Placement) -> list[Node]:
         product = graph.insert(aten.mul.Tensor, (value, ones), before=first)
         for user in readers:
             redirect(graph, user, value, product)
+        product.meta[SMOOTHS] = True
         made.append(product)
     return made
+
+
+def release(graph: Graph, floats: Collection[Node]) -> None:
+    """Takes out the products whose readers all stay float; what these multiply with takes the factors back."""
+    products = [n for n in graph.nodes if SMOOTHS in n.meta and all(user in floats for user in n.users)]
+    if not products:
+        return
+    labels = labels_of(graph)
+    scales = torch.ones(int(labels.classes().max()) + 1, dtype=torch.float64)
+    for product in products:
+        factors: Any = product.args[1]
+        scales[labels.classes()[labels.of[product].reshape(-1)]] = 1 / graph.tensor(factors).double()
+    rescale(labels, scales[labels.classes()])
+    _drop(graph, products)
 
 
 # -------------------------------------------------------------------- the step of a pass

@@ -20,7 +20,7 @@ from torch.fx import Node
 from compressor.budgets import Budget, Goal
 from compressor.costs import weights_share
 from compressor.data import Data
-from compressor.equalise import equalise, slopes_of
+from compressor.equalise import equalise, release, slopes_of
 from compressor.errors import UsageError
 from compressor.forms import Match, gates, pools, selections
 from compressor.ir import Graph, short_name, site
@@ -184,6 +184,7 @@ class Int8(Pass):
         if data is not None and self.budget.named:
             floats, tables, found = self._within(graph, spec, ranges, given, data, ctx)
             facts |= found
+            release(graph, floats)
         plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
         scales, known = given.fitting(spec)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compressor.capture import capture
 from compressor.data import Data, open_data
-from compressor.equalise import Problem, equalise
+from compressor.equalise import Problem, equalise, release
 from compressor.ir import Graph
 from compressor.labels import FIXED, labels_of
 from compressor.noise import SAMPLES, slopes
@@ -182,7 +182,14 @@ def test_a_product_smooths_what_nothing_else_can():
     assert outcome.facts["products"] >= 1
     assert noise(graph.run(inputs)[0], scaled.run(inputs)[0]) > 110
     plan = place(scaled, QLINEAR)
-    assert any(kind(value) == "mul" and value.name.startswith("mul") for value in plan.owner)
+    products = [value for value in plan.owner if kind(value) == "mul" and value.name.startswith("mul")]
+    assert len(products) == outcome.facts["products"]
+    expected = scaled.run(inputs)[0]
+    release(scaled, [node for node in scaled.nodes if node not in products[0].users])
+    assert products[0] in scaled.nodes  # which an integer layer still reads
+    release(scaled, scaled.nodes)
+    assert not set(products) & set(scaled.nodes)
+    assert noise(expected, scaled.run(inputs)[0]) > 110
 
 
 def test_a_model_that_no_output_depends_on_smoothly_is_left_as_it_is():

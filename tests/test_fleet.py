@@ -126,8 +126,11 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
     (files / "models.toml").write_text(
         LIST.replace('int8(rounding=nearest,equalise=false)"\noutput', 'fp16"\noutput')
     )
-    assert cli.main([*words]) == 2
-    again = json.loads(capsys.readouterr().out)
+    assert cli.main([*words, "-v"]) == 2
+    said = capsys.readouterr()
+    again = json.loads(said.out)
+    assert "compiling net.pt2, net.pt2 ..." in said.err and "timing net.pt2  " in said.err
+    assert "   2  missing.pt2  refused: " in said.err
     assert again[0]["spec"] == "fold,fp16" and again[1] == rows[1]
     after = {name: (files / name / "model.onnx").stat().st_mtime_ns for name in ("small", "searched")}
     assert after["small"] != before["small"] and after["searched"] == before["searched"]

@@ -191,7 +191,20 @@ def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_pa
     assert cli.main(["tune", *words, "--constraint", "sqnr>=10"]) == 2
     said = capsys.readouterr()
     assert "keeps to size_mb<=0.001" in said.err and "size_mb 0.0" in said.err and "int8" in said.out
+    assert "   1  fold,int8" in said.err or "   0  fold,int8" in said.err
     assert (tmp_path / "out" / "best" / "model.onnx").exists()
+
+
+def test_a_search_says_what_it_does_in_lines_of_json(files, tmp_path, capsys):
+    words = ["tune", str(files / "net.pt2"), "--calib", str(files / "x.npz"), "--passes", "{fold,merge}"]
+    assert cli.main([*words, "-o", str(tmp_path / "out"), "--workers", "1", "--log-format", "json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    begun = [event["what"] for event in events if event["event"] == "begin"]
+    assert begun[:2] == ["the original", "trials 1 to 2"] and "timing trial 0" in begun
+    trials = [event for event in events if event["event"] == "trial"]
+    assert sorted(one["spec"] for one in trials) == ["fold", "merge"] and trials[0]["values"]["speedup"] > 0
+    (rounds,) = (event for event in events if event["event"] == "end" and event["what"] == "trials 1 to 2")
+    assert rounds["count"] == 2
 
 
 def test_trials_without_hope_end_early(files, tmp_path):

@@ -23,13 +23,14 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import publishing, registry, toml
 from ..errors import CompressorError, UsageError, nearest
+from ..progress import Watch
 from ..report import write_text
 from . import trial as trials
 from .engines import Asked, Engine
@@ -69,7 +70,7 @@ def batch(
     workers: int | None = None,
     ray_address: str = "auto",
     trial_cpus: float = 1.0,
-    told: Callable[[Outcome], None] = lambda outcome: None,
+    watch: Watch | None = None,
 ) -> list[tuple[Entry, Outcome]]:
     """Compiles or searches every model of a TOML list (see above) into its folder; what becomes of each.
 
@@ -77,6 +78,7 @@ def batch(
     nothing. UsageError names what the list gets wrong, before anything runs.
     """
     entries = read(Path(listed), Path(output) if output is not None else None)
+    watch = watch or Watch()
     found: dict[int, Outcome] = {}
     with (
         opened_engine(engine, workers, ray_address, trial_cpus) as runner,
@@ -93,21 +95,29 @@ def batch(
                 if known is not None:
                     found[number] = known
                 elif entry.searched:
-                    found[number] = _searched(entry, number, task, spec, key, runner)
+                    with watch(f"searching {entry.path.name}"):
+                        found[number] = _searched(entry, number, task, spec, key, runner)
                 else:
                     tasks[number] = entry, task, key
                     asked.append((task, number, spec))
             except CompressorError as error:
                 found[number] = Outcome(number, "", REFUSED, str(error).splitlines()[0])
             if number in found:
-                told(found[number])
+                _say(watch, entries[number], found[number])
         while asked:  # a few at a time: what was made is in its place, whatever becomes of the others
             some, asked = asked[: runner.workers], asked[runner.workers :]
-            made = {outcome.number: outcome for outcome in runner.run(some, lambda outcome: None)}
+            names = ", ".join(tasks[number][0].path.name for _, number, _ in some)
+            with watch(f"compiling {names}", len(some)) as advance:
+                made = {outcome.number: outcome for outcome in runner.run(some, lambda outcome: advance(1))}
             for number, outcome in made.items():
-                found[number] = _published(runner, *tasks[number], outcome)
-                told(found[number])
+                with watch(f"timing {tasks[number][0].path.name}"):
+                    found[number] = _published(runner, *tasks[number], outcome)
+                _say(watch, entries[number], found[number])
     return [(entry, found[number]) for number, entry in enumerate(entries)]
+
+
+def _say(watch: Watch, entry: Entry, outcome: Outcome) -> None:
+    watch.say("trial", model=entry.path.name, **dataclasses.asdict(outcome))
 
 
 def read(listed: Path, output: Path | None) -> list[Entry]:

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
 from ..errors import CompressorError, OutputError, UsageError
+from ..progress import Watch
 from ..publishing import replace
 from ..report import write_report, write_text
 from . import picture
@@ -48,7 +49,7 @@ class Study:
     """One search. objectives: names of values to minimise. guesses: answers to try first, see `Space.given`.
 
     table: sha256 of a file -> what was timed, taken instead of measured. timed_on: where, if not on this host.
-    told: after every trial, for a progress line.
+    watch: is told of rounds, and of every trial as it ends.
     """
 
     task: Task
@@ -63,7 +64,7 @@ class Study:
     guesses: Sequence[Mapping[str, str]] = ()
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     timed_on: str = ""
-    told: Callable[[Outcome], None] = lambda outcome: None
+    watch: Watch = field(default_factory=Watch)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
@@ -112,7 +113,8 @@ class Study:
             before = json.loads(known.read_text())
             self.table |= before["latency_table"]
             return dict(before["original"])
-        found: dict[str, float] = self.engine.alone(trials.original, self.task)
+        with self.watch("the original"):
+            found: dict[str, float] = self.engine.alone(trials.original, self.task)
         return found
 
     def _opened(self) -> optuna.Study:
@@ -228,7 +230,15 @@ class Study:
     def _round(self, study: optuna.Study, asked: Sequence[tuple[Trial, str]]) -> None:
         known = {one.number: self._kept(one.number, spec) for one, spec in asked}
         fresh = [(self.task, one.number, spec) for one, spec in asked if known[one.number] is None]
-        made = known | {outcome.number: outcome for outcome in self.engine.run(fresh, self._keep)}
+        begun = len(self.outcomes)
+        with self.watch(f"trials {begun + 1} to {begun + len(asked)}", len(asked)) as advance:
+            advance(len(asked) - len(fresh))
+
+            def made_one(outcome: Outcome) -> None:
+                self._keep(outcome)
+                advance(1)
+
+            made = known | {outcome.number: outcome for outcome in self.engine.run(fresh, made_one)}
         for one, _ in asked:
             outcome = made[one.number]
             assert outcome is not None
@@ -249,7 +259,7 @@ class Study:
                 study.tell(one, values)
             else:
                 study.tell(one, state=TrialState.FAIL)
-            self.told(outcome)
+            self.watch.say("trial", **dataclasses.asdict(outcome))
         self.publish()
 
     def _keep(self, outcome: Outcome) -> None:
@@ -269,7 +279,8 @@ class Study:
         """With its latency: relative to the original in the same minute, times what that took at first."""
         known = self.table.get(outcome.sha256)
         if known is None:
-            known = self.engine.alone(trials.timed, self.task, outcome.number)
+            with self.watch(f"timing trial {outcome.number}"):
+                known = self.engine.alone(trials.timed, self.task, outcome.number)
             self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
             known["latency_ms"] = self.first["latency_ms"] / known["speedup"]
             self.table[outcome.sha256] = known

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from .. import registry
 from ..errors import UsageError
 from ..opening import Options
+from ..progress import Watch
 from ..report import write_text
 from . import trial as trials
 from .engines import Engine
@@ -53,13 +54,14 @@ def sweep(
     workers: int | None = None,
     ray_address: str = "auto",
     trial_cpus: float = 1.0,
-    told: Callable[[Outcome], None] = lambda outcome: None,
+    watch: Watch | None = None,
     **options: Any,
 ) -> tuple[list[Line], list[str]]:
     """Compiles every spec of the space `passes` with seeds 0 to seeds - 1, and answers a line for each, with notices.
 
     All see the same samples; a seed draws which of them are held out, and all else that is random. engine and its
-    options as for `tune`. A notice says where budgets that read alike were not reached alike (MACs over 1 % apart).
+    options, and watch, as for `tune`. A notice says where budgets that read alike were not reached alike (MACs over
+    1 % apart).
     """
     opt = Options.of(options)
     if "seed" in options:
@@ -70,14 +72,22 @@ def sweep(
     specs = space.product()
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-swept")
     found: dict[str, list[Outcome]] = {spec: [] for spec in specs}
+    watch = watch or Watch()
     with alone(folder), opened_engine(engine, workers, ray_address, trial_cpus) as runner:
         for seed in range(seeds):
             task, _ = made_task(
                 model, calibration, target, folder / f"seed-{seed}", {**options, "seed": seed}
             )
-            runner.alone(trials.original, task)
-            for outcome in runner.run([(task, i, spec) for i, spec in enumerate(specs)], told):
-                found[outcome.spec].append(_timed(runner, task, outcome))
+            with watch("the original"):
+                runner.alone(trials.original, task)
+            with watch(f"seed {seed}", len(specs)) as advance:
+                asked = [(task, i, spec) for i, spec in enumerate(specs)]
+                made = runner.run(asked, lambda outcome: advance(1))
+            for outcome in made:
+                with watch(f"timing {outcome.spec}"):
+                    timed = _timed(runner, task, outcome)
+                watch.say("trial", **dataclasses.asdict(timed))
+                found[outcome.spec].append(timed)
     lines = [_line(spec, outcomes) for spec, outcomes in found.items()]
     write_text(folder / "sweep.csv", as_csv(lines))
     place = elsewhere(registry.target(target))

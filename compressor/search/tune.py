@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..ir import Graph
 from ..load import Loaded
 from ..opening import Options
 from ..ops import CONTRACTIONS, kind, node_macs
+from ..progress import Watch
 from ..publishing import hold
 from ..spec import split
 from ..stopwatch import HERE, Stopwatch
@@ -28,7 +29,7 @@ from .objectives import QUALITIES, constraint, objective
 from .space import Space
 from .store import key_of
 from .study import SAMPLERS, STATE, Study
-from .trial import Outcome, Task, opened
+from .trial import Task, opened
 
 TRIALS = 40
 LEAST_DB = 20.0  # of the outputs, where neither a metric nor a constraint was named
@@ -63,7 +64,7 @@ def tune(
     trial_cpus: float = 1.0,
     running: Engine | None = None,
     latency_table: str | Path | None = None,
-    told: Callable[[Outcome], None] = lambda outcome: None,
+    watch: Watch | None = None,
     **options: Any,
 ) -> Study:
     """Searches specs for the least of the objectives that keeps to the constraints; everything lies in `output`.
@@ -72,7 +73,8 @@ def tune(
     decides which model is the best. constraints: `drop<=1.0` and others, see `objectives`. passes: a space (see
     `space`); one that suits model and target if None. trials, timeout (seconds): whichever ends first. resume: goes on
     with the search in `output`. engine: `local` with so many `workers` (one for each core if None), or `ray`; running:
-    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. told: after every trial.
+    one that is open. latency_table: of an earlier search's tune.json, instead of measuring. watch: is told
+    of rounds, and of every trial as it ends.
     options: the fields of `Options`.
 
     `output`/best holds the best model, or the nearest to the constraints where none keeps to them; `output`/pareto
@@ -116,7 +118,7 @@ def tune(
             ],
             timed_on=elsewhere(where, opt.latency_cmd),
             table=_table(latency_table),
-            told=told,
+            watch=watch or Watch(),
         )
         study.run()
     return study
