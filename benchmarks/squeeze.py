@@ -32,8 +32,9 @@ from compressor.api import compress  # noqa: E402
 from compressor.capture import capture  # noqa: E402
 from compressor.elimination import ridged  # noqa: E402
 from compressor.factors import Fit, Layer, Option  # noqa: E402
-from compressor.ir import Graph, site  # noqa: E402
+from compressor.ir import Graph  # noqa: E402
 from compressor.measure import parameters  # noqa: E402
+from compressor.names import site  # noqa: E402
 from compressor.ops import macs  # noqa: E402
 from compressor.pipeline import Context, Pipeline, parse  # noqa: E402
 from compressor.rebuild import refit  # noqa: E402

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph, operator_name, short_name, site
+from .ir import Graph
+from .names import operator_name, short_name, site
 from .ops import arguments, is_constant, is_tensor, kind
 from .scales import MOVES, Flow, Map, Read, flow, map_of
 

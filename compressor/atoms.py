@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from .ir import operator_name, site
+from .names import operator_name, site
 from .ops import is_static, shape
 
 Array = NDArray[np.int64]

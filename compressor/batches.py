@@ -15,7 +15,8 @@ from . import images
 from .camera import Camera, Preprocessing
 from .decoding import is_cached
 from .errors import DataError
-from .ir import DTYPE_NAMES, Input
+from .ir import Input
+from .names import DTYPE_NAMES
 from .sources import LABELS, Column, Key, Source, as_tensor
 
 BATCH = 32  # samples in a batch at most

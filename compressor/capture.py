@@ -23,7 +23,8 @@ from .errors import UnsupportedError, UsageError
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
-from .ir import Graph, Input, operator_name, unsupported
+from .ir import Graph, Input
+from .names import operator_name, unsupported
 from .ops import kind
 from .pytrees import leaves, path_name
 from .standins import StandIns

@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from .atoms import Array, Atoms, Carrier, components
 from .errors import ContractError
-from .ir import Graph, site
+from .ir import Graph
+from .names import site
 from .ops import CONTRACTIONS, arguments, contractions, is_constant, kind, node_macs, shape, sizes
 from .ties import einsum_labels, read
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .ir import Graph, operator_name
+from .ir import Graph
+from .names import operator_name
 from .ops import arguments
 
 _PRODUCTS = frozenset(f"aten.{name}.default" for name in ("tensordot", "inner", "outer"))

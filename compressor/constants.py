@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import arguments, extents, is_tensor, kind
 
 _UNINITIALISED = frozenset({"aten.empty.memory_format", "aten.empty_like.default"})

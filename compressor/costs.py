@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import arguments, is_constant, is_tensor, kind, node_macs, sizes
 
 # Another shape for the same memory.

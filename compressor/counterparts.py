@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from . import apart, delivery, runtime
-from .ir import Graph, short_name, site
+from .ir import Graph
+from .names import short_name, site
 from .ops import kind
 from .verify import Comparison, summary
 

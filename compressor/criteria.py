@@ -22,7 +22,8 @@ from torch.fx import Node
 from .channels import Algebra, Key, contracted
 from .data import Batch, Data
 from .errors import DataError, UsageError
-from .ir import Graph, as_declared, operator_name
+from .ir import Graph, as_declared
+from .names import operator_name
 from .ops import arguments, contractions, is_constant, kind, shape
 from .oracle import masked
 

@@ -16,7 +16,8 @@ from . import sources, texts
 from .batches import BATCH, Batch, Reader, Spool, first, rebatch, rows_of
 from .camera import Preprocessing
 from .errors import DataError, UsageError
-from .ir import DTYPE_NAMES, Graph, Input
+from .ir import Graph, Input
+from .names import DTYPE_NAMES
 from .ops import arguments, is_constant, is_tensor, kind
 from .ops import sizes as sizes_of
 from .sources import Source

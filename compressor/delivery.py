@@ -21,7 +21,8 @@ from .data import Batch
 from .edges import varied
 from .emit import Emitted, companion_of, emit, feeds, is_integer
 from .errors import ContractError, DataError, TargetError, UsageError
-from .ir import DTYPE_NAMES, Graph, Input
+from .ir import Graph, Input
+from .names import DTYPE_NAMES
 from .publishing import REQUIRED
 from .target import Target
 from .verify import Check, Comparison, Observer, Outputs

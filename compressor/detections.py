@@ -22,8 +22,9 @@ from torch.fx import Node
 from . import delivery, runtime, verify
 from .emit import feeds
 from .errors import ContractError
-from .ir import Graph, Input, operator_name
+from .ir import Graph, Input
 from .matching import Matches
+from .names import operator_name
 from .nms import Detections
 from .postprocess import OUTPUTS
 from .verify import Check, Comparison, Observer

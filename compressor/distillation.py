@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from .augment import augmented, is_image
 from .batches import rows_of
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import extents, is_tensor, kind, sizes
 from .padding import Padding, Real, is_mask
 from .samples import Inputs, Place, Samples

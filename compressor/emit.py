@@ -20,8 +20,9 @@ from torch import Tensor
 from . import dialect as dialect_
 from . import tidy
 from .contrib import since
-from .ir import Graph, Input, as_declared, module_path
+from .ir import Graph, Input, as_declared
 from .lowering import prepared
+from .names import module_path
 from .ops import kind
 from .target import release
 from .translator import translate

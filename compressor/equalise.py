@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .data import Data
-from .ir import Graph, site
+from .ir import Graph
 from .labels import FIXED, ZERO, Labels, labels_of, spread
+from .names import site
 from .noise import Slopes, slopes
 from .ops import shape
 from .pipeline import EXACT, Context, Decline, Outcome, Rewrite

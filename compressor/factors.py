@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .elimination import ridged
-from .ir import operator_name, site
+from .names import operator_name, site
 from .ops import arguments
 from .reconstruct import LowRank, Moments, low_rank, numerical_rank
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import DataFree, is_random, shape_only
-from .ir import operator_name
 from .layout import Layout, reshaped, run, tokens
+from .names import operator_name
 from .ops import arguments, extents, is_tensor, kind
 from .steps import Foreign, Step, aligned, broadcast, operands
 

@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .errors import UnsupportedError
-from .ir import Graph, Input, Origin, unsupported
+from .ir import Graph, Input, Origin
+from .names import unsupported
 from .ops import kind
 from .pytrees import distinct, key_name, leaves, plain
 

@@ -14,7 +14,8 @@ import torch
 from torch.fx import Node
 
 from .data import Data
-from .ir import Graph, operator_name, short_name
+from .ir import Graph
+from .names import operator_name, short_name
 from .ops import arguments, is_static, is_tensor, kind, shape
 from .pipeline import Decline
 from .place import listed

@@ -24,7 +24,8 @@ import torch
 from .camera import Camera
 from .emit import Emitted
 from .errors import UnsupportedError
-from .ir import DTYPE_NAMES, Graph, Input, size_of, terms
+from .ir import Graph, Input, terms
+from .names import DTYPE_NAMES, size_of
 
 SIGNATURE, USAGE, LABELS, SAMPLE = "signature.json", "usage.md", "labels.txt", "test_data_set_0"
 

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Node
 
 from .constants import is_random
-from .ir import Graph, operator_name, short_name, site
+from .ir import Graph
+from .names import operator_name, short_name, site
 from .ops import arguments, extents, is_constant, is_static, is_tensor, kind, set_argument, shape
 from .pipeline import Decline, Rewrite
 from .readers import each

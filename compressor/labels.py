@@ -19,7 +19,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .atoms import components
-from .ir import Graph, operator_name
+from .ir import Graph
+from .names import operator_name
 from .ops import NORMS, arguments, is_constant, is_tensor, kind, shape, sizes
 from .place import selected
 from .readers import Layer, layer_of

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .data import Batch
-from .ir import DTYPE_NAMES, Graph, short_name, site
+from .ir import Graph
+from .names import DTYPE_NAMES, short_name, site
 from .ops import CONTRACTIONS, NORMS, OPAQUE, arguments, is_constant, is_tensor, kind, node_macs
 from .pipeline import Row
 from .verify import side_by_side

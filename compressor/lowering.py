@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .ir import Graph, Input, operator_name, unsupported
+from .ir import Graph, Input
+from .names import operator_name, unsupported
 from .ops import arguments, is_tensor, kind
 
 aten = torch.ops.aten

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .atoms import Array
-from .ir import Graph, operator_name
+from .ir import Graph
+from .names import operator_name
 from .ops import arguments, is_tensor, kind
 
 Removed = Mapping[str, Mapping[int, Array]]  # node -> axis -> indices that go

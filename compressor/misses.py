@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .affine import FEATURES, KERNELS, Reach, Region
 from .constants import is_random
-from .ir import operator_name, site
+from .names import operator_name, site
 from .ops import CONTRACTIONS, OPAQUE, arguments, is_tensor, kind, shape
 from .savings import Plan, outgrows, tied
 

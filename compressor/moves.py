@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .atoms import DYNAMIC, ONE, Atoms, Axis, is_one, why
-from .ir import operator_name
+from .names import operator_name
 from .ops import arguments, extents, is_static, is_tensor, kind, shape
 
 RULE = "a rule for this operator (CONTRIBUTING.md, Add an operator)"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .ir import Graph, operator_name
+from .ir import Graph
+from .names import operator_name
 
 OPAQUE = "opaque"
 _BEHIND_DOTS = "αβγδεζηθικλμ"  # label the axes that `...` stands for: no equation can hold them

@@ -17,8 +17,9 @@ from torch.fx import Node
 from . import jitter, verify
 from .data import Data
 from .errors import ContractError, DataError, UsageError
-from .ir import Graph, operator_name, site
+from .ir import Graph
 from .measure import bytes_of, parameters, peak_memory_mb
+from .names import operator_name, site
 from .ops import macs
 from .spec import arrange, parse
 from .target import Target

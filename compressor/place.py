@@ -20,7 +20,8 @@ import torch
 from torch.fx import Node
 
 from .errors import UsageError
-from .ir import DTYPE_NAMES, Graph, operator_name, site
+from .ir import Graph
+from .names import DTYPE_NAMES, operator_name, site
 from .ops import arguments, is_constant, is_tensor, kind, shape
 from .target import QuantSpec
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph, operator_name
+from .ir import Graph
 from .layout import Atom, Axis, Layout, Size, reshaped, run, tokens
+from .names import operator_name
 from .ops import arguments, extents, is_tensor, kind
 
 Found = Layout | list[Layout] | None  # of one tensor, of several, or "by size"

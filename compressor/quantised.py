@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import is_constant, kind, shape
 from .pipeline import Outcome, Rewrite
 from .place import Range, operands

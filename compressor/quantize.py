@@ -22,7 +22,8 @@ from torch.fx.node import map_arg
 from . import contrib  # noqa: F401  registers compressor::dynamic_quantise
 from .batches import BATCH, Batch
 from .errors import DataError, UnsupportedError
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import is_constant, kind, shape
 from .padding import Padding
 from .place import Operands, Placement, Range, operands

@@ -27,8 +27,9 @@ from torch.fx import Node
 from .channels import Algebra, Group
 from .data import Batch, Data
 from .elimination import RIDGE, eliminate, ridged
-from .ir import Graph, as_declared, last_uses, site
+from .ir import Graph, as_declared, last_uses
 from .masked_norms import Removed, mask_norms
+from .names import site
 from .ops import arguments, is_constant, kind
 from .pipeline import Context
 from .readers import norm_gain

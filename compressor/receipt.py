@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .errors import CompressorError
-from .ir import DTYPE_NAMES, Graph, Input, terms
+from .ir import Graph, Input, terms
+from .names import DTYPE_NAMES
 
 MEMBER = "compressor.json"  # name of the extra file in a .pt2
 FORMAT, VERSION = "compressor receipt", 1

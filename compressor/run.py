@@ -35,10 +35,11 @@ from .edges import few, varied
 from .emit import Emitted, companion_of
 from .errors import ContractError, DataError, TargetError, UnsupportedError, UsageError
 from .evaluation import Evaluator
-from .ir import Graph, size_of
+from .ir import Graph
 from .layers import SAMPLES
 from .layers import layers as layers_of
 from .load import Loaded
+from .names import size_of
 from .opening import Options, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Memory, Pipeline, Row, parse
 from .progress import Watch

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import is_random, shape_only
-from .ir import Graph, operator_name
+from .ir import Graph
+from .names import operator_name
 from .ops import arguments, extents, is_constant, is_tensor, kind
 
 TINY = 1e-10  # var + eps below this scales a channel by more than 1e5: the folded weights would be noise

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .factors import Basis, Layer, Option, options
-from .ir import Graph, site
+from .ir import Graph
+from .names import site
 from .ops import arguments, is_constant, kind, sizes
 from .padding import Padding
 from .pipeline import Context, Decline

@@ -9,8 +9,8 @@ from typing import Any
 from torch.fx import Node
 
 from .constants import DataFree
-from .ir import operator_name, site
 from .layout import Axis, Layout, Size, run, tokens
+from .names import operator_name, site
 from .ops import extents, is_tensor
 
 

@@ -18,7 +18,8 @@ from torch.fx import Node
 from .atoms import Array
 from .channels import Group
 from .errors import ContractError
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import arguments, is_static, is_tensor, kind, set_argument, shape
 
 Kept = Mapping[str, Mapping[int, Array]]  # node -> axis -> indices that stay

@@ -10,7 +10,8 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
-from .ir import Graph, operator_name, site
+from .ir import Graph
+from .names import operator_name, site
 from .ops import is_constant
 from .pipeline import Outcome, Rewrite
 from .place import under

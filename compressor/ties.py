@@ -20,8 +20,9 @@ from torch.fx import Node
 
 from . import moves
 from .atoms import DYNAMIC, NORMS, ONE, Atoms, Axis, Reason, is_one, why
-from .ir import Graph, operator_name
+from .ir import Graph
 from .moves import first_axes, opaque, opaque_parts, rank_of, tensors
+from .names import operator_name
 from .ops import arguments, einsum_terms, is_static, is_tensor, kind, shape
 
 Rule = Callable[[Atoms, Node], list[Axis]]

@@ -27,7 +27,8 @@ from torch.fx import Node
 from . import receipt as receipts
 from .errors import OutputError, UnsupportedError, UsageError
 from .export import reexport, save_program
-from .ir import Graph, module_path
+from .ir import Graph
+from .names import module_path
 from .ops import arguments, kind, set_argument
 from .pytrees import distinct
 

@@ -26,7 +26,8 @@ from . import nms
 from .contrib import translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
-from .ir import Graph, unsupported
+from .ir import Graph
+from .names import unsupported
 from .ops import kind
 
 _ONE_AT_A_TIME = threading.RLock()  # what is replaced in torch.onnx is so for all threads

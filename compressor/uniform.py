@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .constants import DataFree, ancestors, shape_only
-from .ir import Graph, site
+from .ir import Graph
+from .names import site
 from .ops import extents, is_tensor, kind
 
 _FREE = frozenset(

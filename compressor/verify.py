@@ -25,7 +25,8 @@ from torch.fx import Node
 from .constants import is_uninitialised
 from .data import Batch
 from .errors import ContractError
-from .ir import Graph, operator_name, site, source_line
+from .ir import Graph
+from .names import operator_name, site, source_line
 from .ops import is_tensor, kind
 from .slices import Region, float_feeders, index, regions, text
 

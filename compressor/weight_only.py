@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 
 from .blockwise import quantise_blocks
-from .ir import Graph, short_name, site
+from .ir import Graph
+from .names import short_name, site
 from .ops import kind
 from .pipeline import Context, Decline, Outcome, Rewrite
 from .place import ignored

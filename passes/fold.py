@@ -27,7 +27,8 @@ from compressor.absorb import (
 )
 from compressor.constants import fold_constants
 from compressor.identities import identities, loosen_views, shorter
-from compressor.ir import Graph, short_name, site
+from compressor.ir import Graph
+from compressor.names import short_name, site
 from compressor.ops import arguments, is_constant, kind, set_argument, shape
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.scales import Map, composed, map_of, standing_chains

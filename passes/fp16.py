@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from compressor import place
-from compressor.ir import Graph, operator_name, site
+from compressor.ir import Graph
+from compressor.names import operator_name, site
 from compressor.ops import CONTRACTIONS, NORMS, is_constant, is_tensor, kind, shape
 from compressor.padding import Padding, Real
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size

@@ -23,9 +23,10 @@ from compressor.data import Data
 from compressor.equalise import equalise, release, slopes_of
 from compressor.errors import UsageError
 from compressor.forms import Match, gates, pools, selections
-from compressor.ir import Graph, short_name, site
+from compressor.ir import Graph
 from compressor.labels import labels_of
 from compressor.mixed import KEPT, loudest
+from compressor.names import short_name, site
 from compressor.noise import Slopes
 from compressor.ops import CONTRACTIONS, kind, macs, node_macs
 from compressor.pipeline import BOUNDED, EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size

@@ -21,8 +21,9 @@ from torch.fx import Node
 
 from compressor.affine import Region, operator_of
 from compressor.constants import fold_constants
-from compressor.ir import Graph, operator_name, site
+from compressor.ir import Graph
 from compressor.misses import at, misses
+from compressor.names import operator_name, site
 from compressor.ops import arguments, is_constant, kind
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.probe import probe, replace

@@ -19,8 +19,9 @@ from torch.fx import Node
 from compressor.budgets import Amounts, Budget, Goal
 from compressor.errors import UsageError
 from compressor.factors import PAYS, Fit, Layer, Option
-from compressor.ir import Graph, site
+from compressor.ir import Graph
 from compressor.measure import bytes_of, parameters
+from compressor.names import site
 from compressor.ops import arguments, macs, set_argument
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.rebuild import Rebuilt, refit

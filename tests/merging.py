@@ -16,7 +16,8 @@ from zoo import with_power
 
 from compressor.capture import capture
 from compressor.data import open_data
-from compressor.ir import Graph, site
+from compressor.ir import Graph
+from compressor.names import site
 from compressor.ops import CONTRACTIONS, kind
 from compressor.pipeline import Context, Outcome
 from compressor.target import Target

@@ -16,7 +16,8 @@ from compressor.capture import capture
 from compressor.data import open_data
 from compressor.emit import emit, feeds
 from compressor.errors import UsageError
-from compressor.ir import Graph, operator_name
+from compressor.ir import Graph
+from compressor.names import operator_name
 from compressor.ops import is_tensor, kind
 from compressor.pipeline import Context, Outcome, Pipeline, parse
 from passes.fp16 import Fp16

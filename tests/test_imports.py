@@ -22,7 +22,7 @@ TIERS = [
     ["errors", "blockwise", "units", "schema", "pieces"],
     [
         "toml",
-        "ir",
+        "names",
         "tidy",
         "dialect",
         "records",
@@ -37,6 +37,7 @@ TIERS = [
         "nms",
         "conditions",
     ],
+    ["ir"],
     [
         "ops",
         "spec",

@@ -22,7 +22,8 @@ from compressor.data import Data, open_data
 from compressor.emit import emit
 from compressor.errors import DataError, UsageError
 from compressor.forms import Match
-from compressor.ir import Graph, operator_name, site
+from compressor.ir import Graph
+from compressor.names import operator_name, site
 from compressor.ops import kind
 from compressor.pipeline import BOUNDED, EXACT, Context, Decline, Outcome, Pipeline, parse
 from compressor.place import place

@@ -6,7 +6,8 @@ from torch import nn
 
 from compressor.capture import capture
 from compressor.errors import ContractError
-from compressor.ir import Input, site, source_line
+from compressor.ir import Input
+from compressor.names import site, source_line
 from compressor.verify import compare_values
 
 aten = torch.ops.aten

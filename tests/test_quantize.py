@@ -15,7 +15,8 @@ from compressor.batches import Batch
 from compressor.capture import capture
 from compressor.data import batch_for
 from compressor.errors import DataError, UnsupportedError, UsageError
-from compressor.ir import Graph, operator_name
+from compressor.ir import Graph
+from compressor.names import operator_name
 from compressor.ops import kind
 from compressor.place import Placement, place
 from compressor.quantize import (

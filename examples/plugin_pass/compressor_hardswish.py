@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from compressor.ir import Graph, site
+from compressor.ir import Graph
+from compressor.names import site
 from compressor.pipeline import BOUNDED, Context, Contract, Decline, Outcome, Pass, Rewrite
 
 aten = torch.ops.aten
