@@ -41,7 +41,7 @@ SECONDS = 200  # of a processor, for the tests of one mutant
 TESTS = {
     "compressor/channels.py": ["channels", "prune", "uniform", "padding", "killers"],
     "compressor/affine.py": ["affine", "merge", "conv_adapters", "spellings"],
-    "passes/fold.py": ["fold", "composites", "camera"],
+    "passes/fold.py": ["fold", "scales", "composites", "camera"],
 }
 PRELOADED = [
     "pytest",

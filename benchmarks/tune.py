@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ SHARED = ROOT.parent / "shared" / "models"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), str(SHARED)]
 
 from compressor import runtime  # noqa: E402
+from compressor.console import trial_line  # noqa: E402
+from compressor.progress import Watch  # noqa: E402
 from compressor.search.study import Study  # noqa: E402
 from compressor.search.tune import tune  # noqa: E402
 
@@ -41,6 +43,11 @@ RECIPES = (
 
 def row(*cells: Any) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def say(event: Mapping[str, Any]) -> None:
+    if event["event"] == "trial":
+        print(trial_line(event), file=sys.stderr, flush=True)
 
 
 def table(*columns: str) -> None:
@@ -66,8 +73,7 @@ def resnet56(folder: Path) -> None:
         study = tune(
             folder / "net.pt2", calibration=folder / "calibration.npz", evaluate=str(folder / "choice.npz"),
             timeout=60 * MINUTES, trials=1000, sampler=sampler, output=folder / sampler,
-            told=lambda one: print(one.number, one.spec, one.state, one.values.get("speedup"), one.values.get("drop"),
-                                   one.why, file=sys.stderr, flush=True),
+            watch=Watch(log=say),
         )  # fmt: skip
         shown(sampler, study, images, labels)
     for spec in RECIPES:

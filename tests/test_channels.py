@@ -595,6 +595,12 @@ def test_the_carrier_says_whether_heads_or_their_width_can_go(model, carrier, fa
     graph, x = graph_of(net, 5, 16)
     algebra = analyse(graph, carrier)
     assert tuple(len(f) for f in algebra.families) == families
+    # of 5 tokens: rows of qkv, products of queries and of values in 2 heads, columns of out
+    saved = {
+        "head_dim": 5 * (16 * 6 + 5 * 2 + 5 * 2 + 16 * 2),
+        "head": 5 * (16 * 24 + 5 * 8 + 5 * 8 + 16 * 8),
+    }
+    assert algebra.families[0][0].macs == saved[carrier]
     groups = some_of_each(algebra)
     reference, pruned = prune(graph, groups)
     assert worst(reference, pruned, x) < TOLERANCE
