@@ -219,8 +219,8 @@ def _macs_terms(graph: Graph, axes: Mapping[Key, Array]) -> Iterator[Term]:
         elif kind(node) in ("conv", "linear"):
             yield _term(axes, total, [*result, (a["weight"].name, 1)])
         else:
-            operand, axis = contracted(node)[0]
-            yield _term(axes, total, [*result, (operand.name, axis)])
+            summed = [(operand.name, axis) for (operand, axis), *_ in paired(node)]
+            yield _term(axes, total, [*result, *summed])
 
 
 def _parameter_terms(graph: Graph, axes: Mapping[Key, Array]) -> Iterator[Term]:
@@ -234,27 +234,30 @@ def _term(axes: Mapping[Key, Array], base: int, keys: Iterable[Key]) -> Term:
 
 
 def contracted(node: Node) -> list[tuple[Node, int]]:
-    """(operand, axis) of every axis that a contraction sums over. An einsum that `ties.py` does not follow has none."""
+    """(operand, axis) of every axis that a contraction sums over."""
+    return [one for pair in paired(node) for one in pair]
+
+
+def paired(node: Node) -> list[list[tuple[Node, int]]]:
+    """The same, those that are summed over together side by side. An einsum that `ties.py` does not follow has none."""
     a, which = arguments(node), kind(node)
     if which in ("conv", "conv_transpose", "linear"):
         x, w = a["input"], a["weight"]
         return [
-            (x, len(shape(x)) - 1 if which == "linear" else 1),
-            (w, 0 if which == "conv_transpose" else 1),
+            [(x, len(shape(x)) - 1 if which == "linear" else 1), (w, 0 if which == "conv_transpose" else 1)]
         ]
     if which == "attention":
-        return [(a[name], len(shape(a[name])) - 1) for name in ("query", "key")]
+        return [[(a[name], len(shape(a[name])) - 1) for name in ("query", "key")]]
     if which == "einsum":
         labels = einsum_labels(node) or []
         operands: list[Node] = list(node.args[1]) if labels else []  # type: ignore[arg-type]
-        return [
-            (operand, names.index(name))
-            for operand, names in zip(operands, labels, strict=False)
-            for name in names
-            if name not in labels[-1]
-        ]
+        found: dict[str, list[tuple[Node, int]]] = {}
+        for operand, names in zip(operands, labels, strict=False):
+            for axis, name in enumerate(names):
+                found.setdefault(name, []).append((operand, axis))
+        return [pair for name, pair in found.items() if name not in labels[-1]]
     left, right = node.args[which == "addmm" :][:2]
-    return [(left, len(shape(left)) - 1), (right, len(shape(right)) - 2)]  # type: ignore[arg-type, list-item]
+    return [[(left, len(shape(left)) - 1), (right, len(shape(right)) - 2)]]  # type: ignore[arg-type, list-item]
 
 
 def _alone(terms: Sequence[Term], axes: Mapping[Key, Array], count: int) -> NDArray[np.float64]:

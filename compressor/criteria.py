@@ -108,8 +108,9 @@ def _magnitude(graph: Graph, algebra: Algebra, exponent: int) -> Floats:
     read: list[tuple[Key, Floats]] = []
     for weight, values, reads, writes in _weights(graph):
         powers = values.abs() ** exponent
-        for axis, norms in ((writes, written), (reads, read)):
-            norms.append(((weight.name, axis), powers.movedim(axis, 0).flatten(1).sum(1).numpy()))
+        for axes, norms in ((writes, written), (reads, read)):
+            for axis in axes:
+                norms.append(((weight.name, axis), powers.movedim(axis, 0).flatten(1).sum(1).numpy()))
     (writes_share, has_writer), (reads_share, has_reader) = _shares(algebra, written), _shares(algebra, read)
     return np.where(has_writer & has_reader, np.sqrt(writes_share * reads_share), writes_share + reads_share)
 
@@ -137,10 +138,10 @@ def _fpgm(graph: Graph, algebra: Algebra, data: CriteriaData) -> Floats:
     prunable = _prunable(algebra)
 
     def distances() -> Iterator[tuple[Key, Floats]]:
-        for weight, values, _, writes in _weights(graph):
-            key = (weight.name, writes)
+        for weight, values, axis in ((w, v, axis) for w, v, _, writes in _weights(graph) for axis in writes):
+            key = (weight.name, axis)
             if key in algebra.axes and prunable[algebra.axes[key]].any():
-                filters = values.movedim(writes, 0).flatten(1)
+                filters = values.movedim(axis, 0).flatten(1)
                 sums = [torch.cdist(some, filters).sum(1) for some in filters.split(ROWS)]
                 yield key, torch.cat(sums).numpy()
 
@@ -152,22 +153,24 @@ def _random(graph: Graph, algebra: Algebra, data: CriteriaData) -> Floats:
     return np.random.default_rng(data.seed).random(_size(algebra))
 
 
-def _weights(graph: Graph) -> Iterator[tuple[Node, Tensor, int, int]]:
-    """(weight, its float64 values, axis that it reads by, axis that it writes) of every contraction with a weight.
+def _weights(graph: Graph) -> Iterator[tuple[Node, Tensor, list[int], list[int]]]:
+    """(weight, its float64 values, axes that it reads by, axes that it writes) of every contraction with a weight.
 
     As inference sees it: a convolution's filters times the scale of the batch norm behind it.
     """
     for reader in contractions(graph):
         pairs = contracted(reader)
-        if len(pairs) != 2 or kind(reader) == "einsum" or not is_constant(pairs[1][0]):
-            continue
-        weight, reads = pairs[1]
-        writes = len(shape(weight)) - 1 if kind(reader) in ("matmul", "addmm") else 1 - reads
-        values = graph.tensor(weight).double()
-        scale = _batch_norm_scale(graph, reader)
-        if scale is not None and kind(reader) == "conv":
-            values = values * scale.reshape(-1, *[1] * (values.dim() - 1))
-        yield weight, values, reads, writes
+        for weight in dict.fromkeys(operand for operand, _ in pairs if is_constant(operand)):
+            reads = [axis for operand, axis in pairs if operand is weight]
+            values = graph.tensor(weight).double()
+            filters = kind(reader) in ("conv", "conv_transpose")
+            writes = (
+                [1 - reads[0]] if filters else [axis for axis in range(values.dim()) if axis not in reads]
+            )
+            scale = _batch_norm_scale(graph, reader)
+            if scale is not None and kind(reader) == "conv":
+                values = values * scale.reshape(-1, *[1] * (values.dim() - 1))
+            yield weight, values, reads, writes
 
 
 def _batch_norm_scale(graph: Graph, conv: Node) -> Tensor | None:

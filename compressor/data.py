@@ -167,6 +167,8 @@ def open_data(
         what = f"has {taken} samples, which do not fill the model's batch of {size}" if taken else "is empty"
         raise DataError(f"{where}: {what}; give it at least {max(size if taken else 1, IN_SAMPLE)}")
     facts = {**reader.facts, **_preprocessing(reader, parts[0]), "batch": size}
+    if parts[0].empty_classes:
+        facts["empty_classes"] = list(parts[0].empty_classes)
     if taken > sum(sizes):
         facts["dropped_samples"] = taken - sum(sizes)
     shown = parts[0].where if parts[0].pictures else where

@@ -22,6 +22,7 @@ from .atoms import Array
 from .ir import Graph
 from .names import operator_name
 from .ops import arguments, is_tensor, kind
+from .ties import correction
 
 Removed = Mapping[str, Mapping[int, Array]]  # node -> axis -> indices that go
 aten = torch.ops.aten
@@ -152,9 +153,9 @@ def _statistic(graph: Graph, node: Node, gone: Mapping[int, Array]) -> None:
     else:
         centred = line(aten.sub.Tensor, source, _mean(line, source, m, share, dims))
         variance = _mean(line, line(aten.mul.Tensor, centred, centred), m, share, dims, keep)
-        correction = 1 if a["correction"] is None else a["correction"]
-        count = math.prod(x.shape[i] for i in dims) * share if correction else 1.0
-        unbiased = line(aten.mul.Tensor, variance, count / (count - correction))
+        fewer = correction(node)
+        count = math.prod(x.shape[i] for i in dims) * share if fewer else 1.0
+        unbiased = line(aten.mul.Tensor, variance, count / (count - fewer))
         line.end(aten.sqrt.default if name == "std" else aten.alias.default, unbiased)
 
 

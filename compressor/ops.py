@@ -172,9 +172,9 @@ def arguments(node: Node) -> dict[str, Any]:
 
 def set_argument(graph: Graph, node: Node, name: str, value: Any) -> None:
     """Rewrites one argument by its schema name, leaving how the others were passed as it is."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    if name in node.kwargs or position > len(node.args):
+    schema = list(node.target._schema.arguments)  # type: ignore[union-attr]
+    position = [a.name for a in schema].index(name)
+    if schema[position].kwarg_only or name in node.kwargs or position > len(node.args):
         graph.set_args(node, node.args, {**node.kwargs, name: value})
     else:
         graph.set_args(node, (*node.args[:position], value, *node.args[position + 1 :]))

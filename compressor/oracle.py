@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .atoms import Array
-from .channels import Group, contracted
+from .channels import Group, contracted, paired
 from .ir import Graph
 from .masked_norms import mask_norms
 from .ops import arguments, contractions, is_constant, kind, shape
@@ -33,13 +33,16 @@ def masked(graph: Graph, groups: Sequence[Group]) -> Graph:
     made: dict[tuple[Node, int], Node] = {}
     for reader in list(contractions(twin)):
         pairs = contracted(reader)
+        present: dict[Node, Node] = {}  # an operand, as far as it is masked
         for i, (operand, axis) in enumerate(pairs):
             gone = removed.get(operand.name, {}).get(axis)
             if gone is None or (i > 0 and is_constant(operand)):
                 continue
-            if (operand, axis) not in made:
-                made[operand, axis] = _mask(twin, operand, axis, gone)
-            reader.replace_input_with(operand, made[operand, axis])
+            now = present.get(operand, operand)
+            if (now, axis) not in made:
+                made[now, axis] = _mask(twin, now, axis, gone)
+            present[operand] = made[now, axis]
+            reader.replace_input_with(now, present[operand])
     mask_norms(twin, removed)
     return twin
 
@@ -80,9 +83,9 @@ def power(graph: Graph, groups: Sequence[Group], inputs: Sequence[Tensor]) -> li
 
 def _moves(graph: Graph, inputs: Sequence[Tensor]) -> Iterator[tuple[Node, int, Floats]]:
     """(operand, axis, relative move of the reader's output by each slice) of every reader but depthwise ones."""
-    readers = {reader: contracted(reader) for reader in contractions(graph)}
+    readers = {reader: paired(reader) for reader in contractions(graph)}
     wanted: dict[Node, set[int]] = {}
-    for operand, axis in itertools.chain.from_iterable(readers.values()):
+    for operand, axis in itertools.chain.from_iterable(map(contracted, readers)):
         wanted.setdefault(operand, set()).add(axis)
     sizes: dict[tuple[Node, int, bool], Floats] = {}
     for node, value in graph.values(*inputs):
@@ -92,11 +95,11 @@ def _moves(graph: Graph, inputs: Sequence[Tensor]) -> Iterator[tuple[Node, int, 
             )
             sizes[node, axis, True] = rows.amax(1).double().numpy()
             sizes[node, axis, False] = rows.square().mean(1).sqrt().double().numpy()
-        if len(readers.get(node, ())) == 2:
-            moved = _product(graph, node, readers[node], sizes)
+        for pair in readers.get(node, ()):
+            moved = _product(graph, node, pair, sizes)
             peak = 1.0 if kind(node) == "attention" else float(value.abs().max())
             if moved is not None and peak > 0:
-                yield *readers[node][0], moved / peak
+                yield *pair[0], moved / peak
 
 
 def _product(

@@ -50,7 +50,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Source:
-    """One table, or one stream of batches. where: what messages call it. repeatable: reads the same twice."""
+    """One table, or one stream of batches. where: what messages call it. repeatable: reads the same twice.
+
+    empty_classes: folders beside those of classes that hold no picture.
+    """
 
     where: str
     columns: Mapping[Any, Column] | None = None
@@ -58,6 +61,7 @@ class Source:
     repeatable: bool = True
     samples: int | None = None
     pictures: bool = False
+    empty_classes: tuple[str, ...] = ()
 
 
 def sources(source: Any, arity: int, *, limit: int, batch_size: int) -> list[Source]:
@@ -92,6 +96,7 @@ def image_source(
     Of more pictures than the limit, so many are taken: of each class in turn, or spread over the names.
     """
     classes = sorted({path.parent for path in found} - {folder})
+    beside = {one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")} - {*classes}
     if classes and any(path.parent == folder for path in found):
         raise DataError(
             f"{folder}: has images beside folders of images; keep one class a folder, or no folders"
@@ -111,7 +116,15 @@ def image_source(
     where = f"{folder} ({len(chosen)} of {len(found)} images" + (
         f", {len(classes)} classes)" if classes else ")"
     )
-    return Source(where, batches=batches, repeatable=False, samples=len(chosen), pictures=True)
+    empty = tuple(sorted(one.name for one in beside)) if classes else ()
+    return Source(
+        where,
+        batches=batches,
+        repeatable=False,
+        samples=len(chosen),
+        pictures=True,
+        empty_classes=empty,
+    )
 
 
 def pictures(folder: Path) -> list[Path]:

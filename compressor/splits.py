@@ -73,6 +73,8 @@ def _obstacle(graph: Graph, node: Node) -> str:
         return "its weight or bias is computed while the model runs"
     if len(weight.users) > 1:
         return f"its weight is shared by {len(weight.users)} readers"
+    if layer_of(node) is None:
+        return "what it reads has no batch axis"
     return "" if graph.tensor(weight).is_floating_point() else "its weight is not floating point"
 
 

@@ -200,6 +200,12 @@ def _pad(graph: Graph, node: Node, kept: Kept) -> None:
     set_argument(graph, node, "pad", given)
 
 
+def _output_size(graph: Graph, node: Node, kept: Kept) -> None:
+    """It says in advance how many there will be."""
+    if _axes(kept, node) and arguments(node)["output_size"] is not None:
+        set_argument(graph, node, "output_size", None)
+
+
 def _groups(graph: Graph, node: Node, kept: Kept) -> None:
     """A depthwise convolution has as many groups as channels; others keep their groups, which shrink."""
     a = arguments(node)
@@ -246,6 +252,7 @@ REWRITES: dict[str, Callable[[Graph, Node, Kept], None]] = {
     **dict.fromkeys(("select", "select_scatter"), _select),
     **dict.fromkeys(("split", "chunk"), _pieces),
     "pad": _pad,
+    "repeat_interleave": _output_size,
     **dict.fromkeys(("conv", "conv_transpose"), _groups),
     "attention": _scale,
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),

@@ -259,13 +259,20 @@ def _along(t: Atoms, node: Node) -> list[Axis]:
     return x
 
 
+def correction(node: Node) -> float:
+    """By how much fewer values than there are a variance divides; 1 as a rule."""
+    a = arguments(node)
+    given = a.get("correction", a.get("unbiased", True))
+    return 1 if given is None else float(given)
+
+
 def is_statistic(node: Node) -> bool:
     """A mean, a variance or a Euclidean norm along some axes: what normalisations that are spelled out consist of."""
     a, name = arguments(node), operator_name(node).split(".")[1]
     if name == "linalg_vector_norm":
         return bool(a["ord"] == 2)
-    if name in ("var", "std") and a.get("correction", 1) != 0:  # it divides by how many there are, less one
-        return "correction" in a and all(map(is_static, shape(node.args[0])))  # type: ignore[arg-type]
+    if name in ("var", "std") and correction(node) != 0:  # it divides by how many there are, less so many
+        return all(map(is_static, shape(node.args[0])))  # type: ignore[arg-type]
     return name in ("mean", "var", "std")
 
 

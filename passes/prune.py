@@ -223,8 +223,11 @@ class Prune(Pass):
         )
         for family in found:
             family.stays = self._ignored(family)
-            if not family.stays and scored.eliminations and family.curve is None:
-                family.stays = "no layer with weights of its own reads them, by which reconstruct judges"
+            if not family.stays and family.curve is None and self._criterion(ctx) == "reconstruct":
+                family.stays = (
+                    "no layer with weights of its own reads them, by which reconstruct judges: criterion=l2 goes by "
+                    "any weights"
+                )
         return found
 
     def _steps(

@@ -68,7 +68,7 @@ def shift_a_reader(graph: Graph, pruned: Graph) -> None:
     """Breaks surgery: the last pruned weight keeps the neighbours of the inputs that it should keep."""
     kept = pruned.journal.kept
     for reader in reversed(list(contractions(pruned))):
-        weight, axis = contracted(reader)[-1]
+        weight, axis = (contracted(reader) or [(reader, 0)])[-1]
         if is_constant(weight) and axis in kept.get(weight.name, {}):
             original = graph.tensor(graph.node(weight.name))
             wrong = (kept[weight.name][axis] + 1) % original.shape[axis]

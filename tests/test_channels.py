@@ -93,6 +93,12 @@ def _einsum_attention(m: nn.Module, x: Tensor) -> Tensor:
     return m.out(weights @ v)
 
 
+def _einsum_heads(m: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = (torch.einsum("nse,ehd->nshd", x, w) for w in (m.q, m.k, m.v))
+    scores = torch.einsum("nqhd,nkhd->nhqk", q, k) * 0.35
+    return torch.einsum("nshd,hde->nse", torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v), m.o)
+
+
 CASES: dict[str, Case] = {
     "convolution": Case(
         lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), a=_block(3, 8, 3), b=_block(8, 4, 3)), (3, 6, 6), (8,)
@@ -437,6 +443,27 @@ CASES: dict[str, Case] = {
         lambda: Net(_einsum_attention, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 6), out=nn.Linear(6, 6)),
         (5, 6),
         (8, 6),
+    ),
+    "einsum over heads and their width": Case(
+        lambda: Net(_einsum_heads, o=torch.ones(4, 8, 6), **{name: torch.ones(6, 4, 8) for name in "qkv"}),
+        (5, 6),
+        (4, 8, 8),
+    ),
+    "outer product": Case(
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).relu()) * torch.einsum("nc,d->ncd", x, m.w).sin().mean(2),
+            a=nn.Linear(6, 8), b=nn.Linear(8, 6), w=torch.ones(3),
+        ),
+        (6,),
+        (8,),
+    ),
+    "channels repeated": Case(
+        lambda: Net(
+            lambda m, x: m.b(torch.repeat_interleave(m.a(x).relu(), 2, dim=1, output_size=16)),
+            a=_block(3, 8), b=_block(16, 3),
+        ),
+        (3, 4, 4),
+        (8,),
     ),
 }  # fmt: skip
 

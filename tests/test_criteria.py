@@ -55,6 +55,19 @@ UP, DOWN = [[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]], [[1.0, 2.0, 0.0], [1.0, 0.0, 2.
 # -------------------------------------------------------------------- from weights
 
 
+@pytest.mark.parametrize(
+    "between",
+    [lambda m, x: torch.einsum("nj,ij->ni", x, m.up), lambda m, x: (m.up @ x.unsqueeze(2)).squeeze(2)],
+)
+@pytest.mark.parametrize("criterion", ["l2", "fpgm"])
+def test_weights_count_however_they_are_multiplied(between, criterion):
+    net = Net(lambda m, x: m.down(between(m, x).relu()), up=torch.tensor(UP), down=_linear(DOWN))
+    graph = capture(net.eval(), torch.randn(2, 2))
+    algebra = analyse(graph)
+    found = importance(graph, algebra, criterion, CriteriaData())[algebra.axes["up", 0]]
+    np.testing.assert_allclose(found, hidden(two_layers(UP, DOWN), criterion))
+
+
 def test_magnitude_is_the_geometric_mean_of_the_shares_that_write_and_read():
     graph = two_layers(UP, DOWN)
     squares, absolutes = np.array([25.0, 1, 4]) / 30, np.array([7.0, 1, 2]) / 10

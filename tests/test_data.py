@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -579,6 +580,16 @@ def test_image_folders_give_labels_by_sorted_class_and_all_classes(tmp_path):
     assert "4 of 12 images, 2 classes" in data.description
 
 
+def test_a_class_without_pictures_is_an_error_where_labels_count(tmp_path):
+    for name in ("ant", "cat"):
+        paint(tmp_path, f"{name}/0.png", 0)
+    (tmp_path / "bee").mkdir()
+    (tmp_path / ".cache").mkdir()
+    assert open_data(tmp_path, [IMAGE], preprocess="imagenet").samples == 2
+    with pytest.raises(DataError, match="bee holds no pictures"):
+        evaluator(tmp_path, SimpleNamespace(inputs=[IMAGE]), preprocess="imagenet")
+
+
 def test_flat_image_folders_have_no_labels_and_are_spread(tmp_path):
     for i in range(10):
         paint(tmp_path, f"{i}.png", i)
@@ -754,8 +765,20 @@ def test_metrics_say_what_they_need():
     for wrong in (-1, 3):
         with pytest.raises(DataError, match=f"the label {wrong}, and the model's classes are 0 to 2"):
             metric(outputs, Batch((), torch.tensor([0, 1, wrong, 2])), "top1")
-    assert metric(outputs, Batch((), torch.tensor([0, 1, 2, 2])), "top1") == 0.25
+    assert metric(outputs, Batch((), torch.tensor([0, 1, 2, 2])), "top1") == (0.25, 4)
     with pytest.raises(DataError, match="have none"):
         metric(outputs, Batch(()), "top1")
+    classes = torch.tensor([[0, 1, 255], [2, -100, 1]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 1], [1, 1, 1]]), 3).float()
+    maps = logits.transpose(1, 2)[..., None].expand(-1, -1, -1, 2)
+    assert metric((maps,), Batch((), classes[..., None].expand(-1, -1, 2)), "top1") == (0.75, 8)
+    assert metric((logits[:, :2],), Batch((), classes[:, :2]), "top1") == (pytest.approx(2 / 3), 3)
+    with pytest.raises(DataError, match="axis 1 or the last one"):
+        metric((logits,), Batch((), classes), "top1")
+    with pytest.raises(DataError, match="the label 9"):
+        metric((maps,), Batch((), classes[..., None].expand(-1, -1, 2).clip(max=9)), "top1")
+    for labels in (torch.rand(4), torch.arange(4.0)[:, None]):
+        with pytest.raises(DataError, match="a label is one number here"):
+            evaluator({"x": torch.randn(4, 3), "y": labels}, _Model())
     with pytest.raises(UsageError, match="no metric 'f1'; there are top1 and cosine"):
         metric(outputs, batch, "f1")

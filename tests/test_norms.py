@@ -72,6 +72,11 @@ def _standardised(m: nn.Module, x: Tensor) -> Tensor:
     return m.c(F.normalize(m.b(y), dim=-1)) + m.d(y)
 
 
+def _by_hand(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.b((y - y.mean(1, True)) / (y.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+
+
 def _blocks(**widths: tuple[int, int]) -> dict[str, nn.Module]:
     return {name: nn.Linear(*pair) for name, pair in widths.items()}
 
@@ -134,6 +139,10 @@ NETS = {
     "mean, variance and Euclidean norm": (
         lambda: Net(_standardised, **_blocks(a=(5, 8), b=(8, 6), c=(6, 3), d=(8, 3))),
         (5,), (), (8, 6),
+    ),
+    "layer norm over channels by hand": (
+        lambda: Net(_by_hand, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)),
+        (3, 4, 4), (), (8,),
     ),
 }  # fmt: skip
 

@@ -88,6 +88,15 @@ def run(graph: Graph, one: Prune, multiple: int = 8) -> Row:
     return Pipeline([one], {"prune": type(one)}).run(graph, context(graph, multiple))[-1]
 
 
+def test_what_reconstruct_cannot_judge_stays_and_says_so():
+    net = Net(lambda m, x: m.v @ (m.w @ x.T).relu(), w=torch.ones(16, 8), v=torch.ones(4, 16))
+    graph = graph_of(net, 8)
+    ctx = context(graph, calibration=data.synthetic(graph.inputs, graph.example, samples=32))
+    (outcome,) = Prune(macs=0.5, reach="best").run(graph, ctx)
+    assert widths(graph) == {} and not outcome.rewrites
+    assert any("by which reconstruct judges: criterion=l2" in d.reason for d in outcome.declines)
+
+
 # -------------------------------------------------------------------- budgets
 
 

@@ -447,6 +447,17 @@ class Computed(Shared):
         return nn.functional.linear(x, self.weight * x.mean())
 
 
+class First(nn.Module):
+    """A layer of the first sample alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[0])
+
+
 NEAR_MISSES = [
     (Shared(), (32,), "its weight is shared by 2 readers"),
     (Returned(), (32,), "its weight is shared by 2 readers"),
@@ -454,6 +465,7 @@ NEAR_MISSES = [
     (set_weight(nn.Conv2d(32, 32, 3, groups=2), of_rank(32, 144, 2)), (32, 8, 8), "of 2 groups is not split"),
     (set_weight(nn.Conv2d(32, 32, 3, groups=32), of_rank(32, 9, 2)), (32, 8, 8), "of 32 groups is not split"),
     (set_weight(nn.ConvTranspose2d(32, 32, 3), of_rank(32, 288, 2)), (32, 8, 8), "transposed convolutions"),
+    (First(nn.Conv1d(32, 32, 3)), (32, 8), "what it reads has no batch axis"),
     (nn.Linear(32, 32), (32,), "keeping 0.99 of the energy takes rank"),
     (
         set_weight(nn.Linear(32, 8), of_rank(8, 32, 7)),
