@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from .errors import UnsupportedError, UsageError
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
-from .ir import Graph, Input
+from .ir import Graph, Input, terms
 from .names import operator_name, unsupported
 from .ops import kind
+from .proof import answer, not_dynamic, prove
 from .pytrees import leaves, path_name
 from .standins import StandIns
 from .trainable import Trainable, argument_names, graph_of
@@ -52,7 +54,14 @@ def capture(
         )
     if isinstance(model, ExportedProgram):
         specs = _program_specs(model, _names_of_program(model), inputs)
-        return _graph_of(model, specs, _static_notice(model, dynamic))
+        graph = _graph_of(model, specs, _static_notice(model, dynamic))
+        if found := not_dynamic(graph, partial(_call_flat, model.module(check_guards=False), model)):
+            axis, why = found
+            raise UnsupportedError(
+                f"the {axis} axis of the exported program cannot be dynamic: {why}; export it with the size that it "
+                "will have"
+            )
+        return graph
     if isinstance(model, Trainable):
         return _graph_of_trainable(model, args, kwargs, inputs)
     positional, keywords = bind(args, kwargs, inputs, model)
@@ -82,11 +91,33 @@ def _graph_of_module(
             except UnsupportedError as error:
                 if not stand_ins.cure(error):
                     raise
-    if stand_ins.notices:
-        graph.notices += stand_ins.notices
-        with torch.no_grad():
-            _prove(graph, _call(model, (positional, keywords), graph.example))
+    graph.notices += stand_ins.notices
+    called = positional, keywords
+    run = partial(answer, model, called)
+    prove(graph, run(graph.example))
+    found = not_dynamic(graph, run)
+    prove(graph, run(graph.example))  # whatever ran before
+    if found is None:
+        return graph
+    axis, why = found
+    given = [leaf for _, leaf in leaves(called) if isinstance(leaf, Tensor)]
+    specs = tuple(_with_sizes(spec, axis, one) for spec, one in zip(graph.inputs, given, strict=True))
+    size = next(
+        new for old, spec in zip(graph.inputs, specs, strict=True)
+        for label, new in zip(old.shape, spec.shape, strict=True) if label == axis
+    )  # fmt: skip
+    graph = _graph_of_module(model, positional, keywords, specs, dynamic=False)
+    graph.notices.append(f"the {axis} axis is fixed to {size}, as in the example: {why}")
     return graph
+
+
+def _with_sizes(spec: Input, axis: str, tensor: Tensor) -> Input:
+    """A description with the sizes of a tensor where it names this axis."""
+    sizes = [
+        size if isinstance(label, str) and axis in terms(label) else label
+        for label, size in zip(spec.shape, tensor.shape, strict=True)
+    ]
+    return replace(spec, shape=tuple(sizes))
 
 
 def _graph_of_trainable(
@@ -105,7 +136,7 @@ def _graph_of_trainable(
     if all(t.device.type == "cpu" for t in model.state_dict().values()):
         with _evaluating(model), torch.no_grad():
             answer = model(*(t.clone() for t in graph.example))
-        _prove(graph, pytree.tree_leaves(answer))
+        prove(graph, pytree.tree_leaves(answer))
     return graph
 
 
@@ -149,13 +180,12 @@ def _graph_of(program: ExportedProgram, specs: tuple[Input, ...], notices: list[
     ]
     graph.check()
     try:
-        with torch.no_grad():
-            flat = _call_flat(program.module(check_guards=False), program, [t.clone() for t in example])
+        flat = _call_flat(program.module(check_guards=False), program, example)
     except (IndexError, RuntimeError) as error:
         shown = ", ".join(f"{i.name} {list(t.shape)}" for i, t in zip(graph.inputs, example, strict=True))
         first = str(error).strip().split("\n")[0]
         raise UsageError(f"the model does not run on its example inputs ({shown}): {first}") from error
-    _prove(graph, flat)
+    prove(graph, flat)
     return graph
 
 
@@ -264,6 +294,11 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     _drop_settled_writes(flat)
     if not rename_in_place(flat.graph):
         culprit = next(n for n in flat.nodes if in_place(n))
+        renormed = next((n for n in graph.nodes if "embedding_renorm_" in operator_name(n)), None)
+        if renormed is not None:
+            raise unsupported(
+                renormed, "max_norm scales its table as it runs: do so once, and set max_norm=None"
+            )
         if any("moving_avg_obs_fq" in operator_name(n) for n in flat.nodes):
             raise unsupported(
                 culprit, "its fake quantisers still observe: convert the model first (convert_pt2e)"
@@ -298,41 +333,11 @@ def _drop_settled_writes(graph: Graph) -> None:
             graph.erase(node)
 
 
-# -------------------------------------------------------------------- proof
-
-
-def _prove(graph: Graph, expected: Sequence[Tensor]) -> None:
-    """The graph gives what the model gives on the example, bit by bit or nearly; operators were only renamed.
-
-    In half precision by PyTorch's own kernels: those of `Graph.execute` round less, which deep networks amplify.
-    """
-    half = any(t.dtype == torch.float16 for t in graph.tensors.values())
-    with torch.no_grad():
-        made = graph.module(*graph.example) if half else graph.run(*graph.example)
-    for name, ours, theirs in zip(graph.outputs, made, expected, strict=True):
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise UnsupportedError(f"capture changed the shape of output {name}")
-        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
-        atol = max(1e-5, 2 * eps) * _scale(theirs)  # a half-precision product may differ in its last bit
-        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=atol, equal_nan=True):
-            raise UnsupportedError(
-                f"capture changed the numbers of output {name}: the model is not deterministic?"
-            )
-
-
-def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: list[Tensor]) -> list[Tensor]:
-    if program.example_inputs is None:
-        spec = program.call_spec.in_spec
-        args, kwargs = pytree.tree_unflatten(tensors, spec)
-        return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
-    return _call(module, program.example_inputs, tensors)
-
-
-def _call(model: nn.Module, inputs: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that a model returns for (args, kwargs) with these tensors in the place of their own."""
-    feed = iter(tensors)
-    args, kwargs = pytree.tree_map(lambda leaf: next(feed) if isinstance(leaf, Tensor) else leaf, inputs)
-    return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+def _call_flat(module: fx.GraphModule, program: ExportedProgram, tensors: Sequence[Tensor]) -> list[Tensor]:
+    called = program.example_inputs
+    if called is None:
+        called = pytree.tree_unflatten(list(tensors), program.call_spec.in_spec)
+    return answer(module, called, tensors)
 
 
 def _scale(tensor: Tensor) -> float:

@@ -46,12 +46,27 @@ def _spelled(node: Node) -> tuple[Any, tuple] | None:
         kept = [part for part in parts if _rank(part) == _rank(node)]  # torch skips an empty vector
         if 0 < len(kept) < len(parts):
             return aten.cat.default, (kept, *node.args[1:])
+    if name.startswith("aten.squeeze."):
+        return _squeezed(node)
     if name in ("aten.tensor_split.sections", "aten.tensor_split.indices"):
         axis = arguments(node)["dim"]
         sizes = [part.shape[axis] for part in node.meta["val"]]
         if all(isinstance(size, int) for size in sizes):
             return aten.split_with_sizes.default, (node.args[0], sizes, axis)
     return None
+
+
+def _squeezed(node: Node) -> tuple[Any, tuple] | None:
+    """A dynamic axis stays, also where it is 1 long, as it does in the file: rank does not depend on sizes."""
+    source: Any = node.args[0]
+    size, bound = source.meta["val"].shape, arguments(node)
+    given = bound.get("dim", range(len(size)))
+    dims = [d % len(size) for d in ([given] if isinstance(given, int) else given)] if size else []
+    if all(isinstance(size[d], int) for d in dims):
+        return None
+    alone = [d for d in dims if isinstance(size[d], int) and size[d] == 1]
+    aten = torch.ops.aten
+    return (aten.squeeze.dims, (source, alone)) if alone else (aten.alias.default, (source,))
 
 
 def _rank(node: Any) -> int:

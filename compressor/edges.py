@@ -23,7 +23,7 @@ def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...
     for name in sorted(have):
         for size in {1, have[name] - 1}:
             if 0 < size < have[name] and len(terms(name)) == 1 and possible(graph, name, size):
-                yield _cut(graph, first, name, size)
+                yield cut(graph, first, name, size)
     if 0 in have.values():
         yield graph.example
 
@@ -36,7 +36,7 @@ def few(graph: Graph, samples: Iterable[Sequence[Tensor]], count: int) -> Iterat
             return
         size = _sizes(graph, inputs).get(str(name), 1)
         if count < size and len(terms(str(name))) == 1 and possible(graph, str(name), count):
-            inputs = _cut(graph, inputs, str(name), count)
+            inputs = cut(graph, inputs, str(name), count)
         yield tuple(inputs)
         count -= size
 
@@ -69,7 +69,7 @@ def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
     }
 
 
-def _cut(graph: Graph, inputs: Sequence[Tensor], name: str, size: int) -> tuple[Tensor, ...]:
+def cut(graph: Graph, inputs: Sequence[Tensor], name: str, size: int) -> tuple[Tensor, ...]:
     """The beginning of every axis called `name`, and of those that follow from it."""
     have = _sizes(graph, inputs)
     sizes = have | {name: size}

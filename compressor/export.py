@@ -332,8 +332,30 @@ def _run_export(
     )
     # a failed export leaves marks on the tensors that it was given, so they are not the caller's
     args, kwargs = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
-    with torch.no_grad(), quiet(), _data_as_detach():
+    with torch.no_grad(), quiet(), _data_as_detach(), _restored(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards a module has its own tensors again: a forward that binds new ones leaves those of the tracer."""
+    held = [
+        (
+            part,
+            dict(part._parameters),
+            dict(part._buffers),
+            {k: v for k, v in vars(part).items() if isinstance(v, Tensor)},
+        )
+        for part in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for part, parameters, buffers, plain in held:
+            for now, before in ((part._parameters, parameters), (part._buffers, buffers)):
+                now.clear()
+                now.update(before)  # type: ignore[arg-type]
+            vars(part).update(plain)
 
 
 def _signature_shapes(model: nn.Module, spec: tuple[tuple, dict]) -> dict[str, Any]:

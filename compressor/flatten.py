@@ -137,13 +137,20 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
             raise unsupported(
                 node, "the exporter stored a tensor without data here; the layer hides it in .data"
             )
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        if value.layout is not torch.strided:
+            raise unsupported(
+                node, f"reads a {value.layout} tensor: ONNX has dense ones, which .to_dense() makes"
+            )
         key = _memory(value)
         if key in first:
             node.replace_all_uses_with(first[key])
             module.graph.erase_node(node)
             continue
         first[key] = node
-        tensors[str(node.target)] = value.detach()
+        tensors[str(node.target)] = value.detach().resolve_conj().resolve_neg()
         if isinstance(value, nn.Parameter):
             parameters.add(str(node.target))
     return tensors, frozenset(parameters)
@@ -151,10 +158,10 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
 
 def _memory(value: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the same numbers in the same place."""
-    if not value.numel():
+    if not value.numel() or value.layout is not torch.strided:
         return (id(value),)
     place = (value.untyped_storage().data_ptr(), value.storage_offset())
-    return (*place, tuple(value.shape), value.stride(), value.dtype)
+    return (*place, tuple(value.shape), value.stride(), value.dtype, value.is_conj(), value.is_neg())
 
 
 # -------------------------------------------------------------------- the way back

@@ -113,7 +113,8 @@ def _only_widened(node: Node, source: Node) -> bool:
 def _is_point(bound: dict[str, Any]) -> bool:
     """True for a pool whose every window is one value."""
     fields = (bound["kernel_size"], bound["stride"] or [1], bound["padding"])
-    return all(all(v == want for v in field) for field, want in zip(fields, (1, 1, 0), strict=True))
+    plain = all(all(v == want for v in field) for field, want in zip(fields, (1, 1, 0), strict=True))
+    return plain and bound.get("divisor_override") in (None, 1)
 
 
 def _permutation(node: Node, source: Node) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
 from .ops import kind
@@ -53,6 +53,8 @@ def rename_in_place(graph: fx.Graph) -> bool:
         written = node.args[0] if node.args else None
         if pure is None or not isinstance(written, Node) or _is_seen_elsewhere(written, node, order):
             return False
+        if not _keeps_type(node, pure):
+            return False
         plans.append((node, pure))
     for node, pure in plans:
         written = node.args[0]  # an earlier plan may have re-pointed it
@@ -74,6 +76,15 @@ def _pure(node: Node) -> Any:
         for t in (pure, node.target)  # type: ignore[union-attr]
     )
     return pure if formals == own else None
+
+
+def _keeps_type(node: Node, pure: Any) -> bool:
+    """False where the pure form gives another type than that of what is written: wider operands, comparisons."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    written: Any = args[0]
+    with written.fake_mode, torch.no_grad():
+        made: Any = pure(*args, **kwargs)
+    return isinstance(made, Tensor) and made.dtype == written.dtype
 
 
 def _is_seen_elsewhere(written: Node, mutation: Node, order: dict[Node, int]) -> bool:

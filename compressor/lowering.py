@@ -34,6 +34,8 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
             _reshape(ready, node)
         if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
             _write_out_variance(ready, node)
+        if kind(node) == "avg_pool" and arguments(node).get("divisor_override"):
+            _mean_of_windows(ready, node)
         if operator_name(node) in ("aten.clamp.default", "aten.hardtanh.default"):
             _bound_alike(ready, node)
     _separate_outputs(ready)
@@ -101,6 +103,23 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
         shares = graph.insert(aten.masked_fill.Scalar, (shares, empty, 0.0), before=node)
     made = graph.insert(aten.matmul.default, (shares, value), before=node)
     graph.replace_uses(node, made)
+    graph.erase(node)
+
+
+def _mean_of_windows(graph: Graph, node: Node) -> None:
+    """A pool that divides by a number of its own as one that divides by its window, times what that leaves.
+
+    The translator does not know the number. Windows that hang over the edge (ceil_mode) divide by what is inside.
+    """
+    bound = arguments(node)
+    if bound["ceil_mode"]:
+        raise unsupported(node, "ONNX has no pool with divisor_override and ceil_mode")
+    dims = int(operator_name(node).removeprefix("aten.avg_pool")[0])
+    window = math.prod(bound["kernel_size"]) ** (dims // len(bound["kernel_size"]))
+    plain = (node.args[0], bound["kernel_size"], bound["stride"], bound["padding"], False, True)
+    pooled = graph.insert(node.target, plain, before=node)  # type: ignore[arg-type]
+    factor = window / bound["divisor_override"]
+    graph.replace_uses(node, graph.insert(aten.mul.Tensor, (pooled, factor), before=node))
     graph.erase(node)
 
 

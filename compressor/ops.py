@@ -292,7 +292,10 @@ def _size(size: Any, node: Node) -> int:
         (s, 1 if s == batch else next((n for axis, n in _example_axes(graph) if axis == s), 1))
         for s in expr.free_symbols
     )
-    return _evaluated(expr, tuple(sample))
+    try:
+        return _evaluated(expr, tuple(sample))
+    except ZeroDivisionError:  # a model that takes no single sample
+        return int(size.node.hint)
 
 
 @lru_cache  # graphs have few sizes and many nodes, and a substitution takes a tenth of a millisecond

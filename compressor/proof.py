@@ -1,0 +1,92 @@
+"""A captured graph against the model itself: on the example, and where its dynamic axes are 1 long.
+
+The exporter takes one size from 2 on for all sizes. A model that squeezes, or asks whether there is one sample, is
+another one then, and nothing but running it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from .edges import cut, possible
+from .errors import UnsupportedError
+from .ir import Graph, terms
+
+
+def prove(graph: Graph, expected: Sequence[Tensor]) -> None:
+    """The graph gives what the model gives on the example, bit by bit or nearly; operators were only renamed."""
+    if differs := _difference(graph, graph.example, expected):
+        raise UnsupportedError(
+            f"capture changed the {differs}: the model is not deterministic, or counts its calls?"
+        )
+
+
+def answer(model: nn.Module, called: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that a model returns for (args, kwargs) with these tensors, which stay as they are, for their own."""
+    feed = iter(inputs)
+    args, kwargs = pytree.tree_map(
+        lambda leaf: next(feed).clone() if isinstance(leaf, Tensor) else leaf, called
+    )
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+
+
+def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -> tuple[str, str] | None:
+    """A dynamic axis at whose size of 1 the model, which `run` runs, is not the graph, and why; None if there is none.
+
+    An output of the same numbers that lacks the axis counts as the same, and gets a notice.
+    """
+    batch = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
+    for name in dict.fromkeys(label for spec in graph.inputs for label in spec.shape):
+        if not isinstance(name, str) or len(terms(name)) > 1 or not possible(graph, name, 1):
+            continue
+        sample = cut(graph, graph.example, name, 1)
+        try:
+            expected = run(sample)
+        except Exception:  # whatever the user's code raises
+            if name == batch:
+                return name, "the model does not take one sample"
+            continue
+        try:
+            differs = _difference(graph, sample, expected, shapes=False)
+            dropped = not differs and bool(_difference(graph, sample, expected))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            differs, dropped = "outcome", False
+        if differs:
+            return name, f"at 1 the model does something else, which changes the {differs}"
+        if dropped:
+            graph.notices.append(
+                f"where {name} is 1 the model drops that axis of its output; the file keeps it"
+            )
+    return None
+
+
+def _difference(
+    graph: Graph, inputs: Sequence[Tensor], expected: Sequence[Tensor], *, shapes: bool = True
+) -> str:
+    """What of which output is not as expected, in words. shapes: whether axes of size 1 count.
+
+    In half precision by PyTorch's own kernels: those of `Graph.execute` round less, which deep networks amplify.
+    """
+    half = any(t.dtype == torch.float16 for t in graph.tensors.values())
+    with torch.no_grad():
+        made = graph.module(*inputs) if half else graph.run(*inputs)
+    for name, ours, theirs in zip(graph.outputs, made, expected, strict=True):
+        alike = ours.shape == theirs.shape or (not shapes and ours.squeeze().shape == theirs.squeeze().shape)
+        if not alike or ours.dtype != theirs.dtype:
+            return f"shape of output {name}"
+        eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+        atol = max(1e-5, 2 * eps) * _scale(theirs)  # a half-precision product may differ in its last bit
+        pair = ours.reshape(theirs.shape).double(), theirs.double()
+        if not torch.allclose(*pair, rtol=1e-4, atol=atol, equal_nan=True):
+            return f"numbers of output {name}"
+    return ""
+
+
+def _scale(tensor: Tensor) -> float:
+    return max(1.0, float(tensor.detach().double().abs().max())) if tensor.numel() else 1.0

@@ -1,0 +1,145 @@
+"""A captured graph is the model at every size that its axes may have; the module comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor import runtime
+from compressor.api import compress
+from compressor.capture import capture
+from compressor.errors import UnsupportedError
+from compressor.ops import kind
+
+
+class Model(nn.Module):
+    """One linear layer, and what is done with what it gives."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.body, self.calls = nn.Linear(8, 6), body, 0
+        turns = torch.polar(torch.ones(3), torch.arange(3.0))
+        self.turns, self.back = nn.Buffer(turns), nn.Buffer(turns.conj())
+        self.wide = nn.Buffer(torch.arange(6.0, dtype=torch.float64))
+        self.sparse = nn.Buffer(torch.eye(6).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, self.linear(x))
+
+
+def squeezed(m: Model, y: Tensor) -> Tensor:
+    return y.squeeze().softmax(0)
+
+
+def asks(m: Model, y: Tensor) -> Tensor:
+    return (y - y.mean(0)) / y.std(0) if len(y) > 1 else y
+
+
+@pytest.mark.parametrize("body", [squeezed, asks])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_where_one_sample_is_another_model_the_batch_is_fixed(body, samples, tmp_path):
+    model, x = Model(body).eval(), torch.randn(samples, 8)
+    made = compress(model, (x,), passes="fold", output=tmp_path, measure=False)
+    assert any(f"batch axis is fixed to {samples}" in notice for notice in made.report["notices"])
+    session = runtime.session(made.onnx)
+    (seen,) = runtime.run(session, [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_is_only_dropped_stays_dynamic_and_is_kept():
+    model = Model(lambda m, y: y[:, :, None, None].squeeze().relu()).eval()
+    graph = capture(model, (torch.randn(1, 8),))
+    assert graph.inputs[0].shape == ("batch", 8) and any("drops that axis" in one for one in graph.notices)
+    assert "squeeze.dims" in graph.text() and graph.run(torch.randn(1, 8))[0].shape == (1, 6)
+
+
+def test_squeezing_an_axis_that_is_dynamic_does_nothing():
+    graph = capture(Model(lambda m, y: y.squeeze(0).relu()).eval(), (torch.randn(3, 8),))
+    assert not any(kind(n) == "squeeze" for n in graph.nodes) and graph.inputs[0].shape == ("batch", 8)
+
+
+def test_a_program_that_is_another_one_for_one_sample_is_refused():
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(Model(squeezed).eval(), (torch.randn(3, 8),), dynamic_shapes=batch)
+    with pytest.raises(UnsupportedError, match="batch axis of the exported program.*export it with the size"):
+        capture(program)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_models_that_regroup_their_batch_keep_its_size(calibrated, tmp_path):
+    model, x = Model(lambda m, y: y.view(-1, 2, 6).sum(1)).eval(), torch.randn(4, 8)
+    data = [torch.randn(4, 8) for _ in range(4)] if calibrated else None
+    made = compress(model, (x,), passes="fold", calibration=data, output=tmp_path, measure=False)
+    (seen,) = runtime.run(runtime.session(made.onnx), [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_counts_its_calls_is_refused():
+    def counting(m: Model, y: Tensor) -> Tensor:
+        m.calls += 1
+        return y * m.calls
+
+    with pytest.raises(UnsupportedError, match="counts its calls"):
+        capture(Model(counting).eval(), (torch.randn(3, 8),))
+
+
+def in_place(m: Model, y: Tensor) -> Tensor:
+    y += m.wide
+    return m.linear(nn.functional.pad(y, (0, 2)))
+
+
+def compared(m: Model, y: Tensor) -> Tensor:
+    y.gt_(0)
+    return y * 2
+
+
+def conjugated(m: Model, y: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(y.view(-1, 3, 2))
+    return torch.view_as_real(pairs * m.turns).flatten(1) + 2 * torch.view_as_real(pairs * m.back).flatten(1)
+
+
+@pytest.mark.parametrize("body", [in_place, compared, conjugated])
+def test_types_and_conjugates_are_kept(body):
+    model, x = Model(body).eval(), torch.randn(3, 8)
+    graph = capture(model, (x,))
+    torch.testing.assert_close(graph.run(x)[0], model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (Model(lambda m, y: torch.sparse.mm(m.sparse, y.T).T), "to_dense"),
+        (nn.Sequential(nn.Embedding(10, 8, max_norm=1.0), nn.Linear(8, 4)), "max_norm=None"),
+    ],
+)
+def test_what_cannot_be_says_what_to_do(model, words):
+    x = torch.arange(6).view(2, 3) if "max" in words else torch.randn(3, 8)
+    with pytest.raises(UnsupportedError, match=words):
+        capture(model.eval(), (x,))
+
+
+def test_a_module_has_its_own_tensors_afterwards():
+    def rebinding(m: Model, y: Tensor) -> Tensor:
+        weight = m.linear.weight
+        del m.linear.weight
+        m.linear.weight = nn.Parameter(weight * 1)
+        return y
+
+    model = Model(rebinding).eval()
+    weight = model.linear.weight
+    capture(model, (torch.randn(3, 8),))
+    assert type(model.linear.weight) is nn.Parameter and torch.equal(model.linear.weight, weight)
+
+
+def test_a_pool_that_divides_by_another_number_is_no_identity(tmp_path: Path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(1, divisor_override=2)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    made = compress(model, (x,), passes="fold", output=tmp_path, measure=False)
+    (seen,) = runtime.run(runtime.session(made.onnx), [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
