@@ -7,8 +7,8 @@
 Mutants are drawn with a seed from all that cosmic-ray makes of the channel algebra, the affine regions and the
 fold pass, those left out that Python reads as the same program (types are not run). Coverage says first which of the
 tests below run which line, and how long each takes. Each mutant then meets, in a copy of the checkout, the tests that
-run what it changes, quick ones first; where it is run by an import, all of them. *killed*: a test failed, or they took
-over 200 seconds of a processor. *survived* ones are listed with their change: each is either the same behaviour in
+run what it changes, quick ones first; where it is run by an import, all of them. *killed*: a test failed, or one
+took several times as long. *survived* ones are listed with their change: each is either the same behaviour in
 other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
 """
 
@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "mutants.jsonl"
 COUNT, SEED = 300, 0
-SECONDS = 200  # of a processor, for the tests of one mutant
+SECONDS, SLOWER = 20, 5  # of a processor, that a test may take beside so many times what it takes
 TESTS = {
     "compressor/channels.py": ["channels", "prune", "uniform", "padding", "killers"],
     "compressor/affine.py": ["affine", "merge", "conv_adapters", "spellings"],
@@ -172,13 +173,23 @@ def watch(checkout: Path, file: str, found: Path) -> None:
     found.write_text(json.dumps({"seconds": recorder.seconds, "lines": lines}))
 
 
-def meet(checkout: Path, tests: Path, words: Path) -> None:
-    """Ends with the exit code of tests named in a file, one a line; what they say goes into `words`."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+class Limits:
+    """Ends this process where a test takes several times its seconds of a processor."""
+
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        limit = time.process_time() + SECONDS + SLOWER * self.seconds.get(nodeid, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
+
+
+def meet(checkout: Path, tests: Mapping[str, float], words: Path) -> None:
+    """Ends with the exit code of tests, in their order; what they say goes into `words`."""
     with words.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(pytest_in(checkout, ["-x", "--no-header", f"@{tests}"]))
+    sys.exit(pytest_in(checkout, ["-x", "--no-header", *tests], Limits(tests)))
 
 
 def apart(target: Any, *arguments: Any) -> int:
@@ -190,8 +201,8 @@ def apart(target: Any, *arguments: Any) -> int:
     return process.exitcode
 
 
-def tests_of(text: str, other: str, known: dict[str, Any]) -> list[str]:
-    """The tests that run what differs between two programs, quick ones first."""
+def tests_of(text: str, other: str, known: dict[str, Any]) -> dict[str, float]:
+    """The tests that run what differs between two programs, quick ones first, with the seconds that they take."""
     matcher = difflib.SequenceMatcher(None, text.splitlines(), other.splitlines(), autojunk=False)
     differ = {n + 1 for tag, i, j, *_ in matcher.get_opcodes() if tag != "equal" for n in range(i, j)}
     statements = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)]
@@ -203,7 +214,8 @@ def tests_of(text: str, other: str, known: dict[str, Any]) -> list[str]:
             wide |= set(range(least.lineno, (least.end_lineno or least.lineno) + 1))
     runs = {test for line in wide for test in known["lines"].get(str(line), [])}
     seconds: dict[str, float] = known["seconds"]
-    return sorted(seconds if not runs or "" in runs else runs, key=lambda test: (seconds[test], test))
+    wanted = seconds if not runs or "" in runs else runs
+    return {test: seconds[test] for test in sorted(wanted, key=lambda test: (seconds[test], test))}
 
 
 def fate(checkout: Path, mutant: Mutant, text: str, known: dict[str, Any]) -> dict[str, object]:
@@ -211,11 +223,10 @@ def fate(checkout: Path, mutant: Mutant, text: str, known: dict[str, Any]) -> di
     file = checkout / mutant[0]
     before = file.read_text()
     start = time.perf_counter()
-    names, words = checkout.parent / "tests.txt", checkout.parent / "words.txt"
-    names.write_text("\n".join(tests_of(before, text, known)))
+    words = checkout.parent / "words.txt"
     file.write_text(text)
     try:
-        code = apart(meet, checkout, names, words)
+        code = apart(meet, checkout, tests_of(before, text, known), words)
     finally:
         file.write_text(before)
     failed = [line for line in words.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -225,7 +225,7 @@ def _scale_of_product(graph: Graph, node: Node, writer: _Writer) -> Rewrite | De
     if not isinstance(one, Map) or one.shifts or one.scale.numel() != 1 or kind(one.source) != "matmul":
         return None
     product = one.source
-    operands = dict(list(arguments(product).items())[:2])
+    operands = arguments(product)
     if len(product.users) != 1 or product in graph.results or any(map(is_constant, operands.values())):
         return None
 

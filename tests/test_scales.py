@@ -255,6 +255,21 @@ def test_the_scale_of_attention_goes_into_its_queries(body: Callable[..., Tensor
     assert node is None or node.kwargs["scale"] == 1.0
 
 
+@pytest.mark.parametrize("written_out", [False, True])
+def test_where_queries_cannot_take_it_the_scale_goes_into_the_keys(written_out: bool) -> None:
+    def body(m: Model, x: Tensor) -> Tensor:
+        k = m.k(x)
+        if written_out:
+            return ((x @ k.transpose(-1, -2)) / 2).softmax(-1) @ x
+        return F.scaled_dot_product_attention(x, k, x)
+
+    before = graph_of(Model(body, k=linear()), torch.randn(2, 5, 8))
+    after, outcome = fold(before)
+    assert next(r.what for r in outcome.rewrites if r.what.startswith("scale of ")).endswith("(layers.k)")
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(after.run(x)[0], before.run(x)[0])
+
+
 def test_attention_to_itself_keeps_its_scale() -> None:
     model = Model(lambda m, x: F.scaled_dot_product_attention(m.q(x), m.q(x), x), q=linear())
     after, _ = fold(graph_of(model, torch.randn(2, 5, 8)))
