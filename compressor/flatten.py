@@ -137,7 +137,7 @@ def _unify_tensors(module: fx.GraphModule) -> tuple[dict[str, Tensor], frozenset
             raise unsupported(
                 node, "the exporter stored a tensor without data here; the layer hides it in .data"
             )
-        if not node.users:
+        if value.layout is not torch.strided and not node.users:
             module.graph.erase_node(node)
             continue
         if value.layout is not torch.strided:
