@@ -63,6 +63,10 @@ EQUIVALENT = {
     '-        found = [a["weight"] for k, a in bound if k == "embedding"] '
     '+        found = [a["weight"] for k, a in bound if k is "embedding"]': "one string",
     "-        random = np.random.default_rng(0) +        random = np.random.default_rng( 1)": "marks, any of them",
+    '-    left, right = node.args[which == "addmm" :][:2] '
+    '+    left, right = node.args[which == "addmm" :][: 3]': "a product has two factors",
+    '-                    one.node, f"the weight of {site(read.user)} is shared with {site(others[0])}" '
+    '+                    one.node, f"the weight of {site(read.user)} is shared with {site(others[ 1])}"': "any",
 }
 
 Mutant = tuple[str, str, int]  # file, operator, occurrence

@@ -101,23 +101,19 @@ def _graph_of_module(
         return graph
     axis, why = found
     given = [leaf for _, leaf in leaves(called) if isinstance(leaf, Tensor)]
-    specs = tuple(_with_sizes(spec, axis, one) for spec, one in zip(graph.inputs, given, strict=True))
-    size = next(
-        new for old, spec in zip(graph.inputs, specs, strict=True)
-        for label, new in zip(old.shape, spec.shape, strict=True) if label == axis
-    )  # fmt: skip
-    graph = _graph_of_module(model, positional, keywords, specs, dynamic=False)
-    graph.notices.append(f"the {axis} axis is fixed to {size}, as in the example: {why}")
-    return graph
-
-
-def _with_sizes(spec: Input, axis: str, tensor: Tensor) -> Input:
-    """A description with the sizes of a tensor where it names this axis."""
-    sizes = [
-        size if isinstance(label, str) and axis in terms(label) else label
+    sizes: dict[int | str, int] = {
+        label: size
+        for spec, tensor in zip(graph.inputs, given, strict=True)
         for label, size in zip(spec.shape, tensor.shape, strict=True)
+    }
+    fixed = {label for label in sizes if isinstance(label, str) and axis in terms(label)}
+    static = [
+        replace(spec, shape=tuple(sizes[label] if label in fixed else label for label in spec.shape))
+        for spec in graph.inputs
     ]
-    return replace(spec, shape=tuple(sizes))
+    graph = _graph_of_module(model, positional, keywords, static, dynamic=False)
+    graph.notices.append(f"the {axis} axis is fixed to {sizes[axis]}, as in the example: {why}")
+    return graph
 
 
 def _graph_of_trainable(

@@ -189,11 +189,12 @@ def release(graph: Graph, floats: Collection[Node]) -> None:
     if not products:
         return
     labels = labels_of(graph)
-    scales = torch.ones(int(labels.classes().max()) + 1, dtype=torch.float64)
+    classes = labels.classes()
+    scales = torch.ones(int(classes.max()) + 1, dtype=torch.float64)
     for product in products:
         factors: Any = product.args[1]
-        scales[labels.classes()[labels.of[product].reshape(-1)]] = 1 / graph.tensor(factors).double()
-    rescale(labels, scales[labels.classes()])
+        scales[classes[labels.of[product].reshape(-1)]] = 1 / graph.tensor(factors).double()
+    rescale(labels, scales[classes])
     _drop(graph, products)
 
 
