@@ -41,7 +41,7 @@ COUNT, SEED = 300, 0
 SECONDS, SLOWER = 20, 5  # of a processor, that a test may take beside so many times what it takes
 TESTS = {
     "compressor/channels.py": ["channels", "prune", "uniform", "padding", "killers"],
-    "compressor/affine.py": ["affine", "merge", "conv_adapters", "spellings"],
+    "compressor/affine.py": ["affine", "merge", "adapters", "conv_adapters", "spellings"],
     "passes/fold.py": ["fold", "scales", "composites", "camera"],
 }
 PRELOADED = [
@@ -67,6 +67,9 @@ EQUIVALENT = {
     '+    left, right = node.args[which == "addmm" :][: 3]': "a product has two factors",
     '-                    one.node, f"the weight of {site(read.user)} is shared with {site(others[0])}" '
     '+                    one.node, f"the weight of {site(read.user)} is shared with {site(others[ 1])}"': "any",
+    "-            break +            continue": "nothing was given up: the graph is read again, alike",
+    "-        if others and tensors[0] is not before[0]: "
+    "+        if others and tensors[0] != before[0]:": "a node equals itself alone",
 }
 
 Mutant = tuple[str, str, int]  # file, operator, occurrence

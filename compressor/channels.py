@@ -138,7 +138,7 @@ class Algebra:
         return [(where, reason, number) for (where, reason), number in counts.most_common()]
 
 
-def carrier_of(graph: Graph, *, heads: bool = True) -> Carrier:
+def carrier_of(graph: Graph, *, heads: bool) -> Carrier:
     """Which axis carries where a reshape makes several of one: the heads of an attention, or the channels of each.
 
     heads: whether whole heads should go. Without attention a reshape is a channel shuffle, whose halves are no heads.

@@ -123,7 +123,7 @@ def _passes_so_far(continued: Continued) -> list[dict[str, Any]]:
 
 def _groups(graph: Graph, target: Target) -> dict[str, Any]:
     """The ledger of a graph that nothing was taken from, and the shares of it that pruning must leave."""
-    algebra = analyse(graph, carrier_of(graph))
+    algebra = analyse(graph, carrier_of(graph, heads=True))
     costs = costs_of(graph, algebra)
     unknown = np.zeros(1 + max((int(classes.max()) for classes in algebra.axes.values()), default=-1))
     found = families(algebra, costs, unknown, target.channel_multiple, MINIMUM)
