@@ -70,6 +70,11 @@ EQUIVALENT = {
     "-            break +            continue": "nothing was given up: the graph is read again, alike",
     "-        if others and tensors[0] is not before[0]: "
     "+        if others and tensors[0] != before[0]:": "a node equals itself alone",
+    "-@dataclass(frozen=True, eq=False) +@dataclass(frozen=False, eq=False)": "nobody writes to it",
+    "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
+    "+            mark[np.unique(classes)] += random.integers(1, 2** 64, dtype=np.uint64)": "marks, any of them",
+    "-        for (some, slices), key in zip(there, term.axes, strict=True): "
+    "+        for (some, slices), key in zip(there, term.axes, strict=False):": "they are equally many",
 }
 
 Mutant = tuple[str, str, int]  # file, operator, occurrence
