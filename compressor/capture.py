@@ -130,9 +130,8 @@ def _graph_of_trainable(
         positional, keywords = bind(args, kwargs, (), model)
         _check_example(graph, positional, keywords)
     if all(t.device.type == "cpu" for t in model.state_dict().values()):
-        with _evaluating(model), torch.no_grad():
-            answer = model(*(t.clone() for t in graph.example))
-        prove(graph, pytree.tree_leaves(answer))
+        with _evaluating(model):
+            prove(graph, answer(model, (graph.example, {}), graph.example))
     return graph
 
 

@@ -93,9 +93,7 @@ def evaluator(
 
 
 def metric(outputs: Sequence[Tensor], batch: Batch, name: str) -> tuple[float, int]:
-    """(mean, of so many labels) of the first output's `top1` (its largest class is the label), or its `cosine` with the
-    label.
-    """
+    """(mean, of so many labels) of the first output: its largest class is the label (`top1`), or `cosine`."""
     first, labels = outputs[0].detach().cpu(), batch.labels
     if labels is None:
         raise DataError(f"{name} needs labels, and the data have none")

@@ -20,7 +20,7 @@ from .ir import Graph, terms
 
 def prove(graph: Graph, expected: Sequence[Tensor]) -> None:
     """The graph gives what the model gives on the example, bit by bit or nearly; operators were only renamed."""
-    if differs := _difference(graph, graph.example, expected):
+    if differs := _difference(graph, _outputs(graph, graph.example), expected):
         raise UnsupportedError(
             f"capture changed the {differs}: the model is not deterministic, or counts its calls?"
         )
@@ -53,29 +53,32 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
                 return name, "the model does not take one sample"
             continue
         try:
-            differs = _difference(graph, sample, expected, shapes=False)
-            dropped = not differs and bool(_difference(graph, sample, expected))
+            made = _outputs(graph, sample)
         except (RuntimeError, ValueError, IndexError, TypeError):
-            differs, dropped = "outcome", False
-        if differs:
+            return name, "at 1 the model does something else, which no longer fits together"
+        if differs := _difference(graph, made, expected, shapes=False):
             return name, f"at 1 the model does something else, which changes the {differs}"
-        if dropped:
+        if any(ours.shape != theirs.shape for ours, theirs in zip(made, expected, strict=True)):
             graph.notices.append(
                 f"where {name} is 1 the model drops that axis of its output; the file keeps it"
             )
     return None
 
 
-def _difference(
-    graph: Graph, inputs: Sequence[Tensor], expected: Sequence[Tensor], *, shapes: bool = True
-) -> str:
-    """What of which output is not as expected, in words. shapes: whether axes of size 1 count.
-
-    In half precision by PyTorch's own kernels: those of `Graph.execute` round less, which deep networks amplify.
-    """
+def _outputs(graph: Graph, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """In half precision by PyTorch's own kernels: those of `Graph.execute` round less, which deep networks amplify."""
     half = any(t.dtype == torch.float16 for t in graph.tensors.values())
     with torch.no_grad():
-        made = graph.module(*inputs) if half else graph.run(*inputs)
+        made: Sequence[Tensor] = graph.module(*inputs) if half else graph.run(*inputs)
+    return made
+
+
+def _difference(
+    graph: Graph, made: Sequence[Tensor], expected: Sequence[Tensor], *, shapes: bool = True
+) -> str:
+    """What of which output is not as expected, in words. shapes: whether axes of size 1 count."""
+    if len(made) != len(expected):
+        return "number of outputs"
     for name, ours, theirs in zip(graph.outputs, made, expected, strict=True):
         alike = ours.shape == theirs.shape or (not shapes and ours.squeeze().shape == theirs.squeeze().shape)
         if not alike or ours.dtype != theirs.dtype:

@@ -20,7 +20,7 @@ from compressor.ops import kind
 class Model(nn.Module):
     """One linear layer, and what is done with what it gives."""
 
-    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, body: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.linear, self.body, self.calls = nn.Linear(8, 6), body, 0
@@ -38,7 +38,17 @@ def squeezed(m: Model, y: Tensor) -> Tensor:
 
 
 def asks(m: Model, y: Tensor) -> Tensor:
-    return (y - y.mean(0)) / y.std(0) if len(y) > 1 else y
+    return (y - y.mean(0)) / y.std(0) if y.shape[0] > 1 else y
+
+
+def splits(m: Model, y: Tensor) -> Any:
+    return (y, y * 2) if y.shape[0] > 1 else (y,)
+
+
+def test_a_model_of_other_outputs_for_one_sample_has_its_batch_fixed():
+    graph = capture(Model(splits).eval(), (torch.randn(3, 8),))
+    assert graph.inputs[0].shape == (3, 8) and len(graph.outputs) == 2
+    assert any("number of outputs" in notice for notice in graph.notices)
 
 
 @pytest.mark.parametrize("body", [squeezed, asks])
@@ -46,7 +56,8 @@ def asks(m: Model, y: Tensor) -> Tensor:
 def test_where_one_sample_is_another_model_the_batch_is_fixed(body, samples, tmp_path):
     model, x = Model(body).eval(), torch.randn(samples, 8)
     made = compress(model, (x,), passes="fold", output=tmp_path, measure=False)
-    assert any(f"batch axis is fixed to {samples}" in notice for notice in made.report["notices"])
+    words = f"the batch axis is fixed to {samples}, as in the example: at 1 the model does something else"
+    assert any(words in notice for notice in made.report["notices"])
     session = runtime.session(made.onnx)
     (seen,) = runtime.run(session, [x.numpy()])
     torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
@@ -137,8 +148,10 @@ def test_a_module_has_its_own_tensors_afterwards():
     assert type(model.linear.weight) is nn.Parameter and torch.equal(model.linear.weight, weight)
 
 
-def test_a_pool_that_divides_by_another_number_is_no_identity(tmp_path: Path):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(1, divisor_override=2)).eval()
+@pytest.mark.parametrize("window, padding", [(1, 0), (2, 1), ((2, 3), 1)])
+def test_a_pool_that_divides_by_another_number_stays_and_is_emitted(window, padding, tmp_path: Path):
+    pool = nn.AvgPool2d(window, padding=padding, divisor_override=5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), pool).eval()
     x = torch.randn(2, 3, 6, 6)
     made = compress(model, (x,), passes="fold", output=tmp_path, measure=False)
     (seen,) = runtime.run(runtime.session(made.onnx), [x.numpy()])
