@@ -205,10 +205,10 @@ class Budget:
     def _hear(
         self, goal: Goal, graph: Graph, ctx: Context, least: float, pruned: Callable[[float], Graph]
     ) -> float:
-        """The smallest share of MACs whose outputs are `sqnr` dB above their noise, on calibration data."""
+        """The smallest share of MACs whose outputs are `sqnr` dB above their noise, on held-out samples."""
         if ctx.calibration is None:
             raise UsageError(f"{self.owner}(sqnr={self.sqnr:g}): needs calibration data: pass --calib")
-        batches = list(ctx.calibration.limited(HEARD))
+        batches = list(ctx.held_out.limited(HEARD))  # to those that ranges were fitted to, they are kind
         expected = observe(graph, batches)
         seen = {1.0: math.inf}
 
@@ -219,7 +219,7 @@ class Budget:
             return seen[share] >= (self.sqnr or 0.0)
 
         share = least if fits(least) else closest(fits, 1.0, least, TRIES)
-        goal.facts["sqnr"] = {"asked_db": self.sqnr, "calibration_db": seen[share]}
+        goal.facts["sqnr"] = {"asked_db": self.sqnr, "held_out_db": seen[share]}
         return share
 
     def _missed(self, goal: Goal, named: str, least: str) -> None:

@@ -299,7 +299,7 @@ def pair(model: Model, file: File, inputs: Mapping[str, np.ndarray], tolerance: 
             for name in waiting.get(number, ()):
                 node = model.nodes[number]
                 seen = delivery.to_tensors([arrays[name]])[0]
-                words = described(node), summary(value.double()), summary(seen.double())
+                words = described(node), summary(value), summary(seen)
                 file.pairs[name] = Pair(number, *compared(value, seen), *words)
 
 

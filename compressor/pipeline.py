@@ -429,13 +429,7 @@ class _Judge:
 
 
 def _culprit(found: verify.ValueCheck | None) -> str:
-    if found is None:
-        return ""
-    line = f", {found.line}" if found.line else ""
-    return (
-        f"; first bad operator: {found.operator} at {found.site}{line}: expected {found.expected}; "
-        f"seen {found.seen} (error {found.error:.1e})"
-    )
+    return "" if found is None else f"; first bad operator: {found}"
 
 
 def _row(name: str, config: str, contract: str, status: str, graph: Graph) -> Row:

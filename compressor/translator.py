@@ -131,6 +131,7 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
         from torch.onnx._internal.exporter._registration import onnxscript_apis as library
 
         read, decompose = library.get_torchlib_ops, rewrites.decompose_with_registry
+        read()  # registers, the first time, what is counted next
         count = sum(len(one.overloads) + len(one.complex) for one in known.values())  # users register more
         words, parts = _vocabulary(opset, count)
     except (ImportError, AttributeError):

@@ -341,21 +341,25 @@ def judge(contract: Contract, checks: Sequence[Check], where: str, floor: float 
 # -------------------------------------------------------------------- values inside
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ValueCheck:
     """One value inside the graph against the value it claims to be, relative to that value's own scale.
 
     power: how far the value of another sample would have been from it.
     """
 
-    node: str
-    site: str
-    operator: str
-    line: str
+    node: Node
     error: float
     power: float
-    expected: str
-    seen: str
+    reference: Tensor
+    value: Tensor
+
+    def __str__(self) -> str:
+        line = source_line(self.node)
+        return (
+            f"{operator_name(self.node)} at {site(self.node)}{f', {line}' if line else ''}: "
+            f"expected {summary(self.reference)}; seen {summary(self.value)} (error {self.error:.1e})"
+        )
 
 
 def compare_values(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> Iterator[ValueCheck]:
@@ -432,41 +436,37 @@ def look_inside(before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance
     for check in compare_values(before, after, inputs):
         if not check.error <= tolerance:
             return Inside(check)
-        proves |= check.power >= POWER * tolerance and (check.node in claimed or not claimed)
+        proves |= check.power >= POWER * tolerance and (check.node.name in claimed or not claimed)
     return Inside(None, proves)
 
 
 def _value_check(node: Node, reference: Tensor, value: Tensor) -> ValueCheck:
-    expected, seen = reference.double(), value.double()
+    error, power = _apart(reference, value), 0.0
+    if reference.dim() and reference.shape[0] > 1 and math.isfinite(error):
+        power = _apart(reference, reference.roll(1, 0))
+    return ValueCheck(node, error, power, reference, value)
+
+
+def _apart(expected: Tensor, seen: Tensor) -> float:
+    """The largest difference, relative to the largest value expected; inf where shapes or infinities are others."""
     if expected.shape != seen.shape:
-        error = math.inf
-    elif not expected.numel():
-        error = 0.0
-    elif not _same_infinities(expected, seen):
-        error = math.inf
-    else:
-        delta = torch.nan_to_num(expected - seen, 0.0, 0.0, 0.0).abs().max()
-        scale = torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max()
-        error = float(delta / scale) if scale else float(delta)
-    power = 0.0
-    if expected.dim() and expected.shape[0] > 1 and math.isfinite(error) and expected.numel():
-        moved = torch.nan_to_num(expected - expected.roll(1, 0), 0.0, 0.0, 0.0).abs().max()
-        power = float(moved / expected.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-300))
-    return ValueCheck(
-        node.name,
-        site(node),
-        operator_name(node),
-        source_line(node),
-        error,
-        power,
-        summary(expected),
-        summary(seen),
-    )
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    a, b = (t if t.dtype in (torch.float32, torch.float64) else t.double() for t in (expected, seen))
+    delta, scale = float((a - b).abs().max()), float(a.abs().max())
+    if not (math.isfinite(delta) and math.isfinite(scale)):
+        a, b = a.double(), b.double()
+        if not _same_infinities(a, b):
+            return math.inf
+        delta, scale = (float(torch.nan_to_num(t, 0.0, 0.0, 0.0).abs().max()) for t in (a - b, a))
+    return delta / scale if scale else delta
 
 
 def summary(t: Tensor) -> str:
     if not t.numel():
         return f"shape {list(t.shape)}"
+    t = t.double()
     return f"shape {list(t.shape)}, mean {float(t.mean()):.4g}, max {float(t.abs().max()):.4g}"
 
 

@@ -88,8 +88,8 @@ class Int8(Pass):
     equalise: scales channels against each other where that changes no output (through ReLU, pools, sums and norms, and
     by a product in front of matrix products that nothing else can scale), so that rounding them costs least.
     rounding: weights and biases so that each layer's outputs change least (`adaptive`), or to the nearest integers.
-    sqnr, max_drop: as many operators stay float as it takes for outputs so many dB above their noise on calibration
-    data, or for a metric (--eval) that falls by no more; the loudest for their work go first.
+    sqnr, max_drop: as many operators stay float as it takes for outputs so many dB above their noise on held-out
+    samples, or for a metric (--eval) that falls by no more; the loudest for their work go first.
     ignore: modules that stay float (`int8(ignore=head+layer1.*)`).
     measure: whether a model that runs no faster in integers stays float; it is timed where the target is this machine.
     reduce_range: 7-bit weights for processors whose 16-bit sums saturate, as the target says if none.
@@ -129,9 +129,7 @@ class Int8(Pass):
         if self.budget.named and (self.scheme != "static" or not data):
             why = f"scheme={self.scheme} has none" if self.scheme != "static" else "pass --calib"
             asked = ",".join(f"{name}={value:g}" for name, value in self.budget.named.items())
-            raise UsageError(
-                f"int8({asked}): a budget is measured on calibration data, with static scales: {why}"
-            )
+            raise UsageError(f"int8({asked}): a budget needs calibration data, and static scales: {why}")
 
     def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
         self._require_place(data)

@@ -50,7 +50,7 @@ class Squeeze(Pass):
 
     Or a budget for the whole model, with ranks spread where they cost least. macs, params: share to keep. size_mb:
     megabytes (1e6 bytes) of all tensors. latency, latency_ms: share of the original's, or milliseconds, measured on
-    squeezed copies. sqnr: as few MACs as leave the outputs so many dB above their noise, on calibration data. max_drop:
+    squeezed copies. sqnr: as few MACs as leave the outputs so many dB above their noise, on held-out samples. max_drop:
     how far the metric of --eval may fall. reach: a budget out of reach is an error that says what can be had; `best`
     goes as far as it gets.
 

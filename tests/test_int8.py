@@ -526,7 +526,7 @@ def test_a_budget_keeps_the_loudest_float():
     after, (*_, outcome) = compiled(graph, Int8(sqnr=before + 6))
     assert noise(expected, after.run(inputs)[0]) > before + 4
     assert 0 < len(outcome.facts["kept_float"]) < 3
-    assert outcome.facts["sqnr"]["calibration_db"] >= before + 6
+    assert outcome.facts["sqnr"]["held_out_db"] >= before + 6
     kept = [d for d in outcome.declines if d.reason == "left float for the budget"]
     assert len(kept) == len(outcome.facts["kept_float"])
     _, (*_, outcome) = compiled(graph, Int8(sqnr=before - 10))
@@ -706,7 +706,7 @@ def test_a_budget_that_nothing_measures_is_refused(options):
     graph = graph_of(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), 4, 8)
     samples = data(graph)
     ctx = dataclasses.replace(context(graph), calibration=samples if options else None)
-    with pytest.raises(UsageError, match=r"int8\(sqnr=90\): a budget is measured on calibration data"):
+    with pytest.raises(UsageError, match=r"int8\(sqnr=90\): a budget needs calibration data"):
         compiled(graph, Int8(sqnr=90, **options), ctx)
 
 

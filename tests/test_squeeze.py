@@ -358,7 +358,7 @@ def test_noise_is_a_budget(net):
     x = normal(16, 3, 16, 16, seed=1)
     heard = -10 * math.log10(noise(net.run(x)[0], after.run(x)[0]))
     assert 20 <= heard < 30 and outcome.facts["macs"] < 1
-    assert outcome.facts["sqnr"]["calibration_db"] == pytest.approx(heard, abs=1)
+    assert outcome.facts["sqnr"]["held_out_db"] == pytest.approx(heard, abs=1)
 
 
 @pytest.mark.parametrize("config", ["energy=0", "energy=1.5", "macs=0", "macs=1.5", "macs=-0.5", "params=2"])
