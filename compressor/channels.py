@@ -7,6 +7,7 @@ a graph: `surgery.remove` does, and `oracle.masked` says what its result must co
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,17 @@ from .atoms import Array, Atoms, Carrier, components
 from .errors import ContractError
 from .ir import Graph
 from .names import site
-from .ops import CONTRACTIONS, arguments, contractions, is_constant, kind, node_macs, shape, sizes
+from .ops import (
+    CONTRACTIONS,
+    arguments,
+    contractions,
+    einsum_steps,
+    is_constant,
+    kind,
+    node_macs,
+    shape,
+    sizes,
+)
 from .ties import einsum_labels, read
 
 ROUNDS = 3  # readings of a graph while carriers of reshapes are given up for the next
@@ -203,12 +214,20 @@ def _first_reason(labels: Array, frozen: Sequence[tuple[Array, str]]) -> Array:
 
 def _macs_terms(graph: Graph, axes: Mapping[Key, Array]) -> Iterator[Term]:
     """Every contraction as a product over axes: all of the result's, and the one that is summed over."""
-    for node in contractions(graph):
+    for node in graph.nodes:
         total = node_macs(node)
         if not total:
             continue
+        if kind(node) not in CONTRACTIONS:
+            yield _term(axes, total, [])
+            continue
         a, result = arguments(node), [(node.name, i) for i in range(len(shape(node)))]
-        if kind(node) == "attention":  # scores over the width of queries, then sums over that of values
+        steps = list(einsum_steps(node)) if kind(node) == "einsum" else []
+        if steps:
+            for step in steps:
+                size = math.prod(sizes(operand)[axis] for operand, axis in step.values())
+                yield _term(axes, size, [(operand.name, axis) for operand, axis in step.values()])
+        elif kind(node) == "attention":  # scores over the width of queries, then sums over that of values
             queries, values = (sizes(a[name])[-1] for name in ("query", "value"))
             scores = total * queries // (queries + values)
             yield _term(axes, scores, [*result[:-1], (a["query"].name, len(result) - 1)])

@@ -19,6 +19,7 @@ import onnx_ir
 
 from . import delivery, detectors, heads, measure, metrics, postprocess, runtime, verify
 from .data import Data
+from .edges import varied
 from .emit import Emitted, companion_of, since_of
 from .errors import CompressorError, UsageError
 from .ir import Graph
@@ -97,14 +98,9 @@ def _of_files(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
     for name, size in emitted.get("files", {}).items():
         beside = _beside(path, name, emitted["file"])
         yield _same(f"size of {name}", size, beside.stat().st_size if beside.is_file() else "missing")
-    program = emitted.get("program") or {}
-    hashes = [(path, emitted["sha256"]), (companion_of(path), emitted.get("data_sha256"))]
-    hashes += [(_beside(path, program["file"], ""), program["sha256"])] if program else []
-    for file, claimed in hashes:
-        if claimed is not None:
-            yield _same(
-                f"sha256 of {file.name}", claimed, delivery.sha256(file) if file.is_file() else "missing"
-            )
+    for name, claimed in _hashes(emitted).items():
+        beside = _beside(path, name, emitted["file"])
+        yield _same(f"sha256 of {name}", claimed, delivery.sha256(beside) if beside.is_file() else "missing")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's and onnx's own
@@ -123,6 +119,14 @@ def _of_files(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
     for key, claimed in (("spec", report["spec"]), ("target", report["target"]["name"])):
         yield _same(f"{key}, as the file says", claimed, said.get(key, "missing"))
     yield from _by_runtime(report, path)
+
+
+def _hashes(emitted: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files beside a report by name; older reports have those of models alone."""
+    name, program = emitted["file"], emitted.get("program") or {}
+    models = {name: emitted["sha256"], companion_of(Path(name)).name: emitted.get("data_sha256")}
+    models |= {program["file"]: program["sha256"]} if program else {}
+    return {n: claimed for n, claimed in (emitted.get("hashes", {}) | models).items() if claimed is not None}
 
 
 def _beside(path: Path, name: str, own: str) -> Path:
@@ -228,10 +232,16 @@ class _Again:
             )
             return
         checks = self._compared(self.graph, held_out)
-        found = min((one.sqnr_db for one in checks if not one.discrete), default=float("inf"))
-        finite = all(one.finite for one in checks)
-        least = min(claimed, ROUNDING_DB) - DECIBELS
-        state = HELD if finite and found >= least else NOT_HELD
+        for one in (one for one in checks if one.discrete):
+            what = f"share of {one.output}{one.slice} that is not the model's"
+            most = f"at most {verify.ROUNDED_FLIPS * one.tolerance:.0%}"
+            yield Claim(what, None, one.error, HELD if one.flips_within(True) else NOT_HELD, most)
+        levels = [one.sqnr_db if one.finite else float("-inf") for one in checks if not one.discrete]
+        if not levels:
+            yield _unknown("loss against the model, dB", claimed, "the model returns no floats")
+            return
+        found, least = min(levels), min(claimed, ROUNDING_DB) - DECIBELS
+        state = HELD if found >= least else NOT_HELD
         yield Claim("loss against the model, dB", claimed, found, state, f"at least {least:.1f} dB")
 
     def _simulation(self, held_out: Data) -> Iterator[Claim]:
@@ -255,8 +265,8 @@ class _Again:
     def _compared(self, graph: Graph, held_out: Data) -> list[Check]:
         with delivery.opened(self.path, self.provider) as session:
             inputs = delivery.session_inputs(session, graph.inputs)
-            samples = [batch.inputs for batch in held_out]
-            return delivery.compare_session(graph, session, inputs, samples).checks(verify.EMITTED)
+            compared = delivery.compare_session(graph, session, inputs, varied(graph, held_out))
+            return compared.checks(verify.EMITTED)
 
     @property
     def provider(self) -> str:

@@ -371,7 +371,7 @@ def inspect(
         _next(*((path, "--passes", "merge,prune") if groups else ("inspect", path, "--groups")))
     elif not quiet:
         console.show_facts(facts, console.output())
-        if found.suffix == ".onnx":
+        if found.suffix in (".onnx", ".ort"):
             _next("bench", path)
         elif "tensors" in facts:
             model = facts.get("architecture") or "path/to/your/model.py:FACTORY"

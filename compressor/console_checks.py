@@ -34,6 +34,8 @@ def show_verification(result: Mapping[str, Any], console: Console, layers: bool 
         if part not in (None, "")
     )
     words = "the two models agree" if result.get("ok", True) else "the two models do not agree"
+    if result.get("ok", True) and not result.get("proved", True):
+        words += ", but would whatever the file says: the outputs of these samples hardly differ (try --data)"
     console.print(f" {words}" + (f" ({escape(where)})" if where else ""), highlight=False)
     if "warning" in result:
         console.print(f" {escape(result['warning'])}", highlight=False)

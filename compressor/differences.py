@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from .emit import companion_of
-from .errors import FileError, UsageError
-from .report import read_report
+from .errors import UsageError
+from .external import beside
+from .report import read_report, showing
 
 # Of a report, what a run may not repeat to the last digit, and long lists that the file itself has.
 _LEFT_OUT = {
     *("seconds", "peak_mb", "memory", "steps", "latency_table", "rewrites", "declines", "ledger", "history"),
-    *("power", "files", "p95_ms", "iqr_ms", "runs", "spread", "start_anonymous_mb"),
+    *("power", "files", "hashes", "p95_ms", "iqr_ms", "runs", "spread", "start_anonymous_mb"),
 }
 
 
@@ -59,11 +59,8 @@ def _of_onnx(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> onnx_ir.Model:
-    try:
-        return onnx_ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's own
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise FileError(f"{path}: cannot be read as ONNX: {first}") from error
+    beside(path)
+    return onnx_ir.load(path.resolve())
 
 
 def _operator(node: onnx_ir.Node) -> str:
@@ -73,7 +70,7 @@ def _operator(node: onnx_ir.Node) -> str:
 def _facts(model: onnx_ir.Model, path: Path) -> dict[str, Any]:
     ends = {"input": model.graph.inputs, "output": model.graph.outputs}
     return {
-        "bytes": sum(one.stat().st_size for one in (path, companion_of(path)) if one.exists()),
+        "bytes": sum(one.stat().st_size for one in (path, *beside(path))),
         "IR version": model.ir_version,
         **{f"opset {domain}".strip(): version for domain, version in model.opset_imports.items()},
         **{f"{end} {v.name}": _described(v.dtype, v.shape) for end, values in ends.items() for v in values},
@@ -108,7 +105,11 @@ def _tensors(name: str, a: Any, b: Any) -> dict[str, Any] | None:
 
 
 def _of_reports(a: Path, b: Path) -> dict[str, Any]:
-    reports = [_plain(read_report(path)) for path in (a, b)]
+    with showing(f"{a} or {b}"):
+        return _between(*(_plain(read_report(path)) for path in (a, b)))
+
+
+def _between(*reports: dict[str, Any]) -> dict[str, Any]:
     rows = [dict(_named_rows(report.pop("rows"))) for report in reports]
     return {
         "facts": _rows(*(dict(_leaves(report)) for report in reports)),

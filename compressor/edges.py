@@ -11,14 +11,15 @@ from .batches import Batch
 from .ir import Graph, Input, terms
 
 
-def varied(graph: Graph, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
     """The batches, and the first one with every dynamic axis cut to 1 and to one less.
 
     Where an axis has no size in them (a cache that is still empty), also the example.
     """
+    first: tuple[Tensor, ...] = ()
     for batch in batches:
+        first = first or batch.inputs
         yield batch.inputs
-    first = batches[0].inputs
     have = _sizes(graph, first)
     for name in sorted(have):
         for size in {1, have[name] - 1}:

@@ -9,8 +9,8 @@ _OBEYED = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) != 
 
 
 def printable(text: str) -> str:
-    """Text without the characters that a terminal obeys: what files call their parts may hold any."""
-    return text.translate(_OBEYED)
+    """Text without what a terminal obeys, and with bytes of paths that are no text spelled out."""
+    return text.translate(_OBEYED).encode("utf-8", "backslashreplace").decode()
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:

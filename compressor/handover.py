@@ -23,7 +23,7 @@ import torch
 
 from .camera import Camera
 from .emit import Emitted
-from .errors import UnsupportedError
+from .errors import UnsupportedError, printable
 from .ir import Graph, Input, terms
 from .names import DTYPE_NAMES, size_of
 
@@ -174,7 +174,7 @@ def usage(
 
 
 def _described(one: Mapping[str, Any], taken: set[str]) -> dict[str, Any]:
-    """An input or output, with a name that is one in every language, and sizes that it may have."""
+    """An input or output, with a name that is one in every language, its own in quotes, and sizes that it may have."""
     stem = re.sub(r"\W+", "_", one["name"]).strip("_") or "value"
     stem = f"t{stem}" if stem[0].isdigit() or stem in _RESERVED else stem
     variable, count = stem, 1
@@ -188,6 +188,8 @@ def _described(one: Mapping[str, Any], taken: set[str]) -> dict[str, Any]:
     return {
         **one,
         "variable": variable,
+        "quoted": json.dumps(one["name"], ensure_ascii=not one["name"].isprintable()),
+        "shown": re.sub(r"[\s`|]", " ", printable(one["name"])),
         "sizes": sizes,
         "count": int(np.prod(sizes, dtype=np.int64)),
         "words": _words(one),

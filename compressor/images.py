@@ -25,6 +25,11 @@ _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in
 _KNOWN_STEPS = {
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_flip_channel_order"
 }  # fmt: skip
+# Image processors of transformers whose steps are those of `Preprocess`, in their order.
+_PLAIN = {
+    "", "aimv2", "beit", "bit", "blip", "chineseclip", "clip", "convnext", "deit", "dpt", "efficientnet", "levit",
+    "mobilenetv1", "mobilenetv2", "mobilevit", "poolformer", "pvt", "segformer", "siglip", "vit",
+}  # fmt: skip
 _LARGEST = 1 << 14  # pixels of a side that pictures are brought to
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,7 +38,9 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Preprocess:
     """What happens to a picture: resize, centre crop, scale, normalise; channels first, float32.
 
-    resize: the shorter side in pixels, or (height, width). crop: (height, width).
+    resize: the shorter side in pixels, or (height, width); covers: these are reached by one side and exceeded by the
+    other, whose ratio stays. crop: (height, width); nearest: its corner goes to the nearest pixel, as with torchvision,
+    and not to the one before, as with transformers.
     y = (x * scale + offset - mean) / std with x in 0..255. reverse: blue first. source: where this was read.
     """
 
@@ -46,6 +53,8 @@ class Preprocess:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     reverse: bool = False
+    covers: bool = False
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         """ValueError for what no picture can be brought to."""
@@ -70,20 +79,26 @@ class Preprocess:
 
     def sized(self, image: Image) -> Tensor:
         """One picture of PIL, resized and cropped: uint8 [channels, height, width], red first."""
-        image = image.convert("L" if len(self.mean) == 1 else "RGB")
+        image = _of_bytes(image).convert("L" if len(self.mean) == 1 else "RGB")
         if self.resize is not None:
-            width, height = image.size
-            if isinstance(self.resize, int):
-                short = min(width, height)
-                size = (int(self.resize * width / short), int(self.resize * height / short))
-            else:
-                size = (self.resize[1], self.resize[0])
-            image = image.resize(size, resample=_FILTERS.index(self.interpolation))
+            image = image.resize(self._size(*image.size), resample=_FILTERS.index(self.interpolation))
         if self.crop is not None:
-            left, top = ((have - want) // 2 for have, want in zip(image.size, self.crop[::-1], strict=True))
+            over = [have - want for have, want in zip(image.size, self.crop[::-1], strict=True)]
+            left, top = (round(n / 2) if self.nearest else n // 2 for n in over)
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
         return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a picture that had these."""
+        if isinstance(self.resize, int):
+            short = min(width, height)
+            return int(self.resize * width / short), int(self.resize * height / short)
+        assert self.resize is not None
+        if not self.covers:
+            return self.resize[1], self.resize[0]
+        factor = max(self.resize[1] / width, self.resize[0] / height)
+        return round(width * factor), round(height * factor)
 
     def pixels(self, batch: Tensor) -> Tensor:
         """Pixels 0..255 [n, channels, height, width] that already have their size: scaled and normalised."""
@@ -100,6 +115,23 @@ class Preprocess:
     def facts(self) -> dict[str, Any]:
         """What was used, for the report."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+
+def _of_bytes(image: Image) -> Image:
+    """A picture of 16 bits a pixel as one of 8. DataError for floats and 32 bits, whose white nobody knows."""
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        name, kind = (
+            getattr(image, "filename", "") or "a picture",
+            "floats" if image.mode == "F" else "of 32 bits",
+        )
+        raise DataError(
+            f"{name}: its pixels are {kind}, and what is white is unknown; use --preprocess module:function"
+        )
+    return image
 
 
 @dataclass(frozen=True)
@@ -138,7 +170,8 @@ def preprocessing(spec: str | Callable[[Any], Any], size: tuple[int, int] | None
         height, width = size or (224, 224)
         shorter = int(min(height, width) / 0.875)
         crop = (height, width)
-        return Preprocess("imagenet", resize=shorter, crop=crop, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+        mean, std = _IMAGENET_MEAN, _IMAGENET_STD
+        return Preprocess("imagenet", resize=shorter, crop=crop, mean=mean, std=std, nearest=True)
     if Path(spec).suffix == ".json" or Path(spec).is_dir():
         return _from_json(Path(spec))
     if ":" in spec:
@@ -202,7 +235,7 @@ def _from_json(path: Path) -> Preprocess:
 
 
 def _timm(config: dict[str, Any], source: str) -> Preprocess:
-    """timm: resize to size / crop_pct (shorter side, or both where crop_mode is squash), then centre crop."""
+    """timm: resize to size / crop_pct (so that it is covered, or to it where crop_mode is squash), then centre crop."""
     channels, height, width = config["input_size"]
     percent = config.get("crop_pct", 0.875)
     mode = config.get("crop_mode", "center")
@@ -221,17 +254,23 @@ def _timm(config: dict[str, Any], source: str) -> Preprocess:
         interpolation=_filter(config.get("interpolation", "bilinear"), source),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        covers=mode == "center" and height != width,
+        nearest=True,
     )
 
 
 def _hugging_face(config: dict[str, Any], source: str) -> Preprocess:
     """transformers' image processors: resize, centre crop, rescale, normalise, each with its switch."""
-    unknown = sorted(k for k, on in config.items() if k.startswith("do_") and on and k not in _KNOWN_STEPS)
-    if unknown or "image_mean" not in config:
-        what = f"does {unknown[0]}" if unknown else "has no image_mean"
-        raise DataError(f"{source}: {what}, which is not known here; use --preprocess module:function")
+    kind = _processor(config)
+    if unlike := _unlike(config, kind):
+        raise DataError(f"{source}: {unlike}, which is not known here; use --preprocess module:function")
     resize, crop = _hugging_face_sizes(config, source)
-    normalise = config.get("do_normalize", True)
+    normalise = config.get("do_normalize", True) and kind != "mobilevit"
+    deviations = config["image_std"] if normalise else (1.0, 1.0, 1.0)
+    if kind == "levit" and isinstance(resize, int):
+        resize = int(256 / 224 * resize)
+    if kind == "efficientnet" and config.get("include_top", True):  # it divides by them twice
+        deviations = [deviation**2 for deviation in deviations]
     return Preprocess(
         source,
         resize=resize,
@@ -240,9 +279,29 @@ def _hugging_face(config: dict[str, Any], source: str) -> Preprocess:
         scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
         offset=-1.0 if config.get("rescale_offset") else 0.0,
         mean=tuple(config["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-        std=tuple(config["image_std"]) if normalise else (1.0, 1.0, 1.0),
+        std=tuple(deviations),
         reverse=bool(config.get("do_flip_channel_order")),
     )
+
+
+def _processor(config: dict[str, Any]) -> str:
+    """`vit` of a ViTImageProcessorFast or a ViTFeatureExtractor; nothing where the config does not say."""
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    for ending in ("Fast", "ImageProcessor", "FeatureExtractor"):
+        name = name.removesuffix(ending)
+    return name.lower()
+
+
+def _unlike(config: dict[str, Any], kind: str) -> str:
+    """What a processor does that `Preprocess` does not, in words; nothing where there is nothing."""
+    if kind not in _PLAIN:
+        return f"is for another image processor ({kind})"
+    for name, value in config.items():
+        if name.startswith("do_") and value and name not in _KNOWN_STEPS:
+            return f"does {name}"
+    if config.get("keep_aspect_ratio") or config.get("ensure_multiple_of", 1) != 1:
+        return "keeps the ratio of sides to multiples (keep_aspect_ratio, ensure_multiple_of)"
+    return "" if "image_mean" in config or kind == "mobilevit" else "has no image_mean"
 
 
 def _hugging_face_sizes(

@@ -12,8 +12,8 @@ from .adapters import found_in
 from .budgets import costs_of
 from .channels import analyse, carrier_of
 from .costs import layers as layers_of
-from .emit import companion_of
 from .errors import CompressorError, UsageError
+from .external import beside
 from .ir import Graph
 from .ledger import Ledger
 from .load import adapters_of, peek, sniff
@@ -150,7 +150,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
     known = path.suffix == ".onnx" and not delivery.is_large(path)
     facts = {
         "path": str(path),
-        "bytes": sum(f.stat().st_size for f in (path, companion_of(path)) if f.exists()),
+        "bytes": sum(f.stat().st_size for f in (path, *(beside(path) if path.suffix == ".onnx" else ()))),
         **runtime.facts(path),
         "operators": runtime.optimized_operators(path) if known else {},
     }

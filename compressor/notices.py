@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from . import TESTED_TORCH, measure
+from . import TESTED_TORCH, measure, runtime
 from . import verify as contracts
 from .emit import Emitted
 from .ir import Graph
 from .pipeline import Row
 from .target import Target
 
+SHARED = (
+    f"several nodes read one weight of 8 bits, and ONNX Runtime loads no such file with {runtime.EXACT}: for x86 "
+    "without VNNI compress with --target cpu-avx2"
+)
 SLOWER = 0.97  # times as fast as the original: what is no noise
 
 

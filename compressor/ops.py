@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -133,6 +133,21 @@ KINDS |= {
 }
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm"})
+# Opaque operators that multiply every row of what they read by all of their weights.
+_BY_ROWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+        "bilinear",
+    )
+)
 CONTRACTIONS = frozenset({"conv", "conv_transpose", "linear", "matmul", "addmm", "einsum", "attention"})
 
 
@@ -221,6 +236,8 @@ def node_macs(node: Node) -> int:
     which = kind(node)
     if which == "integer_matmul":
         return math.prod(sizes(node)) * int(arguments(node)["ins"])
+    if which == OPAQUE:
+        return _opaque_macs(node)
     if which not in CONTRACTIONS or not is_tensor(node):
         return 0
     bound = arguments(node)
@@ -241,6 +258,18 @@ def node_macs(node: Node) -> int:
     return _einsum_macs(node)
 
 
+def _opaque_macs(node: Node) -> int:
+    name = operator_name(node).rpartition(".")[0]
+    if name == "aten.cdist":
+        return math.prod(sizes(node)) * sizes(node.args[0])[-1]  # type: ignore[arg-type]
+    if name not in _BY_ROWS:
+        return 0
+    bound = arguments(node)
+    held = [*(bound.get("params") or ()), *map(bound.get, ("w_ih", "w_hh", "weight"))]
+    weights = [w for w in held if is_tensor(w) and len(shape(w)) > 1]
+    return math.prod(sizes(node.args[0])[:-1]) * sum(math.prod(sizes(w)) for w in weights)  # type: ignore[arg-type]
+
+
 def einsum_terms(node: Node) -> list[str]:
     """Labels of every operand and of the result, Greek ones for the axes behind `...`; none without an arrow."""
     text, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
@@ -256,12 +285,28 @@ def einsum_terms(node: Node) -> list[str]:
     ]
 
 
+def einsum_steps(node: Node) -> Iterator[dict[str, tuple[Node, int]]]:
+    """Operand after operand, as runtimes do it: each axis of a product, by its label, and where it stands.
+
+    What no later operand reads is summed on the way.
+    """
+    *terms, result = einsum_terms(node) or [""]
+    operands = cast("list[Node]", node.args[1])
+    have: dict[str, tuple[Node, int]] = {}
+    for number, (labels, operand) in enumerate(zip(terms, operands, strict=False), 1):
+        sized = {label: (operand, axis) for axis, label in enumerate(labels)}
+        have |= {label: at for label, at in sized.items() if label not in have or sizes(at[0])[at[1]] > 1}
+        if number > 1 or len(terms) == 1:
+            yield dict(have)
+        wanted = {*result, *"".join(terms[number:])}
+        have = {label: at for label, at in have.items() if label in wanted} if number > 1 else have
+
+
 def _einsum_macs(node: Node) -> int:
-    extents: dict[str, int] = {}
-    for labels, operand in zip(einsum_terms(node), node.args[1], strict=False):  # type: ignore[arg-type]
-        for label, size in zip(labels, sizes(operand), strict=True):  # type: ignore[arg-type]
-            extents[label] = max(size, extents.get(label, 1))
-    return math.prod(extents.values()) if extents else math.prod(sizes(node))
+    steps = list(einsum_steps(node))
+    if not steps:
+        return math.prod(sizes(node))
+    return sum(math.prod(sizes(operand)[axis] for operand, axis in step.values()) for step in steps)
 
 
 def example_sizes(graph: fx.Graph) -> dict[Any, int]:

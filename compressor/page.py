@@ -94,7 +94,7 @@ def facts(report: Report) -> dict[str, Any]:
         "spec": known.get("passes", ""),
         "compressor": str(report.get("compressor") or ""),
         "verdict": _verdict(rows, emitted),
-        "cards": list(_cards(rows, emitted)),
+        "cards": list(_cards(rows, emitted, report.get("inputs") or ())),
         "notices": [str(notice) for notice in report.get("notices") or ()],
         "runs": _runs(report),
         "table": _table(layers),
@@ -132,7 +132,7 @@ def _verdict(rows: Sequence[Report], emitted: Report) -> dict[str, Any]:
     }
 
 
-def _cards(rows: Sequence[Report], emitted: Report) -> Iterator[dict[str, str]]:
+def _cards(rows: Sequence[Report], emitted: Report, inputs: Sequence[Report]) -> Iterator[dict[str, str]]:
     """What the run was for: before, after, and the change in words."""
     first, last = rows[0], rows[-1]
     was, now = first.get("bytes"), last.get("bytes")
@@ -159,7 +159,9 @@ def _cards(rows: Sequence[Report], emitted: Report) -> Iterator[dict[str, str]]:
     if first.get("macs") and last.get("macs"):
         was, now = first["macs"], last["macs"]
         left = "unchanged" if now == was else f"{now / was:.0%} left"
-        yield _card("MACs", words.count(now), words.count(was), f"of one sample, {left}")
+        sizes = [one["shape"][0] for one in inputs if one.get("shape")]
+        unit = "run" if sizes and all(isinstance(size, int) for size in sizes) else "sample"
+        yield _card("MACs", words.count(now), words.count(was), f"of one {unit}, {left}")
 
 
 def _card(label: str, now: str, was: str = "", change: str = "") -> dict[str, str]:

@@ -106,16 +106,18 @@ def _plain(value: Any) -> Any:
     """JSON's own types only; numbers of numpy and torch become Python's, sets are sorted."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):  # a path may hold bytes that are no text
+        return value.encode("utf-8", "backslashreplace").decode()
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {_plain(str(key)): _plain(one) for key, one in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted(_plain(one) for one in value)
     if isinstance(value, Sequence):
         return [_plain(one) for one in value]
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return _plain(os.fspath(value))
     if hasattr(value, "item"):
         return _plain(value.item())
     raise TypeError(f"a report holds plain data, not {type(value).__name__}")

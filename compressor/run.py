@@ -50,6 +50,7 @@ from .trainable import Trainable, trainable
 
 BENCH_SECONDS = 2.0
 HEARD = 16  # samples on which a file's own sums are compared with exact ones
+HASHED = {".onnx", ".data", ".pt2"}  # files whose hashes the report has in places of their own
 # Passes that make files smaller, and those in whose place they stand.
 SMALLER: dict[str, tuple[str, ...]] = {"int8": ("int4",), "prune": (), "squeeze": ()}
 
@@ -175,9 +176,10 @@ class Run:
                 if "pt2" in opt.formats:
                     with self.step("writing model.pt2"):
                         made["emitted"]["program"] = program.deliver(graph, stage, made, list(held_out))
-                made["emitted"]["files"] = {
-                    f.name: f.stat().st_size for f in sorted(stage.iterdir()) if f.is_file()
-                }
+                files = [f for f in sorted(stage.iterdir()) if f.is_file()]
+                made["emitted"]["files"] = {f.name: f.stat().st_size for f in files}
+                others = [f for f in files if f.suffix not in HASHED]
+                made["emitted"]["hashes"] = {f.name: delivery.sha256(f) for f in others}
         made["notices"] = self.notices
         made["latency_table"] = self.stopwatch.table
         made["peak_mb"] = measure.peak_memory_mb()
@@ -326,6 +328,9 @@ class Run:
         ort_file = "ort" in self.target.formats
         large = companion_of(emitted.path).name if delivery.is_large(emitted.path) else ""
         wide = emitted.integer and not self.target.quant.reduce_range
+        if wide and not large and not runtime.takes_exact(emitted.path):
+            wide = False
+            self.notices.append(notices.SHARED)
         text = handover.usage(
             signature,
             integer=emitted.integer,

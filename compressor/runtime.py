@@ -73,8 +73,8 @@ def session(
 
     threads: inside one operator, 0 for all cores. spinning: whether they wait busily for work; until the run ends if
     None, so that they do not slow the next session when two are timed in turn. arena: memory of a run is kept for the
-    next. exact: 8-bit sums do not saturate, which takes slower kernels where `measure.saturation` says so, and is
-    given up where ONNX Runtime cannot.
+    next. exact: 8-bit sums do not saturate, which takes slower kernels where `measure.saturation` says so;
+    weights that nodes share are then held for each of them.
     weights: `folded` as ONNX Runtime likes it; `packed` folds no
     constant, so that a weight which is read transposed too is not copied; `mapped` leaves them where they lie in a
     file of their own, so that a large model is verified in little memory. optimize=False leaves the operators as they
@@ -112,8 +112,10 @@ def session(
     except TargetError:
         if not exact:
             raise
-        options.add_session_config_entry(EXACT, "0")  # it fails where nodes share a weight (1.31)
-        made = _create(runtime, model, options, providers=given, disabled_optimizers=left_out)
+        apart = _unshared(model)  # it fails where nodes share a weight (1.31)
+        if apart is None:
+            options.add_session_config_entry(EXACT, "0")
+        made = _create(runtime, apart or model, options, providers=given, disabled_optimizers=left_out)
     lost = [p for p in providers if p not in made.get_providers()]
     if lost:  # ONNX Runtime goes on without a provider whose libraries do not load
         raise TargetError(
@@ -121,6 +123,35 @@ def session(
             f"process has loaded no other {lost[0].removesuffix(_PROVIDER)}"
         )
     return made
+
+
+def takes_exact(path: str | os.PathLike[str]) -> bool:
+    """Whether an application can load the file with `EXACT`: not where nodes share a weight of 8 bits (1.31)."""
+    options = _options(_runtime(), threads=1, optimize=True, pack=True)
+    options.add_session_config_entry(EXACT, "1")
+    try:
+        _create(_runtime(), path, options)
+    except TargetError:
+        return False
+    return True
+
+
+def _unshared(model: str | os.PathLike[str] | bytes) -> bytes | None:
+    """The model with a weight for every reader; None for ONNX Runtime's own format, and for weights beside the file."""
+    import onnx
+    import onnx_ir
+
+    from . import tidy
+
+    try:
+        proto = onnx.load_from_string(model if isinstance(model, bytes) else Path(model).read_bytes())
+    except Exception:  # protobuf's own
+        return None
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        return None
+    made = onnx_ir.from_proto(proto)
+    tidy.own_weights(made)
+    return bytes(onnx_ir.to_proto(made).SerializeToString())
 
 
 def _with_options(provider: str, threads: int) -> tuple[str, dict[str, str]]:

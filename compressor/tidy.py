@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -113,15 +114,43 @@ def own_zero_points(model: onnx_ir.Model) -> None:
     With the option that keeps sums from saturating (`runtime.EXACT`), ONNX Runtime makes other tensors of both,
     named after them, and loads no file in which two nodes share one (1.31).
     """
-    for zero in list(model.graph.initializers.values()):
-        tensor = zero.const_value
-        if tensor is None or tensor.dtype != onnx_ir.DataType.INT8 or tensor.numpy().any():
+    for zero in _bytes_of(model):
+        if not zero.const_value.numpy().any():  # type: ignore[union-attr]
+            _give_own(model, zero)
+
+
+def own_weights(model: onnx_ir.Model) -> None:
+    """Every node that reads a weight of 8 bits gets one that no other has: for a session, files hold it once."""
+    held = set(_bytes_of(model))
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "DequantizeLinear" or node.inputs[0] not in held:
             continue
-        for count, (node, index) in enumerate(list(zero.uses())[1:], 1):
-            name = f"{zero.name}.{count}"
-            copy = onnx_ir.Value(name=name, shape=zero.shape, type=zero.type, const_value=tensor)
-            model.graph.register_initializer(copy)
-            node.replace_input_with(index, copy)
+        for reader, index in list(node.outputs[0].uses())[1:]:
+            twin = onnx_ir.Node(node.domain, node.op_type, node.inputs, node.attributes.values())
+            model.graph.insert_before(reader, twin)
+            reader.replace_input_with(index, twin.outputs[0])
+    for value in held:
+        _give_own(model, value)
+
+
+def _bytes_of(model: onnx_ir.Model) -> list[onnx_ir.Value]:
+    """Constants of signed bytes."""
+    return [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype == onnx_ir.DataType.INT8
+    ]
+
+
+def _give_own(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
+    """A copy of a constant to each of its readers but the first."""
+    free = (name for n in itertools.count(1) if (name := f"{value.name}.{n}") not in model.graph.initializers)
+    for node, index in list(value.uses())[1:]:
+        copy = onnx_ir.Value(
+            name=next(free), shape=value.shape, type=value.type, const_value=value.const_value
+        )
+        model.graph.register_initializer(copy)
+        node.replace_input_with(index, copy)
 
 
 # The least that is not zero, to a unit of its dtype; of float32 one that is not taken for zero where such are.

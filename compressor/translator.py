@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from . import nms
+from . import nms, stable
 from .contrib import translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
@@ -50,7 +50,7 @@ def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
 
 
 def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
-    module, words = graph.module, {**translations(), **nms.translations()}
+    module, words = graph.module, {**translations(), **nms.translations(), **stable.translations()}
     with quiet(), torch.no_grad(), how(module, words, opset), _exact() if optimize else nullcontext():
         program = torch.onnx.export(
             reexport(graph, module),

@@ -37,6 +37,7 @@ EMITTED = 1e-4  # emitted float model against the graph
 SIMULATION_DB = 30.0  # emitted integer model against its simulation
 _BLOCK = 1 << 20  # numbers that are compared in float64 at once: 8 MB each
 FLIPS = 0.02  # share of whole numbers that may differ where the floats that they were made from agree: ties
+ROUNDED_FLIPS = 5  # times as many where these floats went through integers
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,12 @@ class Check:
 
     @property
     def proves(self) -> bool:
-        return self.power >= POWER * self.tolerance
+        """Another sample's answer would have shown: any other whole number, a float that is so many tolerances off."""
+        return self.power > 0 if self.discrete else self.power >= POWER * self.tolerance
+
+    def flips_within(self, rounded: bool) -> bool:
+        """Whether no more whole numbers differ than may. rounded: their floats were rounded to integers on the way."""
+        return self.error <= (ROUNDED_FLIPS if rounded else 1) * self.tolerance
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Check:
@@ -236,17 +242,25 @@ def observe(graph: Graph, batches: Iterable[Batch]) -> list[Outputs]:
 
 def observe_precisely(graph: Graph, batches: Iterable[Batch]) -> list[Outputs] | None:
     """What a graph that computes in half precision would give in float32; None for a graph that does not."""
-    if not any(is_tensor(n) and n.meta["val"].dtype in HALF for n in graph.nodes):
+    if not any(map(_half, graph.nodes)):
         return None
     return observe(widened(graph, torch.float32), batches)
 
 
 def is_single(graph: Graph) -> bool:
-    """True where every float output is float32, and nothing on the way is rounded to integers, which floats are."""
+    """True where float outputs are float32, and nothing on the way is rounded, to integers or to half precision.
+
+    Half precision on the way to float32 outputs is their own business; where outputs are no floats, all of it counts.
+    """
     if any(kind(node) == "quantize" for node in graph.nodes):
         return False
     dtypes = {n.meta["val"].dtype for n in graph.results if is_tensor(n)}
-    return {d for d in dtypes if d.is_floating_point} == {torch.float32}
+    floats = {d for d in dtypes if d.is_floating_point}
+    return floats == {torch.float32} or not (floats or any(_half(n) for n in graph.nodes))
+
+
+def _half(node: Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype in HALF
 
 
 def widened(graph: Graph, dtype: torch.dtype) -> Graph:
@@ -348,16 +362,28 @@ class ValueCheck:
     power: how far the value of another sample would have been from it.
     """
 
-    node: Node
+    where: Node
     error: float
     power: float
     reference: Tensor
     value: Tensor
 
+    @property
+    def node(self) -> str:
+        return self.where.name
+
+    @property
+    def site(self) -> str:
+        return site(self.where)
+
+    @property
+    def operator(self) -> str:
+        return operator_name(self.where)
+
     def __str__(self) -> str:
-        line = source_line(self.node)
+        line = source_line(self.where)
         return (
-            f"{operator_name(self.node)} at {site(self.node)}{f', {line}' if line else ''}: "
+            f"{self.operator} at {self.site}{f', {line}' if line else ''}: "
             f"expected {summary(self.reference)}; seen {summary(self.value)} (error {self.error:.1e})"
         )
 
@@ -436,7 +462,7 @@ def look_inside(before: Graph, after: Graph, inputs: Sequence[Tensor], tolerance
     for check in compare_values(before, after, inputs):
         if not check.error <= tolerance:
             return Inside(check)
-        proves |= check.power >= POWER * tolerance and (check.node.name in claimed or not claimed)
+        proves |= check.power >= POWER * tolerance and (check.node in claimed or not claimed)
     return Inside(None, proves)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.capture import capture
+from compressor.channels import analyse
 from compressor.costs import Cost, cost_of, layers
 from compressor.ir import Graph, Input
 from compressor.measure import parameters
@@ -68,6 +70,37 @@ def test_layers_by_hand(layer: nn.Module, expected: Cost) -> None:
     operator = next(n for n in graph.nodes if n.op == "call_function")
     assert cost_of(operator) == expected
     assert cost_of(operator) != Cost(expected.macs + 1, expected.read, expected.written)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "expected"),
+    [
+        # 7 steps of 4 gates, each of 10 x (6 + 10) weights
+        (nn.LSTM(6, 10, batch_first=True), [torch.randn(2, 7, 6)], 7 * 640),
+        (nn.LSTM(6, 10, proj_size=4), [torch.randn(7, 1, 6)], 7 * (40 * (6 + 4) + 4 * 10)),
+        (nn.GRU(6, 10, batch_first=True), [torch.randn(2, 7, 6)], 7 * 480),
+        # the second layer reads both directions of the first
+        (
+            nn.LSTM(6, 10, 2, bidirectional=True, batch_first=True),
+            [torch.randn(2, 7, 6)],
+            7 * 2 * (640 + 1200),
+        ),
+        (nn.RNNCell(6, 10), [torch.randn(2, 6)], 160),
+        (nn.Bilinear(4, 5, 6), [torch.randn(2, 4), torch.randn(2, 5)], 120),
+    ],
+    ids=lambda value: str(value) if isinstance(value, nn.Module) else "",
+)
+def test_operators_that_no_pass_knows_count_all_the_same(layer, inputs, expected):
+    assert macs(capture(layer.eval(), tuple(inputs))) == expected
+
+
+def test_products_of_several_are_made_one_after_the_other():
+    """bij, jk, kl: 3 x 4 x 5 and 3 x 5 x 6, not 3 x 4 x 5 x 6."""
+    function = partial(torch.einsum, "bij,jk,kl->bil")
+    graph = capture(Calling(function, torch.randn(4, 5), torch.randn(5, 6)), (torch.randn(2, 3, 4),))
+    assert macs(graph) == 60 + 90
+    sums = sum(term.base for term in analyse(graph).macs_terms)
+    assert sums == 150
 
 
 @pytest.mark.parametrize(

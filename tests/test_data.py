@@ -19,7 +19,7 @@ from compressor import data as module
 from compressor.data import Batch, Data, open_data, parse_input, split, synthetic
 from compressor.errors import DataError, UsageError
 from compressor.evaluation import Evaluator, evaluator, metric
-from compressor.images import Custom, Preprocess, preprocessing
+from compressor.images import Custom, Preprocess, opened, preprocessing
 from compressor.ir import Input
 
 X = Input("x", torch.float32, ("batch", 3))
@@ -636,6 +636,34 @@ def test_resize_and_crop_take_the_middle():
     assert grey.image(image).shape == (1, 20, 40)
 
 
+def test_a_picture_of_16_bits_is_not_white_and_one_of_floats_is_refused(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    pillow.fromarray(ramp.astype(np.uint16)).save(tmp_path / "a.png")
+    seen = Preprocess("test").sized(opened(tmp_path / "a.png"))[0].numpy()
+    np.testing.assert_allclose(seen, ramp / 257, atol=0.5)
+    pillow.fromarray(ramp.astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: its pixels are floats, and what is white is unknown"):
+        Preprocess("test").sized(opened(tmp_path / "a.tif"))
+
+
+def test_the_corner_of_a_crop_is_rounded_as_by_those_who_trained():
+    """A column of light at 10 of 21: torchvision takes (21 - 8) / 2 = 6.5 for 6, (23 - 8) / 2 = 7.5 for 8."""
+    pillow = pytest.importorskip("PIL.Image")
+    for width, nearest, before in ((21, 6, 6), (23, 8, 7)):
+        image = pillow.fromarray(np.arange(width, dtype=np.uint8)[None].repeat(8, 0))
+        for how, first in ((True, nearest), (False, before)):
+            one = Preprocess("test", crop=(8, 8), nearest=how)
+            assert one.sized(image)[0, 0].tolist() == list(range(first, first + 8))
+
+
+def test_a_size_that_is_covered_keeps_the_ratio_of_sides():
+    pillow = pytest.importorskip("PIL.Image")
+    one = Preprocess("test", resize=(20, 30), covers=True)
+    for size, made in (((60, 60), (30, 30)), ((80, 20), (80, 20)), ((20, 80), (30, 120))):
+        assert one.sized(pillow.new("L", size)).shape == (1, *made[::-1])
+
+
 def config(folder, **content):
     path = folder / "config.json"
     path.write_text(json.dumps(content))
@@ -650,6 +678,8 @@ def test_timm_configs(tmp_path):
     one = config(tmp_path, pretrained_cfg={**fields, "crop_pct": 0.9})
     assert (one.resize, one.crop, one.interpolation, one.mean) == (248, (224, 224), "bicubic", (0.5,) * 3)
     assert config(tmp_path, **fields, crop_pct=1.0, crop_mode="squash").resize == (224, 224)
+    wide = config(tmp_path, **{**fields, "input_size": [3, 32, 48]}, crop_pct=0.9)
+    assert (wide.resize, wide.crop, wide.covers) == ((35, 53), (32, 48), True)
     with pytest.raises(DataError, match="crop_mode border"):
         config(tmp_path, **fields, crop_mode="border")
 
@@ -672,6 +702,36 @@ def test_hugging_face_configs(tmp_path):
             config(tmp_path, **{field: True}, **MEAN)
     with pytest.raises(DataError, match="no image_mean"):
         config(tmp_path, hidden_size=768)
+
+
+def test_image_processors_that_have_steps_of_their_own(tmp_path):
+    """What transformers does with these configs, of which some keys do not tell. Compared with its own processors."""
+    fields = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+    top = config(tmp_path, image_processor_type="EfficientNetImageProcessor", size=32, **fields)
+    assert top.mean == (0.5, 0.4, 0.3) and top.std == pytest.approx((0.25, 0.0625, 0.04))
+    features = config(
+        tmp_path, feature_extractor_type="EfficientNetFeatureExtractor", include_top=False, **fields
+    )
+    assert features.std == (0.5, 0.25, 0.2)
+    mobile = config(
+        tmp_path, image_processor_type="MobileViTImageProcessorFast", size=32, do_flip_channel_order=True
+    )
+    assert (mobile.mean, mobile.std, mobile.reverse) == ((0.0,) * 3, (1.0,) * 3, True)
+    levit = config(
+        tmp_path, image_processor_type="LevitImageProcessor", size={"shortest_edge": 224}, crop_size=224,
+        do_center_crop=True, **fields,
+    )  # fmt: skip
+    assert (levit.resize, levit.crop) == (256, (224, 224))
+    for content, match in (
+        ({"image_processor_type": "PerceiverImageProcessor"}, "another image processor .perceiver"),
+        (
+            {"image_processor_type": "DPTImageProcessor", "keep_aspect_ratio": True},
+            "keeps the ratio of sides",
+        ),
+        ({"image_processor_type": "DPTImageProcessor", "ensure_multiple_of": 32}, "keeps the ratio of sides"),
+    ):
+        with pytest.raises(DataError, match=match):
+            config(tmp_path, **content, **fields)
 
 
 def test_blue_first_and_normalisation_of_pixel_arrays():

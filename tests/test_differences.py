@@ -120,3 +120,60 @@ def test_what_cannot_be_compared(a: Path, run: Run, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"broken\.onnx: cannot be read as ONNX"):
         between(a, tmp_path / "broken.onnx")
     assert run("inspect")[0] == run("inspect", a, "--diff", a, a)[0] == 2
+
+
+# -------------------------------------------------------------------- files that want to be elsewhere
+
+
+def beside(path: Path, **changes: str) -> Path:
+    """A file whose `w` lies in weights.bin, or where it is said to."""
+    save(path)
+    model = onnx.load(path)
+    w = model.graph.initializer[0]
+    (path.parent / "weights.bin").write_bytes(w.raw_data)
+    w.ClearField("raw_data")
+    w.data_location = TensorProto.EXTERNAL
+    for key, value in ({"location": "weights.bin", "offset": "0", "length": "64"} | changes).items():
+        w.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_weights_beside_a_file_count_by_whatever_name(a: Path, run: Run) -> None:
+    b = beside(a.with_name("b.onnx"))
+    found = between(a, b)
+    assert found["equal_initializers"] == 2
+    size = b.stat().st_size + 64
+    assert [row["b"] for row in found["facts"] if row["what"] == "bytes"] == [size]
+    assert json.loads(run("inspect", b, "--json")[1])["bytes"] == size
+
+
+@pytest.mark.parametrize("where", ["../secret", "/etc/hostname", "missing.bin", "."])
+def test_weights_that_lie_elsewhere_are_not_read(
+    a: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a.parent / "inner"
+    folder.mkdir()
+    (a.parent / "secret").write_bytes(bytes(64))
+    beside(folder / "b.onnx", location=where)
+    monkeypatch.chdir(folder)
+    for name in (Path("b.onnx"), folder / "b.onnx"):
+        with pytest.raises(FileError, match="its tensor w (is said to lie outside|does not lie in)"):
+            between(a, name)
+
+
+def test_weights_that_are_cut_short_are_not_read(a: Path) -> None:
+    for changes in ({"length": "65"}, {"offset": "1"}, {"offset": "-8"}, {"length": "many"}):
+        with pytest.raises(FileError, match="its tensor w does not lie in weights.bin beside it"):
+            between(a, beside(a.with_name("b.onnx"), **changes))
+
+
+def test_a_damaged_report_is_said_to_be_one(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    for path in paths:
+        path.write_text(report.dumps(sample_report()))
+    damaged = json.loads(paths[1].read_text())
+    damaged["rows"][0]["pass"] = [1]
+    paths[1].write_text(json.dumps(damaged))
+    with pytest.raises(UsageError, match="a damaged report"):
+        between(*paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_names_are_names_in_every_language():
     compile(python, "usage", "exec")
     assert re.findall(r"^(\w+) = np.zeros", python, re.MULTILINE) == ["x", "x_1", "tclass", "t1"]
     assert "tsession, out_0, value, out_0_1 = session.run(" in python
+
+
+def test_names_that_are_no_words_stay_inside_their_quotes():
+    names = ['a"b\\c', "line\nbreak", "${x}", "a|b`c"]
+    described = [{"name": n, "dtype": "f32", "shape": [2]} for n in names]
+    text = handover.usage({"model": "m", "inputs": described[:2], "outputs": described[2:]})
+    (python,) = blocks(text, "python")
+    found = {node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)}
+    assert set(names) <= found
+    (kotlin,) = blocks(text, "kotlin")
+    assert r'results.get("\${x}")' in kotlin
+    assert "| output | `a b c` |" in text and "| input | `line break` |" in text
 
 
 def test_preprocessing_and_labels_are_said():

@@ -35,6 +35,8 @@ TIERS = [
         "standins",
         "contrib",
         "nms",
+        "stable",
+        "external",
         "conditions",
     ],
     ["ir"],

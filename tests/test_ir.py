@@ -132,12 +132,12 @@ def test_journal_pairs_values_and_a_wrong_one_shows(graph):
     graph.replace_uses(relu, same)
     graph.clean()
     x = torch.randn(2, 3, 8, 8)
-    checks = {c.node.name: c.error for c in compare_values(before, graph, (x,))}
+    checks = {c.node: c.error for c in compare_values(before, graph, (x,))}
     assert checks[same.name] == 0
     wrong = graph.insert(aten.clamp_min.default, (same.args[0], 0.5), before=same.next)
     graph.replace_uses(same, wrong)
     graph.clean()
-    checks = {c.node.name: c.error for c in compare_values(before, graph, (x,))}
+    checks = {c.node: c.error for c in compare_values(before, graph, (x,))}
     assert checks[wrong.name] > 1e-2
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,14 @@ def test_counts_and_metrics() -> None:
     assert report.count(917_266) == "917 k" and report.count(None) == ""
     assert report.metric("top1", 0.975, 0.98) == "97.50 % (-0.50)"
     assert report.metric("cosine", 0.99812, 0.9991) == "0.9981 (-0.00098)"
+
+
+def test_bytes_that_are_no_text_are_spelled_out(tmp_path, run):
+    path = tmp_path / os.fsdecode(b"net\xff.json")
+    told = sample_report()
+    told["model"]["path"] = os.fsdecode(b"net\xff.pt2")
+    report.write_report(path, told)
+    assert report.read_report(path)["model"]["path"] == r"net\udcff.pt2"
+    code, shown, _ = run("inspect", path)
+    assert code == 0 and shown.encode()
+    assert run("inspect", path, "--json")[1].encode()

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from torch import nn
 
 import compressor
-from compressor import delivery, measure, registry
+from compressor import delivery, measure, registry, runtime, tidy
 from compressor.api import verify
 from compressor.ir import Input
 
@@ -103,3 +104,43 @@ def test_verify_says_what_sessions_without_the_option_give(made):
     found = verify(network(), made["cpu"].onnx, data=x, example_inputs=x[:4])
     assert found["ok"] and "dB here" in found["warning"]
     assert "warning" not in verify(network(), made["cpu-avx2"].onnx, data=x, example_inputs=x[:4])
+
+
+# -------------------------------------------------------------------- weights that several nodes read
+
+
+class Twice(nn.Module):
+    """One layer, applied twice, as in models that share the weights of their blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = network()[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.layer(x) / 64)
+
+
+@pytest.mark.parametrize("spec", [SPEC, "fold,int8(scheme=dynamic)"])
+def test_shared_weights_are_held_to_exact_sums_too(spec, tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(32, 64)
+    data = None if "dynamic" in spec else [x]
+    result = compressor.compress(
+        Twice().eval(),
+        x[:4],
+        passes=spec,
+        calibration=data,
+        target="cpu",
+        measure=False,
+        output=tmp_path / "out",
+    )
+    (check,) = result.report["emitted"]["checks"]
+    assert check["sqnr_db"] > 30
+    said = any("several nodes read one weight" in notice for notice in result.report["notices"])
+    assert said == (not runtime.takes_exact(result.onnx))
+    assert said == (runtime.EXACT not in (tmp_path / "out" / "usage.md").read_text())
+    model = onnx_ir.load(result.onnx)
+    before = sum(value.dtype == onnx_ir.DataType.INT8 for value in model.graph.initializers.values())
+    tidy.own_weights(model)
+    uses = [len(v.uses()) for v in model.graph.initializers.values() if v.dtype == onnx_ir.DataType.INT8]
+    assert len(uses) > before and set(uses) == {1}
