@@ -18,8 +18,9 @@ from compressor.absorb import fold_behind, fold_in_front
 from compressor.capture import capture
 from compressor.data import open_data
 from compressor.ir import Graph
+from compressor.measure import bytes_of, parameters
 from compressor.ops import kind
-from compressor.pipeline import Context, Outcome
+from compressor.pipeline import Context, Outcome, Size
 from compressor.target import Target
 from compressor.verify import compare_values
 from passes.fold import Fold
@@ -595,6 +596,46 @@ def test_limit_applies_the_first_rewrites_only() -> None:
         assert first.rewrites == full.rewrites[:limit]
         assert sum(operators(before).values()) - sum(operators(after).values()) == limit
     assert [r.site for r in full.rewrites] == ["2", "1", "5"]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (lambda net, x: (x * 2 + 1) * 3, "mul, add, mul into mul and add"),
+        (lambda net, x: x * 2 * 0.5, "mul, mul into nothing"),
+        (lambda net, x: x * 2 * 3, "mul, mul into mul"),
+        (lambda net, x: x + 2 - 3, "add, sub into add"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_rewrite_says_what_became_of_what(body: Callable[[Any, Tensor], Tensor], what: str) -> None:
+    before = function(body, torch.randn(2, 4))
+    _, outcome = fold(before)
+    last = [node.name for node in before.nodes if node.op == "call_function"][-1]
+    assert [(one.site, one.what) for one in outcome.rewrites] == [(last, what)]
+
+
+def test_the_plan_leaves_a_bias_for_each_norm() -> None:
+    """4 x 27 weights and 4 biases; of the norm's 4 x 4 numbers 4 are left."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=True), nn.ReLU(), nn.Linear(6, 2))
+    graph = captured(model, torch.randn(2, 3, 8, 8))
+    size = Size(parameters(graph), 1000, bytes_of(graph))
+    left, _ = Fold().plan(size, graph, False)
+    assert size.params == 112 + 16 + 14
+    assert (left.params, left.macs, left.bytes) == pytest.approx((112 + 4 + 14, 1000, 4 * (112 + 4 + 14)))
+
+
+def test_the_limit_counts_over_rounds() -> None:
+    """Two equal layers become one in the first round; what scales it can go into it in the second alone."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        one, other = F.linear(x, net.a, net.b[0]), F.linear(x, net.a, net.b[0])
+        return torch.cat([one, other], 1).relu() * 2
+
+    before = function(body, torch.randn(3, 4), shape=(4, 4))
+    full = fold(before)[1].rewrites
+    for limit in range(len(full) + 1):
+        assert fold(before, limit=limit)[1].rewrites == full[:limit]
 
 
 def test_the_users_weights_are_not_written_into() -> None:
