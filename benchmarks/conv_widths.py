@@ -17,7 +17,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compressor import delivery, measure  # noqa: E402
+from compressor import delivery, measure, sessions  # noqa: E402
 from compressor.capture import capture  # noqa: E402
 from targets.cpu import CPU  # noqa: E402
 
@@ -48,7 +48,7 @@ def main() -> None:
                 place.mkdir()
                 graph = capture(model, torch.randn(2, channels, size, size))
                 files.append(delivery.deliver(graph, CPU, place, {}, {}).path)
-            with delivery.opened(files[-1]) as session:
+            with sessions.opened(files[-1]) as session:
                 feeds = measure.random_feeds(session, batch=1)
             found = measure.bench(files, feeds=feeds, seconds=8.0)
         shares = [1 / measure.ratio(found[-1], one).median for one in found]

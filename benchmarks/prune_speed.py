@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT.parent / "shared" / "mo
 
 from zoo import torchvision_model  # noqa: E402
 
-from compressor import data, delivery, measure  # noqa: E402
+from compressor import data, delivery, measure, sessions  # noqa: E402
 from compressor.capture import capture  # noqa: E402
 from compressor.ir import Graph  # noqa: E402
 from compressor.ops import macs  # noqa: E402
@@ -45,7 +45,7 @@ def timed(graphs: list[Graph], folder: Path) -> list[float]:
         place = folder / str(i)
         place.mkdir(exist_ok=True)
         files.append(delivery.deliver(graph, CPU, place, {}, {}))
-    with delivery.opened(files[0].path) as session:
+    with sessions.opened(files[0].path) as session:
         feeds = measure.random_feeds(session, batch=1)
     found = measure.bench([f.path for f in files], feeds=feeds, threads=1, seconds=SECONDS * len(files))
     return [measure.ratio(found[0], one).median for one in found]

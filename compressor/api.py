@@ -32,9 +32,9 @@ from . import (
     publishing,
     registry,
     report,
+    sessions,
 )
 from . import verify as contracts
-from .delivery import CPU
 from .errors import FileError, UsageError
 from .inspection import inspect
 from .ir import Graph, Input
@@ -249,7 +249,7 @@ def verify(
         return _recheck(Path(against), model, onnx, data, Options.of(options))
     if model is None or onnx is None:
         raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
-    sealed = Path(onnx).suffix == delivery.ORT_SUFFIX
+    sealed = Path(onnx).suffix == sessions.ORT_SUFFIX
     if layers:
         _require_open(Path(onnx), "--layers")
     opt = Options.of(options)
@@ -262,8 +262,8 @@ def verify(
     if opt.postprocess is not None:
         ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
     provider = _provider(Path(onnx))
-    with delivery.opened(Path(onnx), provider) as session:
-        inputs = delivery.session_inputs(session, graph.inputs)
+    with sessions.opened(Path(onnx), provider) as session:
+        inputs = sessions.inputs_of(session, graph.inputs)
         sizes = _fixed(graph.inputs, inputs)
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
         shown = (source or held_out).limited(opt.calib_limit)
@@ -276,7 +276,7 @@ def verify(
         with watch("comparing", count) as advance:
             each = counted(samples(), advance, lambda one: one[0].shape[0] if one[0].dim() else 1)
             if ends is None:
-                comparison = delivery.compare_session(graph, session, inputs, each)
+                comparison = sessions.compare(graph, session, inputs, each)
             else:
                 comparison, found = detections.compare(
                     ends.applied(graph), Path(onnx), inputs, each, provider=provider
@@ -302,7 +302,7 @@ def verify(
         "provider": provider,
         "samples": count,
     }
-    saturated = delivery.saturated(Path(onnx), provider, graph.inputs, inputs, samples())
+    saturated = sessions.saturated(Path(onnx), provider, graph.inputs, inputs, samples())
     if math.isfinite(saturated):
         result["warning"] = notices.other_numbers(saturated)
     if layers or (bad and not sealed):
@@ -351,7 +351,7 @@ def bench(
     grid = [(1 if count is None else count, size) for count in cores for size in sizes]
     if profile:
         options: dict[str, Any] = {"threads": grid[0][0], "seconds": seconds, "providers": providers}
-        measured = apart.call if any(map(delivery.is_large, files)) else _here
+        measured = apart.call if any(map(sessions.is_large, files)) else _here
         with watch("profiling"):
             return list(measured(profiling.profile, files, _feeds(files[0], grid[0][1]), **options))
     rows: list[dict[str, Any]] = []
@@ -393,7 +393,7 @@ def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: O
 
 
 def _require_open(path: Path, option: str) -> None:
-    if path.suffix == delivery.ORT_SUFFIX:
+    if path.suffix == sessions.ORT_SUFFIX:
         raise UsageError(
             f"{path}: nothing but ONNX Runtime can look into this format; {option} wants the model.onnx beside it"
         )
@@ -405,7 +405,7 @@ def _here(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def _feeds(path: Path, batch: int) -> dict[str, np.ndarray]:
     """Inputs of so many samples; UsageError where the file fixes another number of them."""
-    with delivery.opened(path) as session:
+    with sessions.opened(path) as session:
         arrays = measure.random_feeds(session, batch=batch)
         fixed = {spec.shape[0] for spec in session.get_inputs() if spec.shape}
     if batch > 1 and all(isinstance(size, int) for size in fixed) and batch not in fixed:
@@ -420,7 +420,7 @@ def _timed(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one cell of the grid."""
     files = [Path(path) for path in paths]
-    timed = measure.bench_alone if any(map(delivery.is_large, files)) else measure.bench
+    timed = measure.bench_alone if any(map(sessions.is_large, files)) else measure.bench
     arrays, *_ = [_feeds(file, batch) for file in files]
     found = timed(files, feeds=arrays, providers=providers, **options)
     for path, provider, latency in zip(paths, providers, found, strict=True):
@@ -434,7 +434,7 @@ def _timed(
 def _provider(onnx: Path) -> str:
     """Where a file runs here: as its target says, if it has one."""
     made_for = targets().get(delivery.metadata(onnx).get("target", ""))
-    return delivery.usable_provider(made_for) if made_for is not None else CPU
+    return delivery.usable_provider(made_for) if made_for is not None else sessions.CPU
 
 
 def _fixed(free: Sequence[Input], taken: Sequence[Input]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 import onnx_ir
 
-from . import delivery, detectors, heads, measure, metrics, postprocess, runtime, verify
+from . import delivery, detectors, heads, measure, metrics, postprocess, runtime, sessions, verify
 from .data import Data
 from .edges import varied
 from .emit import Emitted, companion_of, since_of
@@ -112,7 +112,7 @@ def _of_files(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
     yield _same("IR version", emitted["ir_version"], model.ir_version)
     newest = max(RELEASES, key=release)
     known = opset <= RELEASES[newest][0] and model.ir_version <= RELEASES[newest][1]
-    speaks = Target("any", "", (delivery.CPU,), opset=opset, ir_version=model.ir_version)
+    speaks = Target("any", "", (sessions.CPU,), opset=opset, ir_version=model.ir_version)
     oldest = speaks.oldest(since_of(onnx_ir.from_proto(model))) if known else "none that is known"
     yield _same("oldest ONNX Runtime", emitted["oldest_runtime"], oldest)
     said = {entry.key: entry.value for entry in model.metadata_props}
@@ -141,7 +141,7 @@ def _by_runtime(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
     emitted = report["emitted"]
     other = _elsewhere(report)
     counted: list[tuple[str, Any, Callable[[], Any]]] = []
-    if not delivery.is_large(path):
+    if not sessions.is_large(path):
         counted.append(
             ("operators that ran", emitted["operators"], lambda: dict(runtime.optimized_operators(path)))
         )
@@ -263,9 +263,9 @@ class _Again:
         yield Claim(what, claimed, _worst([one.to_dict() for one in checks]), HELD, "judged as in the run")
 
     def _compared(self, graph: Graph, held_out: Data) -> list[Check]:
-        with delivery.opened(self.path, self.provider) as session:
-            inputs = delivery.session_inputs(session, graph.inputs)
-            compared = delivery.compare_session(graph, session, inputs, varied(graph, held_out))
+        with sessions.opened(self.path, self.provider) as session:
+            inputs = sessions.inputs_of(session, graph.inputs)
+            compared = sessions.compare(graph, session, inputs, varied(graph, held_out))
             return compared.checks(verify.EMITTED)
 
     @property
@@ -287,9 +287,9 @@ class _Again:
         )
         evaluator, _ = metrics.of_rows(self.graph, self.loaded, data, self.run.plan, self.opt, fixed)
         assert evaluator is not None
-        with delivery.opened(self.path, self.provider) as session:
-            inputs = delivery.session_inputs(session, self.graph.inputs)
-            now = evaluator.of(lambda *x: delivery.run_emitted(session, inputs, x))
+        with sessions.opened(self.path, self.provider) as session:
+            inputs = sessions.inputs_of(session, self.graph.inputs)
+            now = evaluator.of(lambda *x: sessions.run(session, inputs, x))
         before = evaluator.of_graph(self.run.shipped(self.graph))
         was = self.report["rows"][0].get("metric") or {}
         pairs = [(f"metric {name}", value, now.get(name)) for name, value in claimed.items()]

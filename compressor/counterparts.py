@@ -24,7 +24,7 @@ import onnx
 from torch import Tensor
 from torch.fx import Node
 
-from . import apart, delivery, runtime
+from . import apart, runtime, sessions
 from .ir import Graph
 from .names import short_name, site
 from .ops import kind
@@ -185,7 +185,7 @@ class File:
         self.model.graph.output.extend(known.get(name) or onnx.ValueInfoProto(name=name) for name in names)
         content = self.model.SerializeToString()
         options: dict[str, Any] = {"optimize": False, "weights_in": self.path.parent}
-        if not delivery.is_large(self.path):
+        if not sessions.is_large(self.path):
             yield runtime.session(content, threads=1, **options)
             return
         with apart.Session(content, threads=1, **options) as session:
@@ -298,7 +298,7 @@ def pair(model: Model, file: File, inputs: Mapping[str, np.ndarray], tolerance: 
         for number, value in model.values() if waiting else ():
             for name in waiting.get(number, ()):
                 node = model.nodes[number]
-                seen = delivery.to_tensors([arrays[name]])[0]
+                seen = sessions.to_tensors([arrays[name]])[0]
                 words = described(node), summary(value), summary(seen)
                 file.pairs[name] = Pair(number, *compared(value, seen), *words)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from . import delivery, runtime, verify
+from . import delivery, runtime, sessions, verify
 from .emit import feeds
 from .errors import ContractError
 from .ir import Graph, Input
@@ -39,7 +39,7 @@ def compare(
     inputs: Sequence[Input],
     samples: Iterable[Sequence[Tensor]],
     *,
-    provider: str = delivery.CPU,
+    provider: str = sessions.CPU,
 ) -> tuple[Comparison, Check]:
     """What the file's suppression reads and its other outputs against the graph's, and a check of its detections.
 
@@ -54,11 +54,11 @@ def compare(
     same, agreed = Matches(SAME), Matches()
     with _exposed(path, before.outputs[2:], graph.outputs, provider) as session:
         for whole in samples:
-            for part in delivery.pieces(graph.inputs, inputs, whole):
-                seen = delivery.to_tensors(runtime.run(session, feeds(inputs, part)))
+            for part in sessions.pieces(graph.inputs, inputs, whole):
+                seen = sessions.to_tensors(runtime.run(session, feeds(inputs, part)))
                 reference = observer.run(part)[:width]
                 read, made = seen[:width], seen[width:]
-                comparison.update(reference, delivery.alike(before.outputs, read, reference))
+                comparison.update(reference, sessions.alike(before.outputs, read, reference))
                 same.update(_again(read, settings), made)  # type: ignore[arg-type]
                 agreed.update(_again(reference, settings), made)  # type: ignore[arg-type]
     _require_same(same, path)
@@ -71,7 +71,7 @@ def check(
     inputs: Sequence[Input],
     samples: Iterable[Sequence[Tensor]],
     *,
-    provider: str = delivery.CPU,
+    provider: str = sessions.CPU,
 ) -> list[Check]:
     """The same, judged: ContractError where the file's floats are not the graph's either."""
     samples = list(samples)
@@ -110,7 +110,7 @@ def _exposed(path: Path, rest: Sequence[str], outputs: Sequence[str], provider: 
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     del model.graph.output[:]
     model.graph.output.extend([*named, *(known[name] for name in (*rest, *detections))])
-    if not delivery.is_large(path):
+    if not sessions.is_large(path):
         yield runtime.session(model.SerializeToString(), providers=[provider], exact=True)
         return
     beside = path.with_name(f".{path.name}.exposed")  # its weights are found beside it

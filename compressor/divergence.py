@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from . import delivery, runtime
+from . import runtime, sessions
 from .counterparts import File, Model, compared, described, module_of, pair
 from .emit import feeds
 from .ir import Graph, Input
@@ -144,15 +144,15 @@ def _telling(
 ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
     """The first few samples on which an output is wrong, else those where outputs differ most; and their errors."""
     found: tuple[tuple[Tensor, ...], dict[str, float]] | None = None
-    with delivery.opened(file.path) as session:
+    with sessions.opened(file.path) as session:
         names = [o.name for o in session.get_outputs()]
         for whole in samples:
-            for part in delivery.pieces(graph.inputs, inputs, whole):
+            for part in sessions.pieces(graph.inputs, inputs, whole):
                 for few in _few(inputs, part):
                     seen = dict(zip(names, runtime.run(session, feeds(inputs, few)), strict=True))
                     reference = dict(zip(graph.outputs, graph.run(*few), strict=True))
                     errors = {
-                        name: compared(reference[name], delivery.to_tensors([value])[0])[0]
+                        name: compared(reference[name], sessions.to_tensors([value])[0])[0]
                         for name, value in seen.items()
                         if name in reference and name not in file.suppressed
                     }

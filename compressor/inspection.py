@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import delivery, differences, handover, measure, registry, runtime
+from . import delivery, differences, handover, measure, registry, runtime, sessions
 from .adapters import found_in
 from .budgets import costs_of
 from .channels import analyse, carrier_of
@@ -147,7 +147,7 @@ def _inspect_weights(path: Path, adapters: list[dict[str, Any]]) -> dict[str, An
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
-    known = path.suffix == ".onnx" and not delivery.is_large(path)
+    known = path.suffix == ".onnx" and not sessions.is_large(path)
     facts = {
         "path": str(path),
         "bytes": sum(f.stat().st_size for f in (path, *(beside(path) if path.suffix == ".onnx" else ()))),

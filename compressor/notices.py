@@ -60,7 +60,7 @@ def of_file(
 ) -> Iterator[str]:
     """Where the network amplifies last bits so far that the file was held to less than usual, and slow operators.
 
-    saturated: see `delivery.saturated`.
+    saturated: see `sessions.saturated`.
     """
     if math.isfinite(saturated):
         yield other_numbers(saturated)
@@ -85,7 +85,7 @@ def of_file(
 
 
 def other_numbers(saturated: float) -> str:
-    """Of a file whose 8-bit sums saturate on this machine; saturated: see `delivery.saturated`."""
+    """Of a file whose 8-bit sums saturate on this machine; saturated: see `sessions.saturated`."""
     return f"{measure.saturation()}; a session without the option gives this file {saturated:.1f} dB here"
 
 

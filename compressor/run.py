@@ -28,6 +28,7 @@ from . import (
     registry,
     report,
     runtime,
+    sessions,
 )
 from . import verify as contracts
 from .data import Batch, Data
@@ -254,7 +255,7 @@ class Run:
         provider, words = delivery.provider_of(self.target)
         with self.step("verifying"):
             checks = self.check(graph, emitted, batches, provider)
-            saturated = delivery.saturated(
+            saturated = sessions.saturated(
                 emitted.path,
                 provider,
                 graph.inputs,
@@ -281,7 +282,7 @@ class Run:
             "checks": [c.to_dict() for c in checks],
             "operators": delivery.operators(emitted, graph.example),
         } | self.ending
-        if delivery.is_large(emitted.path):
+        if sessions.is_large(emitted.path):
             made["data_sha256"] = delivery.sha256(companion_of(emitted.path))
         if self.target.accelerators:
             with self.step("asking what accelerators take"):
@@ -289,10 +290,8 @@ class Run:
                     emitted.path, ",".join(self.target.accelerators)
                 )
         if self.evaluator is not None:
-            with delivery.opened(emitted.path, provider) as session:
-                made["metric"] = self.evaluator.of(
-                    lambda *x: delivery.run_emitted(session, emitted.inputs, x)
-                )
+            with sessions.opened(emitted.path, provider) as session:
+                made["metric"] = self.evaluator.of(lambda *x: sessions.run(session, emitted.inputs, x))
         if baseline is not None:
             made["float_bytes"] = baseline.bytes
         if self.opt.measure:
@@ -326,7 +325,7 @@ class Run:
         signature["files"] = handover.copy_files(stage, _folders(loaded, self.opt.preprocess), loaded.labels)
         (stage / handover.SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n")
         ort_file = "ort" in self.target.formats
-        large = companion_of(emitted.path).name if delivery.is_large(emitted.path) else ""
+        large = companion_of(emitted.path).name if sessions.is_large(emitted.path) else ""
         wide = emitted.integer and not self.target.quant.reduce_range
         if wide and not large and not runtime.takes_exact(emitted.path):
             wide = False

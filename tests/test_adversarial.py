@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import delivery, publishing, runtime
+from compressor import publishing, runtime, sessions
 from compressor.api import compress, verify
 from compressor.capture import capture
 from compressor.edges import possible
@@ -204,9 +204,9 @@ def test_a_sequence_is_cut_where_the_file_fixes_it() -> None:
     specs = [Input("x", torch.float32, ("batch", "sequence")), Input("t", torch.float32, ())]
     fixed = [Input("x", torch.float32, (1, 3)), Input("t", torch.float32, ())]
     x, t = torch.arange(10.0).view(2, 5), torch.tensor(1.0)
-    parts = [one for one, _ in delivery.pieces(specs, fixed, (x, t))]
+    parts = [one for one, _ in sessions.pieces(specs, fixed, (x, t))]
     assert [p.tolist() for p in parts] == [[[0, 1, 2]], [[5, 6, 7]]]
-    assert not list(delivery.pieces(specs, fixed, (x[:, :2], t)))
+    assert not list(sessions.pieces(specs, fixed, (x[:, :2], t)))
 
 
 def test_sizes_that_a_program_excludes_are_not_tried() -> None:

@@ -13,7 +13,7 @@ import zoo
 from torch import nn
 from torch.nn import functional as F
 
-from compressor import delivery, publishing, runtime, translator
+from compressor import delivery, publishing, runtime, sessions, translator
 from compressor.capture import capture
 from compressor.data import Batch
 from compressor.emit import emit
@@ -77,7 +77,7 @@ def test_a_fixed_batch_is_fed_piece_by_piece(graph, tmp_path):
     emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {"batch": 1})
     assert emitted.inputs[0].shape == (1, 3, 8, 8)
     x = torch.randn(4, 3, 8, 8)
-    seen = delivery.run_emitted(runtime.session(emitted.path), emitted.inputs, (x,))
+    seen = sessions.run(runtime.session(emitted.path), emitted.inputs, (x,))
     torch.testing.assert_close(seen[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
 
 

@@ -101,7 +101,7 @@ TIERS = [
     ["runtime", "handover"],
     ["verify", "apart", "publishing"],
     ["measure"],
-    ["jitter", "advice", "profiling", "progress"],
+    ["jitter", "sessions", "advice", "profiling", "progress"],
     ["pipeline", "delivery"],
     ["notices", "layers"],
     [

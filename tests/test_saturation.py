@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import compressor
-from compressor import delivery, measure, registry, runtime, tidy
+from compressor import measure, registry, runtime, sessions, tidy
 from compressor.api import verify
 from compressor.ir import Input
 
@@ -68,7 +68,7 @@ def test_what_other_sessions_give_here_is_measured_and_said(made, tmp_path):
     x = torch.rand(16, 64)
     inputs = [Input("input", torch.float32, ("batch", 64))]
     found = {
-        name: delivery.saturated(result.onnx, "CPUExecutionProvider", inputs, inputs, [[x]])
+        name: sessions.saturated(result.onnx, "CPUExecutionProvider", inputs, inputs, [[x]])
         for name, result in made.items()
     }
     assert found["cpu"] < 20 and found["cpu-avx2"] == math.inf

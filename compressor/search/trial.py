@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, data, delivery, measure, metrics, page, publishing, registry, report
+from .. import __version__, data, delivery, measure, metrics, page, publishing, registry, report, sessions
 from ..emit import Emitted, feeds
 from ..errors import CompressorError, DataError, OutputError
 from ..ir import Graph
@@ -242,7 +242,7 @@ def costs(task: Task, number: int) -> dict[str, float]:
     """What a trial's file costs to run, see `timing.costs`, and its `speedup` over the original."""
     _, graph = _as_shipped(task)
     files = [_emitted(one / "model.onnx", graph) for one in (task.trial(number), task.original)]
-    one = delivery.single(files[0].inputs, graph.example)
+    one = sessions.single(files[0].inputs, graph.example)
     many = None
     if graph.inputs[0].shape and graph.inputs[0].shape[0] == files[0].inputs[0].shape[0] == "batch":
         samples = data.synthetic(
@@ -255,8 +255,8 @@ def costs(task: Task, number: int) -> dict[str, float]:
 
 def _emitted(path: Path, graph: Graph) -> Emitted:
     """A file as `emit` describes it; integer: for its own sake, so that a large one is loaded as it ships."""
-    with delivery.opened(path) as session:
-        inputs = delivery.session_inputs(session, graph.inputs)
+    with sessions.opened(path) as session:
+        inputs = sessions.inputs_of(session, graph.inputs)
         outputs = tuple(one.name for one in session.get_outputs())
     return Emitted(path, inputs, outputs, _bytes(path), integer=True)
 
