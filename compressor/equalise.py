@@ -183,11 +183,14 @@ def smooth(graph: Graph, plan: Placement) -> list[Node]:
     return made
 
 
-def release(graph: Graph, floats: Collection[Node]) -> None:
-    """Takes out the products whose readers all stay float; what these multiply with takes the factors back."""
+def release(graph: Graph, floats: Collection[Node]) -> int:
+    """Takes out the products whose readers all stay float; what these multiply with takes the factors back.
+
+    Answers how many go.
+    """
     products = [n for n in graph.nodes if SMOOTHS in n.meta and all(user in floats for user in n.users)]
     if not products:
-        return
+        return 0
     labels = labels_of(graph)
     classes = labels.classes()
     scales = torch.ones(int(classes.max()) + 1, dtype=torch.float64)
@@ -196,6 +199,7 @@ def release(graph: Graph, floats: Collection[Node]) -> None:
         scales[classes[labels.of[product].reshape(-1)]] = 1 / graph.tensor(factors).double()
     rescale(labels, scales[classes])
     _drop(graph, products)
+    return len(products)
 
 
 # -------------------------------------------------------------------- the step of a pass

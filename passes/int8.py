@@ -166,9 +166,7 @@ class Int8(Pass):
         timed = ctx if self.measure and not given else dataclasses.replace(ctx, measure=None)
         chosen, facts = _worthwhile(graph, timed, spec, self.ignore)
         if chosen is None:
-            slower = f"{facts['int8_ms']:.3g} ms in integers, {facts['float_ms']:.3g} ms in floats ({ctx.timed_on})"
-            reason = f"it is not faster: {slower}; int8(measure=false) quantises it anyway"
-            yield Outcome(declines=[Decline("the model", reason)], facts=facts)
+            yield Outcome(declines=[Decline("the model", _slower(facts, ctx.timed_on))], facts=facts)
             return
         prepared = _rewrite(graph, spec, data, chosen, ctx.limit, given)
         yield prepared
@@ -179,13 +177,23 @@ class Int8(Pass):
             left = None if left is None else left - len(scaled.rewrites)
         ranges, words = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
-        tables = has_tables(graph, self.ignore)
+        tables, released, slower = has_tables(graph, self.ignore), 0, False
         if data is not None and self.budget.named:
             floats, tables, found = self._within(graph, spec, ranges, given, data, ctx)
             facts |= found
-            release(graph, floats)
+            if floats and timed.measure is not None:  # each way in and out of floats costs time
+                trial = self._trial(graph, spec, ranges, given, floats=[node.name for node in floats])
+                facts["int8_ms"], facts["float_ms"] = timed.measure(trial, graph)
+                slower = facts["float_ms"] < FASTER * facts["int8_ms"]
+            if slower:
+                floats, tables = dict.fromkeys(graph.nodes, KEPT), False
+            released = release(graph, floats)
         plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
+        if slower:
+            outcome.declines.insert(0, Decline("the model", f"{KEPT}, {_slower(facts, ctx.timed_on)}"))
+        if released:
+            outcome.rewrites.append(Rewrite("the model", f"{released} products go whose readers are float"))
         scales, known = given.fitting(spec)
         if self.rounding == "adaptive" and plan.operators and not given and data is not None:
             scales, facts["rounded"] = round_weights(plan, ranges, data, ctx)
@@ -362,6 +370,11 @@ def _multiplies(graph: Graph) -> bool:
     for node in graph.nodes:
         work[kind(node)] += node_macs(node) if kind(node) in CONTRACTIONS else 0
     return work["linear"] + work["addmm"] + work["matmul"] > work["conv"] + work["conv_transpose"]
+
+
+def _slower(facts: Mapping[str, Any], place: str) -> str:
+    times = f"{facts['int8_ms']:.3g} ms in integers, {facts['float_ms']:.3g} ms in floats ({place})"
+    return f"it is not faster: {times}; int8(measure=false) quantises it anyway"
 
 
 def _outcome(graph: Graph, plan: Placement) -> Outcome:

@@ -17,10 +17,11 @@ from compressor.ir import Graph
 from compressor.labels import FIXED, labels_of
 from compressor.noise import SAMPLES, slopes
 from compressor.ops import kind
-from compressor.pipeline import Context
+from compressor.pipeline import Context, Pipeline, parse
 from compressor.pixels import lattice
 from compressor.place import operands, place
 from compressor.quantize import WHOLE, mse
+from compressor.registry import passes
 from compressor.rounding import rounded
 from compressor.target import QLINEAR, QuantSpec
 from passes.int8 import Int8
@@ -168,7 +169,7 @@ def test_equalisation_changes_no_output_and_saves_bits():
     assert better > plain + 6
 
 
-def test_a_product_smooths_what_nothing_else_can():
+def with_an_outlier() -> Graph:
     def forward(net, x):
         x = net.norm(x * net.wide)
         return x + net.b(F.gelu(net.a(x)))  # the norm's output is read by a sum, too
@@ -176,7 +177,20 @@ def test_a_product_smooths_what_nothing_else_can():
     torch.manual_seed(0)
     net = Net(forward, norm=nn.LayerNorm(32), a=nn.Linear(32, 64), b=nn.Linear(64, 32))
     net.wide = nn.Buffer(torch.where(torch.arange(32) == 3, 40.0, 1.0))
-    graph = graph_of(net, 8, 12, 32)
+    return graph_of(net, 8, 12, 32)
+
+
+def test_a_budget_that_leaves_all_float_says_that_products_go():
+    graph, (inputs,) = with_an_outlier(), next(iter(data_of(with_an_outlier()))).inputs
+    before = graph.copy()
+    (row,) = Pipeline(parse("int8(sqnr=200)", passes()), passes()).run(graph, context(graph))[-1:]
+    assert any("products go" in rewrite.what for rewrite in row.rewrites)
+    assert not any(kind(node) == "quantize" for node in graph.nodes)
+    assert noise(before.run(inputs)[0], graph.run(inputs)[0]) > 110
+
+
+def test_a_product_smooths_what_nothing_else_can():
+    graph = with_an_outlier()
     scaled, (inputs,) = graph.copy(), next(iter(data_of(graph))).inputs
     outcome = equalise(scaled, QLINEAR, (), data_of(graph), context(graph))
     assert outcome.facts["products"] >= 1

@@ -710,6 +710,30 @@ def test_a_budget_that_nothing_measures_is_refused(options):
         compiled(graph, Int8(sqnr=90, **options), ctx)
 
 
+def test_integers_between_floats_must_pay_too():
+    """All in integers would be faster; what the budget leaves of them is not, and all stays float."""
+    graph = loud()
+    (inputs,) = next(iter(data(graph, 32))).inputs
+    plain, _ = compiled(graph)
+    asked = noise(graph.run(inputs)[0], plain.run(inputs)[0]) + 6
+
+    def clock(*trials: Graph) -> list[float]:
+        """The more ways in and out, the slower, unless nothing is float."""
+        layers = [sum(kind(n) == "quantize" for n in trial.nodes) for trial in trials]
+        return [3.0 if not n else 1.0 if n == max_quantisers else 3.5 for n in layers]
+
+    max_quantisers = sum(kind(n) == "quantize" for n in plain.nodes)
+    after, (*_, outcome) = compiled(graph, Int8(sqnr=asked), context(graph, measure=clock))
+    assert not any(kind(n) == "quantize" for n in after.nodes) and not outcome.rewrites
+    assert outcome.declines[0].reason == (
+        "left float for the budget, it is not faster: 3.5 ms in integers, 3 ms in floats (this host); "
+        "int8(measure=false) quantises it anyway"
+    )
+    quick = context(graph, measure=lambda *trials: [1.0] * (len(trials) - 1) + [3.0])
+    after, (*_, outcome) = compiled(graph, Int8(sqnr=asked), quick)
+    assert any(kind(n) == "quantize" for n in after.nodes) and outcome.facts["int8_ms"] == 1.0
+
+
 def test_tables_count_against_a_budget():
     """One column is a hundred times as loud as the others, and rows have one scale."""
     torch.manual_seed(0)
