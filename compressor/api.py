@@ -305,6 +305,8 @@ def verify(
     saturated = sessions.saturated(Path(onnx), provider, graph.inputs, inputs, samples())
     if math.isfinite(saturated):
         result["warning"] = notices.other_numbers(saturated)
+    elif sealed and bad and measure.saturation():
+        result["warning"] = measure.saturation()
     if layers or (bad and not sealed):
         whole = graph if ends is None else ends.applied(graph)
         with watch("looking inside"):

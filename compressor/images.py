@@ -182,12 +182,17 @@ def preprocessing(spec: str | Callable[[Any], Any], size: tuple[int, int] | None
     )
 
 
-def imported(spec: str, option: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names; the working directory is searched last."""
-    module, _, name = spec.partition(":")
+def search_here() -> None:
+    """Modules are found in the working directory, too, last of all places."""
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+def imported(spec: str, option: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names; the working directory is searched last."""
+    module, _, name = spec.partition(":")
+    search_here()
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -10,7 +10,7 @@ reads in integers any more stays float: boxes, scores and logits are decoded the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from types import MappingProxyType
@@ -170,11 +170,12 @@ def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None, usef
     if not useful and not plan.spec.to_the_end:
         plan.declines.append((node, "no layer reads its result in integers"))
         return
-    float_operand = next((s for s in node.all_input_nodes if s not in plan.owner), None)
+    arithmetic = kind(node) in ("add", "sub", "mul", "div")  # whose operands may be numbers
+    operands: Iterable[Any] = [*arguments(node).values()][:2] if arithmetic else node.all_input_nodes
+    float_operand = next((s for s in operands if s not in plan.owner), None)
     if float_operand is not None:
-        what = (
-            "a constant" if is_constant(float_operand) else f"{operator_name(float_operand)}, which is float"
-        )
+        computed = isinstance(float_operand, Node) and not is_constant(float_operand)
+        what = f"{operator_name(float_operand)}, which is float" if computed else "a constant"
         plan.declines.append((node, f"it also reads {what}"))
     elif ranges is not None and kind(node) == "cat" and (reason := _uneven(plan, node, ranges)):
         plan.declines.append((node, reason))

@@ -50,11 +50,23 @@ class Given:
         scales = {} if spec.reduce_range else self.scales
         return scales, {node: p for node, p in fitting.items() if p is not None}
 
-    def spread(self, owner: Mapping[Node, Node]) -> None:
-        """What is known of a value that hands on another's integers is known of that one."""
+    def spread(self, owner: Mapping[Node, Node]) -> list[Node]:
+        """What is known of a value that hands on another's integers is known of that one.
+
+        Answers the values that lose their own scale: those that one source hands on have the widest of all.
+        """
+        widest: dict[Node, Params] = {}
         for node, source in owner.items():
-            if node in self.params:
-                self.params.setdefault(source, self.params[node])
+            for known in (self.params.get(source), self.params.get(node)):
+                if known is not None:
+                    widest[source] = _union(widest.get(source, known), known)
+        lost = [
+            n for n, source in owner.items() if self.params.get(n, widest.get(source)) != widest.get(source)
+        ]
+        for node in lost:
+            del self.params[node]
+        self.params |= widest
+        return lost
 
     def outcome(self) -> Outcome:
         """The step that took the model apart: until pairs are placed again, nothing is rounded."""
@@ -72,6 +84,16 @@ class Given:
         """`new` carries the value of `old`."""
         if old in self.params:
             self.params[new] = self.params.pop(old)
+
+
+def _union(a: Params, b: Params) -> Params:
+    """The same levels over both ranges."""
+    if a == b:
+        return a
+    low = min((p.low - p.zero_point) * p.scale for p in (a, b))
+    high = max((p.high - p.zero_point) * p.scale for p in (a, b))
+    scale = (high - low) / (a.high - a.low)
+    return Params(scale, round(a.low - low / scale), a.low, a.high, a.dtype)
 
 
 def _as(p: Params, spec: QuantSpec) -> Params | None:
@@ -109,8 +131,9 @@ def _open_pair(graph: Graph, node: Node, given: Given) -> None:
 
 def _open_fake(graph: Graph, node: Node, given: Given) -> None:
     source, scale, zero, *axis, low, high = node.args
-    if is_constant(source):
-        _name_weight(graph, node, source, scale, zero, axis, given)
+    if is_constant(source):  # its rounding and clipping stay: of these int8 knows the scale alone
+        made = _executed(graph, node, f"{source.target}_rounded")  # type: ignore[union-attr]
+        _name_weight(graph, node, made, scale, zero, axis, given)
     elif not axis:
         low, high = int(low), int(high)  # type: ignore[arg-type]
         dtype = torch.int8 if low < 0 else torch.uint8
@@ -128,29 +151,29 @@ def _close(graph: Graph, node: Node, params: Params, given: Given, source: Any) 
 def _widen(graph: Graph, node: Node, given: Given) -> None:
     """A constant in floats in the place of its integers."""
     stored, scale, zero, *rest = node.args
-    with torch.no_grad():
-        value = graph.execute(node, {n: graph.tensor(n) for n in node.all_input_nodes})
-    made = graph.add_tensor(f"{stored.target}_float", value.float())  # type: ignore[union-attr]
+    made = _executed(graph, node, f"{stored.target}_float")  # type: ignore[union-attr]
     _name_weight(
         graph, node, made, scale, zero, rest[:1] if operator_name(node) == _BY_CHANNEL else [], given
     )
 
 
+def _executed(graph: Graph, node: Node, name: str) -> Node:
+    """A constant that holds what an operator makes of constants."""
+    with torch.no_grad():
+        value = graph.execute(node, {n: graph.tensor(n) for n in node.all_input_nodes})
+    return graph.add_tensor(name, value.float())
+
+
 def _name_weight(
     graph: Graph, node: Node, weight: Any, scale: Any, zero: Any, axis: Sequence[Any], given: Given
 ) -> None:
-    """Notes the scales of a weight where they are those of symmetric integers; who read `node` reads the weight.
-
-    A weight that is rounded in two ways stays behind the second.
-    """
+    """Notes the scales of a weight where they are those of symmetric integers; who read `node` reads the weight."""
     scales, zeros = _tensor(graph, scale).detach().float().reshape(-1), _tensor(graph, zero or 0)
     bounds = [operands(user) for user in node.users]
     if not bool(zeros.any()) and all(b is not None and b.weight is node for b in bounds):
         axes = {b.axis for b in bounds if b is not None}
         if len(axes) == 1 and set(axis) <= axes:
-            known = scales.expand(shape(weight)[axes.pop()]).contiguous()
-            if not torch.equal(given.scales.setdefault(weight, known), known):
-                return
+            given.scales[weight] = scales.expand(shape(weight)[axes.pop()]).contiguous()
     for user in list(node.users):
         redirect(graph, user, node, weight)
 

@@ -395,7 +395,7 @@ def _pair(graph: Graph, value: Node, p: Params) -> Node:
     arguments = (p.scale, p.zero_point, p.low, p.high, p.dtype)
     before = behind(value)
     pixels = _cast_bytes(value)
-    if pixels is not None and p.dtype == torch.uint8:
+    if pixels is not None and (p.scale, p.zero_point, p.dtype) == (1.0, 0, torch.uint8):
         return graph.insert(_quantised.dequantize_per_tensor.default, (pixels, *arguments), before=before)
     integers = graph.insert(_quantised.quantize_per_tensor.default, (value, *arguments), before=before)
     return graph.insert(_quantised.dequantize_per_tensor.default, (integers, *arguments), before=before)

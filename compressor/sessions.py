@@ -174,13 +174,26 @@ def saturated(
     if provider != CPU or not measure.saturation() or not _multiplies_bytes(path):
         return math.inf
     with opened(path) as exact, opened(path, exact=False) as plain:
-        names = [one.name for one in exact.get_outputs()]
-        comparison = Comparison(names, [()] * len(names))
-        for whole in samples:
-            for part in pieces(specs, inputs, whole):
-                named = feeds(inputs, part)
-                comparison.update(*(to_tensors(runtime.run(one, named)) for one in (exact, plain)))
+        comparison = between(exact, plain, specs, inputs, samples)
     return min((check.sqnr_db for check in comparison.checks()), default=math.inf)
+
+
+def between(
+    one: Any,
+    other: Any,
+    specs: Sequence[Input],
+    inputs: Sequence[Input],
+    samples: Iterable[Sequence[Tensor]],
+    flips: Sequence[float] = (),
+) -> Comparison:
+    """Outputs of two sessions of the same model. samples: as in `saturated`. flips: as `Observer` has them."""
+    names = [output.name for output in one.get_outputs()]
+    comparison = Comparison(names, [()] * len(names), flips)
+    for whole in samples:
+        for part in pieces(specs, inputs, whole):
+            named = feeds(inputs, part)
+            comparison.update(*(to_tensors(runtime.run(session, named)) for session in (one, other)))
+    return comparison
 
 
 def _multiplies_bytes(path: Path) -> bool:

@@ -175,7 +175,7 @@ class Int8(Pass):
             scaled = _equalised(graph, spec, self.ignore, data, ctx)
             yield scaled
             left = None if left is None else left - len(scaled.rewrites)
-        ranges, words = self._ranges(graph, spec, given, data, left, ctx)
+        ranges, words, lost = self._ranges(graph, spec, given, data, left, ctx)
         floats: dict[Node, str] = {}
         tables, released, slower = has_tables(graph, self.ignore), 0, False
         if data is not None and self.budget.named:
@@ -190,6 +190,9 @@ class Int8(Pass):
             released = release(graph, floats)
         plan = place(graph, spec, ranges, self.ignore, left, floats)
         outcome = _outcome(graph, plan)
+        outcome.declines += [
+            Decline.at(n, "its scale is not kept: it shares that of what it is a part of") for n in lost
+        ]
         if slower:
             outcome.declines.insert(0, Decline("the model", f"{KEPT}, {_slower(facts, ctx.timed_on)}"))
         if released:
@@ -212,10 +215,13 @@ class Int8(Pass):
 
     def _ranges(
         self, graph: Graph, spec: QuantSpec, given: Given, data: Data | None, left: int | None, ctx: Context
-    ) -> tuple[dict[Node, Range], str]:
-        """Those that the model came with, and of all other quantised values those of the data; with words for these."""
+    ) -> tuple[dict[Node, Range], str, list[Node]]:
+        """Those that the model came with, and of all other quantised values those of the data; with words for these.
+
+        Third: values that came with a scale of their own, and lose it.
+        """
         owner = place(graph, spec, None, self.ignore, left).owner
-        given.spread(owner)
+        lost = given.spread(owner)
         ranges = given.ranges()
         ranges |= {node: ranges[source] for node, source in owner.items() if source in ranges}
         wanted = [node for node in owner if node not in ranges]
@@ -224,7 +230,7 @@ class Int8(Pass):
                 f"{NO_DATA}; the model has no range for {len(wanted)} values, {site(wanted[0])} for one"
             )
         if data is None:
-            return ranges, ""
+            return ranges, "", lost
         methods = self.methods(spec, data.samples)
         with ctx.progress("calibrating int8", data.samples) as advance:
             found = {
@@ -232,7 +238,7 @@ class Int8(Pass):
                 for name, some in calibrate_each(graph, wanted, data, methods, advance).items()
             }
         name = self._quietest(graph, spec, found, given, data, left) if len(found) > 1 else next(iter(found))
-        return found[name], f"{name} of {data.samples} samples"
+        return found[name], f"{name} of {data.samples} samples", lost
 
     def _quietest(
         self,

@@ -372,6 +372,19 @@ def test_the_stopwatch_decides_where_the_table_cannot():
         compiled(certain, ctx=context(certain, measure=lambda *g: [1.0, 2.0][2 - len(g) :]))
 
 
+def test_what_computes_with_a_number_stays_float():
+    """ONNX Runtime has no integer kernel for it: a pair behind it would cost noise and time."""
+    graph = graph_of(
+        Net(lambda net, x: F.relu(net.b(F.relu(net.a(x)) * 0.3 + net.a(x) * 2.5)), a=conv(3, 4), b=conv(4, 4))
+    )
+    after, (*_, outcome) = compiled(graph, Int8(measure=False, equalise=False))
+    assert "mul" not in outcome.facts["integer"]
+    reasons = [one.reason for one in outcome.declines if "mul" in one.site]
+    assert reasons == ["it also reads a constant"] * 2
+    for node in (n for n in after.nodes if kind(n) == "mul"):
+        assert not any(kind(user) == "quantize" for user in node.users)
+
+
 def test_a_model_that_is_no_faster_in_integers_stays_float():
     graph = graph_of(Net(lambda net, x: net.a(x).relu(), a=conv(3, 4)))
     slower = context(graph, measure=lambda *graphs: [2.0, 1.5])

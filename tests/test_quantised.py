@@ -187,15 +187,64 @@ def test_a_value_that_is_rounded_in_two_ways_keeps_the_second():
     assert sum(kind(n) == "quantize" and n.args[1] == SCALES["out"][0] for n in after.nodes) == 1
 
 
-def test_a_weight_that_is_rounded_in_two_ways_keeps_the_second():
+def test_a_weight_that_is_rounded_in_two_ways_is_two():
     def forward(net, x):
         a, b = (torch.fake_quantize_per_tensor_affine(net.w.weight, s, 0, -128, 127) for s in (0.01, 0.02))
         return F.linear(x.mean((2, 3)), a) + F.linear(x.amax((2, 3)), b)
 
     graph = capture(Net(forward, w=nn.Linear(3, 5)).eval(), inputs(4))
     after, (apart, *_) = compiled(graph, calibrated=True)
-    assert len(apart.rewrites) == 1 and sum(kind(n) == "fake_quantize" for n in after.nodes) == 1
+    assert len(apart.rewrites) == 2 and not any(kind(n) == "fake_quantize" for n in after.nodes)
     assert noise(graph.run(inputs(4))[0], after.run(inputs(4))[0]) > 30
+
+
+@pytest.mark.parametrize(("zero", "low", "high", "least"), [(0, -8, 7, 35), (7, 0, 15, 30)])
+def test_weights_of_four_bits_keep_their_rounding_and_clipping(zero, low, high, least):
+    """Their scale alone, on levels of eight bits, is another network: 16 dB."""
+
+    def forward(net, x):
+        fake = torch.fake_quantize_per_tensor_affine
+        x = fake(x, *SCALES["x"], 0, 255)
+        return F.linear(x.mean((2, 3)), fake(net.w.weight, 0.05, zero, low, high))
+
+    torch.manual_seed(0)
+    graph = capture(Net(forward, w=nn.Linear(3, 5)).eval(), inputs(4))
+    after, _ = compiled(graph, Int8(rounding="nearest", equalise=False), calibrated=True)
+    assert noise(graph.run(inputs(4))[0], after.run(inputs(4))[0]) > least
+    raw = F.linear(inputs(4).mean((2, 3)), graph.tensors["w.weight"])
+    assert noise(graph.run(inputs(4))[0], raw) < least - 10
+
+
+def test_parts_that_differ_have_the_widest_scale():
+    """Two halves of one value, quantised apart: one hands on the integers of the whole, which must not clip it."""
+
+    def forward(net, x):
+        fake = torch.fake_quantize_per_tensor_affine
+        one, other = F.conv2d(pair(x, "x"), net.a(), padding=1).chunk(2, 1)
+        one, other = fake(one, 4 / 255, 0, 0, 255), fake(other, 16 / 255, 0, 0, 255)
+        return F.conv2d(torch.cat([one, other], 1), net.b(), padding=1)
+
+    graph = graph_of(forward)
+    graph.set_tensor(
+        next(n for n in graph.nodes if n.target == "a.integers"), graph.tensors["a.integers"] // 2
+    )
+    after, (*_, outcome) = compiled(graph, Int8(rounding="nearest"), calibrated=True)
+    scales = {round(float(n.args[1]), 5) for n in after.nodes if kind(n) == "quantize"}
+    assert round(16 / 255, 5) in scales
+    assert any("its scale is not kept" in decline.reason for decline in outcome.declines)
+    assert noise(graph.run(inputs(8))[0], after.run(inputs(8))[0]) > 20
+
+
+def test_bytes_with_a_scale_of_their_own_are_quantised_as_such():
+    def forward(net, x):
+        y = torch.fake_quantize_per_tensor_affine(x.float(), 200 / 255, 0, 0, 255)
+        return F.conv2d(y, net.a(), padding=1)
+
+    drawn = torch.randint(0, 201, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    graph = capture(net(forward), drawn)
+    copy, data = graph.copy(), open_data([(drawn,)], graph.inputs)
+    list(Int8(rounding="nearest").run(copy, Context(CPU, data, data)))
+    assert noise(graph.run(drawn)[0], copy.run(drawn)[0]) > 30
 
 
 def test_an_exported_program_has_one_mode():

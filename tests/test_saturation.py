@@ -120,8 +120,9 @@ class Twice(nn.Module):
         return self.layer(self.layer(x) / 64)
 
 
+@pytest.mark.parametrize("target", ["cpu", "mobile"])
 @pytest.mark.parametrize("spec", [SPEC, "fold,int8(scheme=dynamic)"])
-def test_shared_weights_are_held_to_exact_sums_too(spec, tmp_path):
+def test_shared_weights_are_held_to_exact_sums_too(spec, target, tmp_path):
     torch.manual_seed(0)
     x = torch.rand(32, 64)
     data = None if "dynamic" in spec else [x]
@@ -130,7 +131,7 @@ def test_shared_weights_are_held_to_exact_sums_too(spec, tmp_path):
         x[:4],
         passes=spec,
         calibration=data,
-        target="cpu",
+        target=target,
         measure=False,
         output=tmp_path / "out",
     )

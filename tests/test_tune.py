@@ -255,6 +255,18 @@ def test_the_default_space_suits_the_model(files):
     assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), True)
 
 
+def test_a_metric_in_the_working_directory_is_known_by_what_it_says(files, tmp_path, monkeypatch):
+    """The command finds modules there, although its own folder is not on the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    digests = []
+    for text in ("f = lambda run: 0.9", "f = lambda run: 0.5"):
+        (tmp_path / "own_score.py").write_text(text)
+        options = {"evaluate": "own_score:f"}
+        digests.append(made_task(files / "net.pt2", None, "cpu", tmp_path / "out", options)[0].digest)
+    assert digests[0] != digests[1]
+
+
 def test_files_of_the_same_weights_are_told_apart(files, tmp_path):
     """The file's hash is written into what is made of it, so trials of one are not the other's."""
     program = torch.export.load(files / "net.pt2")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import publishing, registry, toml
+from ..delivery import sha256
 from ..errors import CompressorError, UsageError, nearest
 from ..progress import Watch
 from ..report import write_text
@@ -196,7 +197,9 @@ def _work(entry: Entry) -> Path:
 def _known(entry: Entry, key: str) -> Outcome | None:
     try:
         kept = json.loads((entry.output / RECEIPT).read_text())
-        return Outcome(**kept["outcome"]) if kept["key"] == key else None
+        outcome = Outcome(**kept["outcome"])
+        whole = sha256(entry.output / "model.onnx") == outcome.sha256
+        return outcome if kept["key"] == key and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -15,6 +15,7 @@ from typing import Any
 from .. import registry
 from ..delivery import sha256
 from ..errors import OutputError, UsageError
+from ..images import search_here
 from ..ir import Graph
 from ..load import Loaded
 from ..opening import Options
@@ -232,6 +233,7 @@ def _file_of(named: str) -> Path | None:
     if (found := file_of(named)) is not None:
         return found
     head = named.rpartition(":")[0]
+    search_here()
     try:
         spec = importlib.util.find_spec(head) if head else None
     except (ImportError, ValueError):
