@@ -287,13 +287,7 @@ def verify(
     checks = comparison.checks(limit)
     if exact and any(c.error > c.tolerance for c in checks):
         checks = jitter.allowed(checks, jitter.errors(graph, samples()), jitter.EVERYWHERE)
-
-    def agrees(check: contracts.Check) -> bool:
-        if check.discrete:
-            return check.flips_within(not exact) or check.error <= (tolerance or 0.0)
-        return check.error <= (tolerance or check.tolerance) if limit else check.sqnr_db >= contracts.WARN_DB
-
-    bad = [check for check in checks if not (check.finite and agrees(check))]
+    bad = [check for check in checks if not (check.finite and _agrees(check, exact, tolerance))]
     result: dict[str, Any] = {
         "ok": not bad,
         "proved": any(check.proves for check in checks),
@@ -392,6 +386,14 @@ def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: O
         else type(model).__name__,
         "onnx": str(path),
     }
+
+
+def _agrees(check: contracts.Check, exact: bool, tolerance: float | None) -> bool:
+    if check.discrete:
+        return check.flips_within(not exact) or check.error <= (tolerance or 0.0)
+    if exact or tolerance is not None:
+        return check.error <= (tolerance or check.tolerance)
+    return check.sqnr_db >= contracts.WARN_DB
 
 
 def _require_open(path: Path, option: str) -> None:

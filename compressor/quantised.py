@@ -72,7 +72,7 @@ class Given:
         """The step that took the model apart: until pairs are placed again, nothing is rounded."""
         known = [*self.params, *self.scales]
         return Outcome(
-            [Rewrite(site(node), "its scale is kept") for node in known], step="taking integers apart"
+            [Rewrite(site(node), "its scale is noted") for node in known], step="taking integers apart"
         )
 
     def of(self, twins: Mapping[str, Node]) -> Given:

@@ -126,12 +126,12 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
     own: operators with translations of their own.
     """
     try:
+        import onnxscript.function_libs.torch_lib.ops  # noqa: F401  registers what is counted below
         from onnxscript.function_libs.torch_lib.registration import default_registry as known
         from torch.onnx._internal.exporter import _fx_passes as rewrites
         from torch.onnx._internal.exporter._registration import onnxscript_apis as library
 
         read, decompose = library.get_torchlib_ops, rewrites.decompose_with_registry
-        read()  # registers, the first time, what is counted next
         count = sum(len(one.overloads) + len(one.complex) for one in known.values())  # users register more
         words, parts = _vocabulary(opset, count)
     except (ImportError, AttributeError):

@@ -87,11 +87,11 @@ def onnx_bytes(external: bool = False) -> dict[str, bytes]:
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["input_1", "w", "b"], ["h"], pads=[1, 1, 1, 1]),
-            helper.make_node("Relu", ["h"], ["y"]),
+            helper.make_node("Relu", ["h"], ["output"]),
         ],
         "net",
         [helper.make_tensor_value_info("input_1", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, made)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, made)],
         tensors,
     )
     model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
