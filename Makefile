@@ -21,10 +21,10 @@ check: $(VENV)/.dev ## lint, formatting and types
 	$(PYTHON) -m mypy
 
 test: $(VENV)/.dev $(RELEASES:%=$(VENV)/onnxruntime-%/.done) ## run the test suite
-	$(PYTHON) -m pytest -n $(WORKERS) -q
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -q
 
 nightly: $(VENV)/.dev ## run what is too long for every change, and thousands of random networks
-	$(PYTHON) -m pytest -n $(WORKERS) -q -m nightly
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -q -m nightly
 	$(PYTHON) benchmarks/hostile.py 2000 --files 100 --faults 100
 
 bench: $(VENV)/.dev ## run the benchmarks and print their tables
