@@ -238,8 +238,8 @@ def verify(
     numbers made from floats 2 % may differ, or 10 % in these other files.
     layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
     Returns {"ok", "proved", "checks", "judged_by", "provider", "samples"}, and with it {"inside"}; proved: False where
-    another sample's outputs would have passed, too; judged_by: `error` or `sqnr`. {"warning"} says where sessions
-    without options have other numbers on this machine.
+    another sample's outputs would have passed, too; judged_by: `error` or `sqnr`. {"warning"} says where outputs have
+    other names, and where sessions without options have other numbers on this machine.
 
     against: a report.json, whose every claim is checked again instead, see `claims`; `data` is then what the run was
     calibrated on. model and onnx may be None: the model that it names, if it is there, and the file beside it. Returns
@@ -264,6 +264,7 @@ def verify(
     provider = _provider(Path(onnx))
     with sessions.opened(Path(onnx), provider) as session:
         inputs = sessions.inputs_of(session, graph.inputs)
+        names = [output.name for output in session.get_outputs()]
         sizes = _fixed(graph.inputs, inputs)
         source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
         shown = (source or held_out).limited(opt.calib_limit)
@@ -297,10 +298,15 @@ def verify(
         "samples": count,
     }
     saturated = sessions.saturated(Path(onnx), provider, graph.inputs, inputs, samples())
+    warnings = []
+    if ends is None and sessions.renamed(names, graph.outputs):
+        warnings.append(f"its outputs are called {', '.join(names)}, and were compared in order")
     if math.isfinite(saturated):
-        result["warning"] = notices.other_numbers(saturated)
+        warnings.append(notices.other_numbers(saturated))
     elif sealed and bad and measure.saturation():
-        result["warning"] = measure.saturation()
+        warnings.append(measure.saturation())
+    if warnings:
+        result["warning"] = "; ".join(warnings)
     if layers or (bad and not sealed):
         whole = graph if ends is None else ends.applied(graph)
         with watch("looking inside"):

@@ -95,11 +95,7 @@ def compare(
     """
     observer = Observer(graph)
     count = len(graph.outputs)
-    names = [o.name for o in session.get_outputs()]
-    if sorted(names) != sorted(graph.outputs):
-        raise TargetError(
-            f"the ONNX model returns {', '.join(names)}; the model returns {', '.join(graph.outputs)}"
-        )
+    names = outputs_of(session, graph)
     comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
     compared = False
     for i, whole in enumerate(samples):
@@ -119,6 +115,26 @@ def compare(
         shown = ", ".join(map(str, inputs))
         raise DataError(f"no sample is large enough for the emitted model, which takes {shown}")
     return comparison
+
+
+def outputs_of(session: Any, graph: Graph) -> list[str]:
+    """The graph's names of a session's outputs, in the session's order; TargetError where these are others.
+
+    Other tools may have names of their own for all of them, which then come in order.
+    """
+    names = [output.name for output in session.get_outputs()]
+    if renamed(names, graph.outputs):
+        return list(graph.outputs)
+    if sorted(names) != sorted(graph.outputs):
+        raise TargetError(
+            f"the ONNX model returns {', '.join(names)}; the model returns {', '.join(graph.outputs)}"
+        )
+    return names
+
+
+def renamed(names: Sequence[str], outputs: Sequence[str]) -> bool:
+    """Whether as many outputs have other names, every one of them."""
+    return len(names) == len(outputs) and not set(names) & set(outputs)
 
 
 def alike(names: Sequence[str], made: Sequence[Tensor], reference: Sequence[Tensor]) -> Outputs:

@@ -108,6 +108,22 @@ def test_an_output_goes_by_its_name(folder):
         checked(folder, renamed)
 
 
+def test_other_names_for_all_of_them_are_another_tool_s(folder):
+    def renamed(model: onnx.ModelProto) -> None:
+        for node in list(model.graph.node):
+            node.output[:] = [f"own_{n}" if n in ("scores", "features", "best") else n for n in node.output]
+            node.input[:] = [f"own_{n}" if n in ("scores", "features", "best") else n for n in node.input]
+        for output in model.graph.output:
+            output.name = f"own_{output.name}"
+
+    result = checked(folder, renamed)
+    assert result["ok"]
+    assert (
+        "its outputs are called own_scores, own_features, own_best, and were compared in order"
+        in result["warning"]
+    )
+
+
 def test_whole_numbers_do_not_come_as_floats(folder):
     def cast(model: onnx.ModelProto) -> None:
         behind(model, "best", "Cast", to=onnx.TensorProto.FLOAT)
