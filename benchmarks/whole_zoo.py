@@ -137,7 +137,7 @@ def integers(
 
 def kept(report: Mapping[str, Any]) -> str:
     quantised = [row for row in report["rows"] if row["pass"] == "int8"]
-    if any(row["status"] != "unchanged" for row in quantised):
+    if any(row["facts"].get("integer") for row in quantised):
         return "integer"
     facts = quantised[-1]["facts"]
     return f"float: {facts['float_ms']:.2f} ms to {facts['int8_ms']:.2f}" if "float_ms" in facts else "float"
