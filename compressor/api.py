@@ -19,7 +19,6 @@ from . import (
     claims,
     delivery,
     detections,
-    detectors,
     divergence,
     edges,
     heads,
@@ -27,7 +26,6 @@ from . import (
     measure,
     notices,
     page,
-    postprocess,
     profiling,
     publishing,
     registry,
@@ -249,20 +247,19 @@ def verify(
         return _recheck(Path(against), model, onnx, data, Options.of(options))
     if model is None or onnx is None:
         raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
-    sealed = Path(onnx).suffix == sessions.ORT_SUFFIX
+    path = Path(onnx)
+    sealed = path.suffix == sessions.ORT_SUFFIX
     if layers:
-        _require_open(Path(onnx), "--layers")
+        _require_open(path, "--layers")
     opt = Options.of(options)
     watch = Watch(opt.console, opt.log)
     with watch("reading the model"):
         loaded = load_model(model, opt)
         graph = capture_model(loaded, example_inputs, opt)
         opt = take_pixels(graph, opt)
-    ends = None
-    if opt.postprocess is not None:
-        ends = heads.plan(graph, postprocess.parse(opt.postprocess), detectors.known(loaded.model))
-    provider = _provider(Path(onnx))
-    with sessions.opened(Path(onnx), provider) as session:
+    ends = heads.asked(graph, opt.postprocess, loaded.model)
+    provider = _provider(path)
+    with sessions.opened(path, provider) as session:
         inputs = sessions.inputs_of(session, graph.inputs)
         names = [output.name for output in session.get_outputs()]
         sizes = _fixed(graph.inputs, inputs)
@@ -280,10 +277,10 @@ def verify(
                 comparison = sessions.compare(graph, session, inputs, each)
             else:
                 comparison, found = detections.compare(
-                    ends.applied(graph), Path(onnx), inputs, each, provider=provider
+                    ends.applied(graph), path, inputs, each, provider=provider
                 )
                 stated = [found]
-    exact = tolerance is None and ends is None and _exact(Path(onnx), graph)
+    exact = tolerance is None and ends is None and _exact(path, graph)
     limit = contracts.EMITTED if exact else tolerance
     checks = comparison.checks(limit)
     if exact and any(c.error > c.tolerance for c in checks):
@@ -297,20 +294,14 @@ def verify(
         "provider": provider,
         "samples": count,
     }
-    saturated = sessions.saturated(Path(onnx), provider, graph.inputs, inputs, samples())
-    warnings = []
-    if ends is None and sessions.renamed(names, graph.outputs):
-        warnings.append(f"its outputs are called {', '.join(names)}, and were compared in order")
-    if math.isfinite(saturated):
-        warnings.append(notices.other_numbers(saturated))
-    elif sealed and bad and measure.saturation():
-        warnings.append(measure.saturation())
-    if warnings:
-        result["warning"] = "; ".join(warnings)
+    other_names = names if ends is None and sessions.renamed(names, graph.outputs) else []
+    saturated = sessions.saturated(path, provider, graph.inputs, inputs, samples())
+    if words := _warning(other_names, saturated, unsure=sealed and bool(bad)):
+        result["warning"] = words
     if layers or (bad and not sealed):
         whole = graph if ends is None else ends.applied(graph)
         with watch("looking inside"):
-            inside = divergence.look_inside(whole, Path(onnx), inputs, samples(), tolerance)
+            inside = divergence.look_inside(whole, path, inputs, samples(), tolerance)
         result["inside"] = inside.to_dict()
     return result
 
@@ -392,6 +383,18 @@ def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: O
         else type(model).__name__,
         "onnx": str(path),
     }
+
+
+def _warning(other_names: Sequence[str], saturated: float, unsure: bool) -> str:
+    """See `verify`. unsure: the file differs, and nobody can say whether its sums would be exact elsewhere."""
+    words = []
+    if other_names:
+        words.append(f"its outputs are called {', '.join(other_names)}, and were compared in order")
+    if math.isfinite(saturated):
+        words.append(notices.other_numbers(saturated))
+    elif unsure:
+        words.append(measure.saturation())
+    return "; ".join(filter(None, words))
 
 
 def _agrees(check: contracts.Check, exact: bool, tolerance: float | None) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 import onnx_ir
 
-from . import delivery, detectors, heads, measure, metrics, postprocess, runtime, sessions, verify
+from . import delivery, heads, measure, metrics, runtime, sessions, verify
 from .data import Data
 from .edges import varied
 from .emit import Emitted, companion_of, since_of
@@ -192,10 +192,7 @@ class _Again:
         self.opt = take_pixels(graph, opt)
         self.graph = graph
         self.run = Run(replace(self.opt, print_after=(), stop_after=None), target, report["spec"])
-        if opt.postprocess is not None:
-            self.run.plan = heads.plan(
-                graph, postprocess.parse(opt.postprocess), detectors.known(self.loaded.model)
-            )
+        self.run.plan = heads.asked(graph, opt.postprocess, self.loaded.model)
 
     def claims(self, calibration: Any) -> Iterator[Claim]:
         yield _same("sha256 of the model", self.report["model"].get("sha256"), self.fingerprint)

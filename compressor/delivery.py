@@ -164,7 +164,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def usable_provider(target: Target) -> str:
-    """The first of a target's providers that is installed and starts, or the sessions.CPU's."""
+    """The first of a target's providers that is installed and starts, or the CPU's."""
     installed = runtime.providers()
     return next((p for p in target.providers if p in installed and runtime.starts(p)), sessions.CPU)
 
@@ -234,7 +234,7 @@ def sample(
         part for batch in batches for part in sessions.pieces(graph.inputs, emitted.inputs, batch.inputs)
     )
     with sessions.opened(emitted.path) as session:
-        for part in (sessions._first(emitted.inputs, whole), whole):
+        for part in (sessions.first(emitted.inputs, whole), whole):
             inputs = feeds(emitted.inputs, part)
             try:
                 return inputs, dict(zip(emitted.outputs, runtime.run(session, inputs), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def _rows(what: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _of_onnx(a: Path, b: Path) -> dict[str, Any]:
-    models = [_opened(path) for path in (a, b)]
+    files = [(path, *beside(path)) for path in (a, b)]
+    models = [onnx_ir.load(path.resolve()) for path in (a, b)]
     counts = [Counter(_operator(node) for node in model.graph.all_nodes()) for model in models]
     weights = [dict(model.graph.initializers) for model in models]
     changed, equal = [], 0
@@ -51,26 +52,21 @@ def _of_onnx(a: Path, b: Path) -> dict[str, Any]:
         equal += row is None
         changed += [row] if row is not None else []
     return {
-        "facts": _rows(*(_facts(model, path) for model, path in zip(models, (a, b), strict=True))),
+        "facts": _rows(*map(_facts, models, files)),
         "operators": _rows(*counts),
         "initializers": changed,
         "equal_initializers": equal,
     }
 
 
-def _opened(path: Path) -> onnx_ir.Model:
-    beside(path)
-    return onnx_ir.load(path.resolve())
-
-
 def _operator(node: onnx_ir.Node) -> str:
     return f"{node.domain}::{node.op_type}".removeprefix("::")
 
 
-def _facts(model: onnx_ir.Model, path: Path) -> dict[str, Any]:
+def _facts(model: onnx_ir.Model, files: Iterable[Path]) -> dict[str, Any]:
     ends = {"input": model.graph.inputs, "output": model.graph.outputs}
     return {
-        "bytes": sum(one.stat().st_size for one in (path, *beside(path))),
+        "bytes": sum(one.stat().st_size for one in files),
         "IR version": model.ir_version,
         **{f"opset {domain}".strip(): version for domain, version in model.opset_imports.items()},
         **{f"{end} {v.name}": _described(v.dtype, v.shape) for end, values in ends.items() for v in values},

@@ -11,16 +11,22 @@ from typing import Any
 
 from torch.fx import Node
 
+from . import detectors
 from .errors import UsageError
 from .ir import Graph
 from .ops import is_tensor, kind
-from .postprocess import Nms, Plan
+from .postprocess import Nms, Plan, parse
 from .slices import regions
 
 _NAMES = {"boxes": ("boxes", "pred_boxes"), "scores": ("scores", "logits", "pred_logits")}
 _KEEPING = ("identity", "cast", "permute", "transpose", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "slice",
             "select", "cat", "mul", "getitem", "split")  # of shares from 0 to 1 they make such  # fmt: skip
 _SHARES = ("aten.sigmoid.default", "aten.hardsigmoid.default")
+
+
+def asked(graph: Graph, words: str | None, model: Any) -> Plan | None:
+    """The plan for `nms(iou=0.5)` behind a model that was captured; None where nothing is asked for."""
+    return None if words is None else plan(graph, parse(words), detectors.known(model))
 
 
 def plan(graph: Graph, options: Nms, known: Mapping[str, str]) -> Plan:

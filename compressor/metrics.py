@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from . import detectors, heads, postprocess
+from . import heads, postprocess
 from .data import Data
 from .evaluation import Evaluator, evaluator
 from .ir import Graph
@@ -28,7 +28,7 @@ def of_rows(
     """
     own, asked = None, plan
     if isinstance(opt.evaluate, str) and postprocess.is_words(opt.evaluate):
-        asked = plan or heads.plan(graph, postprocess.parse(opt.evaluate), detectors.known(loaded.model))
+        asked = plan or heads.asked(graph, opt.evaluate, loaded.model)
     elif opt.evaluate is not None:
         text = reading(graph, loaded, opt, sizes, opt.label_field)
         own = evaluator(opt.evaluate, graph, preprocess=opt.preprocess, text=text, labelled=plan is None)

@@ -171,8 +171,8 @@ def _fuse(plan: Placement, node: Node, ranges: Mapping[Node, Range] | None, usef
         plan.declines.append((node, "no layer reads its result in integers"))
         return
     arithmetic = kind(node) in ("add", "sub", "mul", "div")  # whose operands may be numbers
-    operands: Iterable[Any] = [*arguments(node).values()][:2] if arithmetic else node.all_input_nodes
-    float_operand = next((s for s in operands if s not in plan.owner), None)
+    reads: Iterable[Any] = [*arguments(node).values()][:2] if arithmetic else node.all_input_nodes
+    float_operand = next((s for s in reads if s not in plan.owner), None)
     if float_operand is not None:
         computed = isinstance(float_operand, Node) and not is_constant(float_operand)
         what = f"{operator_name(float_operand)}, which is float" if computed else "a constant"

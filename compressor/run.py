@@ -15,7 +15,6 @@ from . import (
     __version__,
     delivery,
     detections,
-    detectors,
     emit,
     handover,
     heads,
@@ -195,9 +194,7 @@ class Run:
     def prepare(self, graph: Graph, loaded: Loaded) -> None:
         """The ends that the user asked for: what images come in as is put in front, what follows outputs is planned."""
         self.opt = take_pixels(graph, self.opt)
-        if self.opt.postprocess is not None:
-            asked = postprocess.parse(self.opt.postprocess)
-            self.plan = heads.plan(graph, asked, detectors.known(loaded.model))
+        self.plan = heads.asked(graph, self.opt.postprocess, loaded.model)
 
     def passed(self, graph: Graph, ctx: Context) -> tuple[list[Row], list[dict[str, Any]]]:
         """Runs the passes over a graph; their rows, and what became of each layer."""

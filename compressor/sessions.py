@@ -221,10 +221,11 @@ def _multiplies_bytes(path: Path) -> bool:
 
 def single(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[np.ndarray]:
     """The first sample of the example, in order of the inputs."""
-    return list(feeds(inputs, _first(inputs, example)).values())
+    return list(feeds(inputs, first(inputs, example)).values())
 
 
-def _first(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[Tensor]:
+def first(inputs: Sequence[Input], example: Sequence[Tensor]) -> list[Tensor]:
+    """The first sample of inputs whose batch is free or 1; the others whole."""
     return [
         t[:1] if t.dim() and s.shape and s.shape[0] in ("batch", 1) else t
         for s, t in zip(inputs, example, strict=True)
