@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from . import detectors
 from .composites import spell_out
 from .constants import constant_value
-from .errors import UnsupportedError, UsageError
+from .errors import ContractError, UnsupportedError, UsageError
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
@@ -277,7 +277,7 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     """Renames in-place operators to their pure forms, or functionalises the whole graph where that could be wrong."""
     if rename_in_place(graph.graph):
         graph.clean()
-        graph.reinfer()
+        _reinfer(graph)
         return
     try:
         with quiet():
@@ -303,7 +303,14 @@ def _normalise(graph: Graph, program: ExportedProgram) -> None:
     graph.graph, graph.tensors, graph.parameters = flat.graph, flat.tensors, flat.parameters
     graph.origin = replace(flat.origin, lost_dropouts=lost)
     graph.clean()
-    graph.reinfer()
+    _reinfer(graph)
+
+
+def _reinfer(graph: Graph) -> None:
+    try:
+        graph.reinfer()
+    except ContractError as error:  # no pass has run: it is what the exporter made of the model (torch.vmap)
+        raise UnsupportedError(f"the model was exported to operators that do not run: {error}") from error
 
 
 def _dropouts(graph: Graph) -> int:

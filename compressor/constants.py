@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .ir import Graph
+from .ir import Graph, draws
 from .names import operator_name, site
 from .ops import arguments, extents, is_tensor, kind
 
@@ -94,7 +94,7 @@ def constant_value(graph: Graph, node: Node) -> Tensor | None:
 
 def is_random(node: Node) -> bool:
     """True for an operator that draws numbers; dropout and attention only where their dropout is active."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if not draws(node):
         return False
     bound = arguments(node)
     if kind(node) == "identity" and "train" in bound:

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dialect as dialect_
 from . import tidy
 from .contrib import since
+from .errors import TargetError
 from .ir import Graph, Input, as_declared
 from .lowering import prepared
 from .names import module_path
@@ -67,12 +68,14 @@ def emit(
     dialect: rules of `dialect.py`, for runtimes that know its words. beside: weights in a file of their own, mapped and
     not read, whatever their size; from 1 GB on they are anyway.
     optimize=False leaves out the exporter's own optimiser, whose bugs show only when a runtime loads the file.
-    UnsupportedError where an operator has no word in ONNX, with its module and line.
+    UnsupportedError where an operator has no word in ONNX, with its module and line; TargetError where what was written
+    is not valid.
     """
     ready = prepared(graph, fixed or {})
     model = translate(ready, opset, optimize)
     if optimize:
         tidy.fold_sizes(model)
+    tidy.keep_lost_constants(model)
     tidy.merge_slices(model)
     tidy.keep_pads_of_maxima(model)
     dialect_.speak(model, dialect)
@@ -89,7 +92,11 @@ def emit(
     if beside or size >= EXTERNAL_DATA_BYTES:
         total = _write_weights(model, companion)
     onnx_ir.save(model, path)
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        first = str(error).strip().split("\n")[0]
+        raise TargetError(f"{path}: the exporter wrote a model that is not valid: {first}") from error
     nodes = tuple(
         (f"{n.domain}::{n.op_type}".removeprefix("::"), n.name or "") for n in model.graph.all_nodes()
     )

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -175,6 +175,7 @@ def bind(
                 "no example input: pass one, or describe it, for example --input 'x:f32[?,3,224,224]'"
             )
         return _bind_specs(inputs, model)
+    _know_dataclasses((args, kwargs))
     if isinstance(args, Mapping):
         return (), {**args, **(kwargs or {})}
     if isinstance(args, Tensor):
@@ -333,7 +334,20 @@ def _run_export(
     # a failed export leaves marks on the tensors that it was given, so they are not the caller's
     args, kwargs = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs))
     with torch.no_grad(), quiet(), _data_as_detach(), _restored(model):
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
+        except Exception as error:
+            if "not a known type" not in str(error) or not _know_dataclasses(model(*args, **kwargs)):
+                raise
         return torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
+
+
+def _know_dataclasses(tree: Any) -> bool:
+    """Makes the exporter look into dataclasses that nobody has registered; whether there are any in the tree."""
+    found = {type(one) for one in pytree.tree_leaves(tree) if is_dataclass(one) and not isinstance(one, type)}
+    for one in found:
+        torch.export.register_dataclass(one)
+    return bool(found) and (_know_dataclasses(tree) or True)  # there may be more in these
 
 
 @contextmanager

@@ -114,8 +114,13 @@ def _name_outputs(graph: fx.Graph, program: ExportedProgram) -> list[str]:
         for n, v in zip(names, flat, strict=True)
         if isinstance(v, Node) and isinstance(v.meta.get("val"), Tensor)
     ]
+    for name, value in kept:
+        if value.meta["val"].layout is not torch.strided:
+            raise UnsupportedError(
+                f"output {name} is {value.meta['val'].layout}: an ONNX model gives dense tensors"
+            )
     if not kept:
-        raise UnsupportedError("the model returns no tensor")
+        raise UnsupportedError("the model returns no tensor, or only state that it writes into")
     out.args = (tuple(v for _, v in kept),)
     return [n for n, _ in kept]
 

@@ -8,7 +8,9 @@ copy of a weight. Passes edit through the verbs only; analyses are functions els
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,13 +174,15 @@ class Graph:
     def values(self, *inputs: Tensor) -> Iterator[tuple[Node, Any]]:
         """Runs the graph and yields (node, value) in topological order; a value is freed after its last reader.
 
-        Floats are cast to the precision that the graph takes.
+        Floats are cast to the precision that the graph takes. An operator that draws numbers draws the same in every
+        run, so that two graphs can be compared.
         """
         env: dict[Node, Any] = {}
         last = last_uses(self.graph)
         feed = iter([as_declared(t, spec) for t, spec in zip(inputs, self.inputs, strict=True)])
         for node in self.graph.nodes:
-            value = env[node] = next(feed) if node.op == "placeholder" else self.execute(node, env)
+            with _same_draw(node):
+                value = env[node] = next(feed) if node.op == "placeholder" else self.execute(node, env)
             for dead in last.get(node, ()):
                 env.pop(dead, None)
             yield node, value
@@ -444,6 +448,21 @@ def as_declared(tensor: Tensor, spec: Input) -> Tensor:
     """A float tensor in the precision of an input; everything else as it is."""
     both = tensor.dtype.is_floating_point and spec.dtype.is_floating_point
     return tensor.to(spec.dtype) if both else tensor
+
+
+def draws(node: Node) -> bool:
+    """True for operators that may draw numbers, dropout that is off among them."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+@contextmanager
+def _same_draw(node: Node) -> Iterator[None]:
+    if not draws(node):
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(node.name.encode()))
+        yield
 
 
 def _all_half(values: Any) -> bool:

@@ -30,6 +30,7 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
                 _four_dimensional(ready, node)
         if kind(node) == "unbind":
             _select(ready, node)
+        _require_faithful(node)
         if operator_name(node) in ("aten.view.default", "aten._unsafe_view.default"):
             _reshape(ready, node)
         if operator_name(node) in ("aten.var.dim", "aten.var.correction"):
@@ -40,6 +41,19 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
             _bound_alike(ready, node)
     _separate_outputs(ready)
     return ready
+
+
+def _require_faithful(node: Node) -> None:
+    """UnsupportedError where the translator says something else than the operator does."""
+    name, bound = operator_name(node), arguments(node)
+    if name == "aten.lstm.input":
+        hidden, cell = bound["hx"]
+        if hidden.meta["val"].shape[-1] != cell.meta["val"].shape[-1]:
+            raise unsupported(node, "ONNX has no LSTM whose output is projected (proj_size)")
+    if name == "aten.scatter_reduce.two" and bound["reduce"] == "mean":
+        raise unsupported(node, "ONNX has no scatter that averages")
+    if name == "aten.special_log_ndtr.default":
+        raise unsupported(node, "its translation to ONNX is -inf where the argument is far below 0")
 
 
 def _fix_axes(graph: Graph, fixed: Mapping[str, int]) -> None:

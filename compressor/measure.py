@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _SAME_KB = 256  # what another thread of the parent may allocate between two readings
 ALONE_VISITS, ALONE_ROUNDS = 4, 4  # of each model, and at each visit
+FEWEST = 5  # rounds after which one may know enough
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
 # Best first: the instruction set that decides how fast (and how exact) 8-bit kernels are.
 _ISA = (
@@ -105,6 +106,7 @@ def bench(
     threads: int = 1,
     rounds: int = 15,
     seconds: float = 2.0,
+    within: float = 0.0,
     providers: Sequence[str] = (),
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Latency]:
@@ -112,8 +114,9 @@ def bench(
 
     feeds: by input name, or in order (then the models may name their inputs differently). threads: inside an
     operator, 0 for all cores. rounds: turns of each model, at least 3. seconds: time for all of them
-    together, after a warm-up; every round runs each model at least once. providers: one for each model, the CPU's if
-    empty. advance: is told of each run that was timed.
+    together, after a warm-up; every round runs each model at least once. within: no more rounds are made when the
+    ratios to the first model are known to this share (standard error), after 5. providers: one for each model, the
+    CPU's if empty. advance: is told of each run that was timed.
     """
     if rounds < 3 or not models:
         raise UsageError("a latency comparison needs at least one model and 3 rounds")
@@ -126,7 +129,22 @@ def bench(
         for i in order:
             times[i].append(stopwatches[i].round())
             advance(len(times[i][-1]))
+        if turn + 1 >= FEWEST and _error(times) <= within:
+            break
     return [_latency(one) for one in times]
+
+
+def _error(times: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Standard error of the ratios between models, the largest of them, relative; of one model, that of its median.
+
+    Of a median it is 1.25 standard deviations over the root of their number, and these 0.74 interquartile ranges.
+    """
+    first, *others = ([statistics.median(one) for one in rounds] for rounds in times)
+    errors = []
+    for each in [[b / a for a, b in zip(first, other, strict=True)] for other in others] or [first]:
+        low, median, high = statistics.quantiles(each, n=4)
+        errors.append(0.93 * (high - low) / median / math.sqrt(len(each)))
+    return max(errors)
 
 
 def bench_alone(

@@ -89,6 +89,8 @@ def _moves(graph: Graph, inputs: Sequence[Tensor]) -> Iterator[tuple[Node, int, 
         wanted.setdefault(operand, set()).add(axis)
     sizes: dict[tuple[Node, int, bool], Floats] = {}
     for node, value in graph.values(*inputs):
+        if not isinstance(value, Tensor) or not value.numel():
+            continue
         for axis in wanted.get(node, ()):
             rows = (
                 value.float().abs().movedim(axis, 0).flatten(1) if value.dim() > 1 else value.abs()[:, None]
@@ -108,9 +110,12 @@ def _product(
     """What one slice of the summed axis adds to the result; None where all that it adds to goes with it."""
     (left, i), (right, j) = pair
     a, weighted = arguments(node), is_constant(right) or is_constant(left)
+    if not {(left, i, weighted), (right, j, weighted)} <= sizes.keys():  # one of them is empty
+        return None
     x, w = sizes[left, i, weighted], sizes[right, j, weighted]
     if kind(node) == "attention":
-        return x * w * (a.get("scale") or shape(left)[-1] ** -0.5)
+        scale = a.get("scale")
+        return x * w * (shape(left)[-1] ** -0.5 if scale is None else scale)
     if len(x) == len(w):
         return x * w
     groups = a["groups"]  # a grouped convolution: its weight has the channels of one group on axis 1

@@ -107,7 +107,7 @@ class Layer:
 
 
 def layer_of(node: Node) -> Layer | None:
-    """The layer that an operator is; None where its weight or bias is computed, or read with other axes."""
+    """The layer that an operator is; None where its weight is empty, or it or its bias computed, or read otherwise."""
     a, which = arguments(node), kind(node)
     source: Any = a.get("input")
     weight: Any = a.get("weight")
@@ -122,6 +122,8 @@ def layer_of(node: Node) -> Layer | None:
     if not (is_constant(weight) and is_tensor(source) and (bias is None or is_constant(bias))):
         return None
     wide = shape(weight)
+    if 0 in wide:
+        return None
     if which in ("linear", "matmul", "addmm"):
         outs, ins = wide if which == "linear" else wide[::-1] if len(wide) == 2 else (0, 0)
         plain = len(wide) == 2 and (bias is None or len(shape(bias)) == 1)

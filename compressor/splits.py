@@ -71,6 +71,8 @@ def _obstacle(graph: Graph, node: Node) -> str:
         return f"a convolution of {bound['groups']} groups is not split"
     if not is_constant(weight) or not (bias is None or is_constant(bias)):
         return "its weight or bias is computed while the model runs"
+    if not graph.tensor(weight).numel():
+        return "its weight is empty"
     if len(weight.users) > 1:
         return f"its weight is shared by {len(weight.users)} readers"
     if layer_of(node) is None:

@@ -1,7 +1,8 @@
-"""Functions whose textbook form loses every digit where their argument is large or small, written so that it does not.
+"""Functions whose textbook form is wrong where arguments are large, small or at an edge, written so that it is not.
 
-torch.onnx says log(sigmoid(x)), which is -inf at x = -20 where the answer is -20. Source: W. Kahan's log1p, and
-identities of tanh and softplus.
+torch.onnx says log(sigmoid(x)), which is -inf at x = -20 where the answer is -20; x - y floor(x / y), which has lost
+the digits of a remainder where x / y has many; the quotient of integers in float32; and atan2 that is -pi at (0, -1).
+Source: W. Kahan's log1p, identities of tanh and softplus, and C's fmod and atan2.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir
 import torch
 
 
@@ -50,8 +52,74 @@ def translations() -> dict[Any, Callable[..., Any]]:
             x, step = op.Concat(first, logaddexp(later, earlier), axis=dim), 2 * step
         return x
 
+    def exact(a: Any, b: Any) -> bool:
+        """Whether both are integers."""
+        integers = [t.dtype.is_integer() if hasattr(t, "dtype") else isinstance(t, int) for t in (a, b)]
+        return all(integers)
+
+    def like(number: float, x: Any) -> Any:
+        return op.CastLike(op.Constant(value_float=float(number)), x)
+
+    def floats(a: Any, b: Any) -> tuple[Any, Any]:
+        """Both as floats of one width."""
+        if not hasattr(a, "dtype"):
+            return like(a, b), b
+        if a.dtype.is_integer():
+            a = op.Cast(a, to=b.dtype if hasattr(b, "dtype") else onnx_ir.DataType.FLOAT)
+        return a, op.CastLike(b, a) if hasattr(b, "dtype") else like(b, a)
+
+    def apart(rest: Any, divisor: Any) -> Any:
+        """Where a truncated remainder is not that of a floor: it is not 0, and its sign is the other one."""
+        zero = like(0, rest)
+        return op.And(op.Not(op.Equal(rest, zero)), op.Xor(op.Less(rest, zero), op.Less(divisor, zero)))
+
+    def remainder(a: Any, b: Any) -> Any:
+        if exact(a, b):
+            return op.Mod(a, b)
+        a, b = floats(a, b)
+        rest = op.Mod(a, b, fmod=1)
+        return op.Where(apart(rest, b), op.Add(rest, b), rest)
+
+    def floor_divide(a: Any, b: Any) -> Any:
+        if exact(a, b):
+            quotient = op.Div(a, b)
+            rest = op.Sub(a, op.Mul(quotient, b))
+            return op.Sub(quotient, op.CastLike(apart(rest, b), quotient))
+        a, b = floats(a, b)
+        rest = op.Mod(a, b, fmod=1)
+        whole = op.Round(op.Div(op.Sub(a, rest), b))
+        made = op.Sub(whole, op.CastLike(apart(rest, b), whole))
+        return op.Where(op.Equal(b, like(0, b)), op.Div(a, b), made)
+
+    def divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+        if rounding_mode == "floor":
+            return floor_divide(a, b)
+        if rounding_mode == "trunc" and exact(a, b):
+            return op.Div(a, b)
+        quotient = op.Div(*floats(a, b))
+        if rounding_mode is None:
+            return quotient
+        return op.Mul(op.Sign(quotient), op.Floor(op.Abs(quotient)))
+
+    def atan2(y: Any, x: Any) -> Any:
+        zero = like(0, y)
+        angle = op.Where(op.Equal(y, zero), zero, op.Atan(op.Div(op.Abs(y), op.Abs(x))))
+        angle = op.Where(negative(x), op.Sub(math.pi, angle), angle)
+        return op.Where(negative(y), op.Neg(angle), angle)
+
+    def negative(x: Any) -> Any:
+        return op.Or(op.Less(x, 0.0), op.Less(op.Reciprocal(x), 0.0))  # -0 is, too
+
     aten = torch.ops.aten
     return {
+        aten.remainder.Tensor: remainder,
+        aten.remainder.Scalar: remainder,
+        aten.remainder.Scalar_Tensor: remainder,
+        aten.floor_divide.default: floor_divide,
+        aten.floor_divide.Scalar: floor_divide,
+        aten.div.Tensor_mode: divide,
+        aten.div.Scalar_mode: divide,
+        aten.atan2.default: atan2,
         aten.log_sigmoid.default: log_sigmoid,
         aten.logaddexp.default: logaddexp,
         aten.logaddexp2.default: logaddexp2,

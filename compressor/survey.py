@@ -308,7 +308,7 @@ class Spread:
 
     def update(self, value: Tensor) -> None:
         """value [..., channels]: with its channels moved to the end."""
-        rows = value.flatten(0, -2).double()
+        rows = value.reshape(-1, value.shape[-1]).double()
         self._count += len(rows)
         self._sum = self._sum + rows.sum(0)
         self._squares = self._squares + rows.square().sum(0)

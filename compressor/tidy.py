@@ -14,6 +14,24 @@ from onnx_ir.passes.common import ShapeInferencePass
 _SAMPLE = 64  # entries that tell most different weights apart
 
 
+def keep_lost_constants(model: onnx_ir.Model) -> None:
+    """Constants that the exporter's optimiser gave a name which another had, and so took out of the model, come back.
+
+    It names the bounds of a fused Clip after what is clipped, which several may read (onnxscript 0.7.2).
+    """
+    held = model.graph.initializers
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if value.graph is None and held.get(value.name or "") is not value:
+                names = itertools.chain(
+                    [value.name or "constant"], (f"{value.name}.{n}" for n in itertools.count(1))
+                )
+                value.name = next(name for name in names if name not in held)
+                held[value.name] = value
+
+
 def merge_slices(model: onnx_ir.Model) -> None:
     """A slice of a slice along other axes, both with constant bounds, becomes one."""
     outputs = set(model.graph.outputs)

@@ -72,7 +72,8 @@ def _explain(graph: Graph, error: Exception) -> UnsupportedError:
         return UnsupportedError(f"the model does not translate to ONNX: {_first_line(error)}")
     trace = failing.meta.get("stack_trace")
     own = [n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace]
-    culprit = next((n for n in own if kind(n) == "opaque"), own[0] if own else failing)
+    own.sort(key=lambda n: (n.target is not failing.target, kind(n) != "opaque"))  # a line may have several
+    culprit = own[0] if own else failing
     return unsupported(
         culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript"
     )
@@ -94,6 +95,9 @@ def _failing_node(error: BaseException | None) -> Node | None:
 
 
 def _first_line(error: BaseException) -> str:
+    """What it all began with, in a line: the exporter adds advice in colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 

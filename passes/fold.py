@@ -208,7 +208,8 @@ def _attention_scales(graph: Graph) -> Iterator[Rewrite]:
 
 def _scale_of_attention(graph: Graph, node: Node, writer: _Writer) -> Rewrite | Decline | None:
     bound = arguments(node)
-    scale = bound.get("scale") or shape(bound["query"])[-1] ** -0.5
+    scale = bound.get("scale")
+    scale = shape(bound["query"])[-1] ** -0.5 if scale is None else scale
     if scale == 1 or not isinstance(scale, float):
         return None
 
@@ -265,7 +266,7 @@ def _into_operand(
 class _Writer:
     """Folds maps into layers; sites that share tensors, and are scaled alike, go on sharing.
 
-    made: what was folded from the same tensors by the same numbers before.
+    made: what was folded from the same tensors by the same numbers before; forgotten once one of these is written anew.
     """
 
     graph: Graph
@@ -324,13 +325,16 @@ class _Writer:
     def _tensors(
         self, carrier: Node, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Node | None, Node | None] | None:
-        numbers = (scale.numpy().tobytes(), shift.numpy().tobytes())
-        key = (kind(carrier), arguments(carrier).get("groups"), *tensors_of(carrier), *numbers)
-        if key not in self.made:
-            if not _finite((weight, bias), carrier):
-                return None
-            self.made[key] = self.stored(carrier, weight, bias)
-        return self.made[key]
+        before, numbers = tensors_of(carrier), (scale.numpy().tobytes(), shift.numpy().tobytes())
+        key = (kind(carrier), arguments(carrier).get("groups"), *before, *numbers)
+        if key in self.made:
+            return self.made[key]
+        if not _finite((weight, bias), carrier):
+            return None
+        made = self.stored(carrier, weight, bias)
+        if not any(node is not None and node in before for node in made):
+            self.made[key] = made
+        return made
 
     def stored(
         self, layer: Node, weight: Tensor | None, bias: Tensor | None
@@ -348,6 +352,7 @@ class _Writer:
                 continue
             value = value.to(_dtype(layer) if node is None else node.meta["val"].dtype)
             if node is not None and list(node.users) == [layer]:
+                self.made = {k: v for k, v in self.made.items() if node not in (*k, *v)}
                 self.graph.set_tensor(node, value)
             else:
                 node = self.graph.add_tensor(name, value)

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -178,6 +179,41 @@ def test_a_dataclass_output_is_named_by_its_fields():
     torch.export.register_dataclass(Detection)
     graph = capture(module(lambda x: Detection(x, x.sum(1))), (torch.randn(2, 4),))
     assert graph.outputs == ("boxes", "scores")
+
+
+@dataclass
+class Inner:
+    value: torch.Tensor
+
+
+@dataclass
+class Outer:
+    inner: Inner
+    classes: torch.Tensor | None = None
+
+
+def test_a_dataclass_need_not_be_registered():
+    graph = capture(module(lambda x: Outer(Inner(x.value * 2), x.value.sum(1))), (Inner(torch.randn(2, 4)),))
+    assert len(graph.outputs) == 2 and "classes" in graph.outputs
+    assert [i.name for i in graph.inputs] == ["x.value"]
+
+
+def test_what_no_runtime_could_run_is_no_broken_contract():
+    linear = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedError, match="operators that do not run.*vmap"):
+        capture(module(lambda x: torch.vmap(lambda row: linear(row))(x)), (torch.randn(2, 4),))
+    with pytest.raises(UnsupportedError, match="only state that it writes into"):
+        capture(Counting(), (torch.randn(2, 4),))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2, 4))
+
+    def forward(self, x):
+        self.seen = self.seen * 0.9 + x
+        return self.seen
 
 
 def test_a_hugging_face_output_is_named_by_its_fields():

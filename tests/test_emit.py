@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 import zoo
@@ -17,7 +18,7 @@ from compressor import delivery, publishing, runtime, sessions, translator
 from compressor.capture import capture
 from compressor.data import Batch
 from compressor.emit import emit
-from compressor.errors import ContractError, OutputError, UnsupportedError
+from compressor.errors import ContractError, OutputError, TargetError, UnsupportedError
 from compressor.ir import Input
 from compressor.target import Target
 
@@ -206,6 +207,44 @@ def test_equal_weights_are_stored_once(tmp_path):
     b.load_state_dict(a.state_dict())
     emitted(lambda m, x: m["b"](m["a"](x).relu()), torch.randn(2, 64), folder=tmp_path, a=a, b=b)
     assert sum(i.dims == [64, 64] for i in onnx.load(tmp_path / "model.onnx").graph.initializer) == 1
+
+
+def test_what_is_clipped_twice_has_bounds_of_its_own(tmp_path):
+    """torch.onnx's optimiser names the bounds after what is clipped, and loses one pair of two."""
+
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in (("a", -1.0), ("b", 1.0), ("c", -2.0), ("d", 0.5)):
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, x):
+            h = 2.5 * x
+            return h.clamp(self.a, self.b), h.clamp(self.c, self.d)
+
+    x = torch.randn(4, 9)
+    path = emit(capture(Clipped(), (x,)), tmp_path / "m.onnx").path
+    assert Counter(n.op_type for n in onnx.load(path).graph.node) == {"Mul": 1, "Clip": 2}
+    for found, expected in zip(runtime.run(runtime.session(path), [x.numpy()]), Clipped()(x), strict=True):
+        np.testing.assert_allclose(found, expected.numpy())
+
+
+def test_a_file_that_is_not_valid_is_written_without_the_optimiser(graph, tmp_path, monkeypatch):
+    real, asked = translator.translate, []
+
+    def broken(graph, opset, optimize):
+        model = real(graph, opset, optimize)
+        asked.append(optimize)
+        if optimize:
+            model.graph.node(0).replace_input_with(0, onnx_ir.Value(name="nowhere"))
+        return model
+
+    monkeypatch.setattr("compressor.emit.translate", broken)
+    assert delivery.deliver(graph, TARGET, tmp_path, {}, {}).path.exists()
+    assert asked == [True, False]
+    monkeypatch.setattr("compressor.emit.translate", lambda graph, opset, _: broken(graph, opset, True))
+    with pytest.raises(TargetError, match="not valid: .*nowhere"):
+        delivery.deliver(graph, TARGET, tmp_path, {}, {})
 
 
 def test_known_sizes_are_not_asked_for(tmp_path):

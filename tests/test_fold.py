@@ -224,6 +224,31 @@ def test_a_module_called_twice_goes_on_sharing() -> None:
     assert len(outcome.rewrites) == 2 and len(after.tensors) == 2
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: m.norm(m.norm(m.norm(m.conv(x)))),
+        lambda m, x: m.norm(m.conv(x)) + m.norm(m.conv(3 * x)),
+        lambda m, x: (m.norm(m.norm(m.conv(x))), m.norm(m.conv(2 * x))),
+        lambda m, x: m.conv(x) * 0.5 * 0.5,
+        lambda m, x: m.conv(x) + 1 + 1,
+    ],
+)
+def test_equal_maps_on_one_layer_all_count(body: Callable[[Any, Tensor], Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Any:
+            return body(self, x)
+
+    before = captured(Model(), torch.randn(3, 4, 8, 8))
+    after, outcome = fold(before)
+    assert outcome.rewrites and set(operators(after)) <= {"conv", "mul", "add"}
+    assert error(before, after, torch.randn(5, 4, 8, 8)) < TOLERANCE
+
+
 def test_half_precision_is_folded_in_float64() -> None:
     model = with_power(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(3, 4, 8, 8)

@@ -83,6 +83,28 @@ def test_models_are_measured_in_turns(tmp_path, monkeypatch):
     assert "".join(order[warm_up:]) == "abbaabba"
 
 
+def test_no_more_rounds_than_it_takes_to_know(monkeypatch):
+    """Rounds that agree are enough after the fifth; those that do not go on to the last."""
+    sessions = {}
+
+    def timed(session, feed, repeats):
+        session.calls += 1
+        return [session.ms * (1 + session.noise * (session.calls % 3))]
+
+    monkeypatch.setattr(runtime, "session", lambda path, **_: sessions[path])
+    monkeypatch.setattr(runtime, "run", lambda session, feed: [])
+    monkeypatch.setattr(measure, "_timed", timed)
+    for noise, rounds in ((0.001, 5), (0.2, 15)):
+        for name, ms in (("a", 2.0), ("b", 1.0)):
+            sessions[name] = SimpleNamespace(calls=0, ms=ms, noise=noise * (name == "b"), get_inputs=list)
+        for names in (["a", "b"], ["b"]):
+            found = measure.bench(names, feeds={}, within=0.01)
+            assert len(found[0].rounds) == rounds
+        assert (
+            len(measure.bench(["a", "b"], feeds={})[0].rounds) == 15
+        )  # unless it is asked for, all are made
+
+
 def fake_session(name: str, order: list[str]):
     inputs = [SimpleNamespace(name="x", type="tensor(float)")]
     return SimpleNamespace(run=lambda *_: order.append(name), get_inputs=lambda: inputs)

@@ -154,6 +154,49 @@ def test_a_broken_exact_pass_names_pass_and_operator(graph):
         run(graph, "shift(by=0.1)")
 
 
+class Drawing(nn.Module):
+    """Adds next to nothing that is another one in every run; `noise` says how it is drawn."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.layers, self.noise = nn.Sequential(nn.Linear(5, 4)), noise
+
+    def forward(self, x):
+        return self.layers(x) + 1e-6 * self.noise(x[:, :4])
+
+
+@torch.library.custom_op("tests::untold", mutates_args=())
+def untold(x: torch.Tensor) -> torch.Tensor:
+    """Random, and nothing says so."""
+    return torch.randn_like(x)
+
+
+untold.register_fake(torch.empty_like)
+
+
+def test_random_numbers_are_no_excuse():
+    table = {"shift": Offset}
+    graph = capture(Drawing(torch.randn_like), (torch.randn(2, 5),))
+    with pytest.raises(ContractError, match=r"pass shift: output output differs by .*; first bad operator: "):
+        Pipeline([Offset(by=0.1)], table).run(graph.copy(), context())
+    row = Pipeline([Offset()], table).run(graph.copy(), context())[-1]
+    assert (row.contract, row.status) == ("exact", "proved")
+
+    graph = capture(Drawing(untold), (torch.randn(2, 5),))
+    row = Pipeline([Offset(by=0.01)], table).run(graph.copy(), context())[-1]
+    assert row.contract == "bounded"  # what cannot be held to more does not claim more
+
+
+@dataclass(frozen=True)
+class Offset(Shift):
+    """Shift for `Drawing`."""
+
+    def run(self, graph, ctx):
+        bias = next(n for n in graph.nodes if n.target == "layers.0.bias")
+        graph.set_tensor(bias, graph.tensor(bias) + self.by)
+        return Outcome([Rewrite("0", "shifted")])
+
+
 def test_a_masked_pass_equals_its_mask(graph):
     rows = run(graph, "cut")
     assert rows[-1].status == "proved"

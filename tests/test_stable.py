@@ -59,3 +59,72 @@ def test_infinities_are_added(tmp_path):
 def test_a_sum_along_a_dynamic_axis_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="logcumsumexp"):
         emitted(lambda x: torch.logcumsumexp(x, 0), torch.randn(4, 3), tmp_path)
+
+
+NUMBERS = [-1e4, -88.8, -3.5, -0.7, -1e-8, -0.0, 0.0, 1e-8, 0.7, 3.5, 88.8, 1e4, torch.inf, -torch.inf]
+DIVISIONS: dict[str, Any] = {
+    "remainder": lambda a, b: a % b,
+    "remainder of a number": lambda a, b: 3.5 % b,
+    "remainder by a number": lambda a, b: a % -0.7,
+    "floor": lambda a, b: a // b,
+    "floor by a number": lambda a, b: torch.div(a, 0.7, rounding_mode="floor"),
+    "trunc": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_quotients_and_remainders_are_exact(name, tmp_path):
+    """Where a quotient is a whole number but for its last bit, floor(x / y) is another one."""
+    a, b = (
+        part.reshape(2, -1) for part in torch.cartesian_prod(torch.tensor(NUMBERS), torch.tensor(NUMBERS)).T
+    )
+    expected = DIVISIONS[name](a, b).numpy()
+    graph = capture(Two(DIVISIONS[name]), (a, b))
+    file = emit(graph, tmp_path / "model.onnx").path
+    np.testing.assert_array_equal(
+        runtime.run(runtime.session(file, threads=1), [a.numpy(), b.numpy()])[0], expected
+    )
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_integers_are_divided_as_integers(mode, dtype, tmp_path):
+    large = 2**53 + 1 if dtype is torch.int64 else 2**30 + 1  # no float32 holds it
+    a = torch.tensor([[large, -large, 7, -7, 6, -6, 0]], dtype=dtype).repeat(2, 1)
+    b = torch.tensor([[3, 3, 2, 2, -3, -3, 5]], dtype=dtype).repeat(2, 1)
+    graph = capture(Two(lambda a, b: torch.div(a, b, rounding_mode=mode)), (a, b))
+    file = emit(graph, tmp_path / "model.onnx").path
+    found = runtime.run(runtime.session(file, threads=1), [a.numpy(), b.numpy()])[0]
+    np.testing.assert_array_equal(found, torch.div(a, b, rounding_mode=mode).numpy())
+    mixed = emit(capture(Two(lambda a, b: a // 2.5 + a % 2.5), (a % 100, b)), tmp_path / "mixed.onnx").path
+    found = runtime.run(runtime.session(mixed, threads=1), [(a % 100).numpy(), b.numpy()])[0]
+    np.testing.assert_allclose(found, ((a % 100) // 2.5 + (a % 100) % 2.5).numpy())
+
+
+def test_angles_in_all_quadrants_and_between(tmp_path):
+    ends = torch.tensor([-2.0, -0.0, 0.0, 1e-8, 3.0, torch.inf])
+    y, x = (part.reshape(2, -1) for part in torch.cartesian_prod(ends, ends[:-1]).T)
+    file = emit(capture(Two(torch.atan2), (y, x)), tmp_path / "model.onnx").path
+    found = runtime.run(runtime.session(file, threads=1), [y.numpy(), x.numpy()])[0]
+    np.testing.assert_allclose(found, torch.atan2(y, x).numpy(), rtol=1e-6)
+
+
+class Two(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.function(a, b)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (torch.special.log_ndtr, "-inf"),
+        (lambda x: x.scatter_reduce(1, torch.zeros(2, 3, dtype=torch.int64), x, "mean"), "averages"),
+    ],
+)
+def test_what_the_translator_gets_wrong_is_refused(function, words, tmp_path):
+    with pytest.raises(UnsupportedError, match=words):
+        emitted(function, torch.randn(2, 3), tmp_path)

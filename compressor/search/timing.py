@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import measure, runtime
+from .. import delivery, measure, runtime
 
 COUNTERS = Path("/sys/class/powercap")
 BATCH = 8  # samples at once, on all cores, for throughput
@@ -17,13 +17,15 @@ def costs(paths: Sequence[Path], feeds: Any, many: Any, seconds: float) -> list[
     """Of each file, timed in turns: p50_ms and p95_ms (`feeds`, one thread), throughput in samples a second (`many`
     inputs at once, all cores; NaN where the batch is fixed), joules of one run (NaN where nothing counts them)."""
     rows = []
-    for path, one in zip(paths, measure.bench(paths, feeds=feeds, seconds=seconds), strict=True):
+    for path, one in zip(
+        paths, measure.bench(paths, feeds=feeds, seconds=seconds, within=delivery.SURE), strict=True
+    ):
         rows.append(
             {"p50_ms": one.median_ms, "p95_ms": one.p95_ms, "joules": joules(path, feeds, seconds / 4)}
         )
     if many is None:
         return [row | {"throughput": math.nan} for row in rows]
-    fast = measure.bench(paths, feeds=many, threads=0, seconds=seconds)
+    fast = measure.bench(paths, feeds=many, threads=0, seconds=seconds, within=delivery.SURE)
     return [row | {"throughput": 1e3 * BATCH / one.median_ms} for row, one in zip(rows, fast, strict=True)]
 
 
