@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,17 @@ def text(values: Mapping[str, Any]) -> str:
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a file that reads back to the same command. OutputError where it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(text(values), encoding="utf-8")
+        part.write_bytes(text(values).encode())
+        part.replace(path)
+    except UnicodeEncodeError as error:
+        raise OutputError(f"{path}: cannot be written: a word of the command is no UTF-8") from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def words(values: Mapping[str, Any]) -> list[str]:

@@ -98,10 +98,10 @@ def require_size(emitted: Emitted, most: float, unused: Sequence[str]) -> None:
         t.name: math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in held
     }
     heaviest = sorted(weighs.items(), key=lambda entry: -entry[1])[:LARGEST]
-    tensors = ", ".join(f"{tensor} ({size / 1e6:.2f} MB)" for tensor, size in heaviest)
+    tensors = ", ".join(f"{tensor} ({size / 1e6:.4g} MB)" for tensor, size in heaviest)
     advice = f"add {', '.join(unused)}" if unused else "give its passes tighter budgets"
     raise UsageError(
-        f"{name} has {largest / 1e6:.2f} MB, and --max-mb {most:g} was asked for: {advice}; its largest tensors are "
+        f"{name} has {largest / 1e6:.4g} MB, and --max-mb {most:g} was asked for: {advice}; its largest tensors are "
         f"{tensors}"
     )
 

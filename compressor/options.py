@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,17 @@ def _limits(ctx: click.Context, option: click.Parameter, values: Sequence[str]) 
     return limits
 
 
-_POSITIVE = click.FloatRange(0, min_open=True)
+class _Finite(click.FloatRange):
+    """Not `inf` and not `nan`, which Python takes for numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return found
+
+
+_POSITIVE = _Finite(0, min_open=True)
 _POSTPROCESS = click.option(
     "--postprocess",
     metavar="NMS",

@@ -364,7 +364,8 @@ def _create(
 ) -> ort.InferenceSession:
     source = model if isinstance(model, bytes) else os.fspath(model)
     if isinstance(source, str) and not Path(source).is_file():
-        raise TargetError(f"{source}: no such file")
+        folder = os.path.isdir(source)
+        raise TargetError(f"{source}: {'a folder; name the .onnx file in it' if folder else 'no such file'}")
     extra: dict[str, Any] = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
     extra["enable_fallback"] = 0  # to the CPU's provider, in silence: a number would be of another runtime
     try:

@@ -63,6 +63,13 @@ def test_what_is_saved_reads_back_to_the_same_command(run: Run, calls: list[dict
     assert Path("again.toml").read_text() == Path("saved.toml").read_text()
 
 
+def test_what_cannot_be_saved_leaves_the_old_file(run: Run, calls: list[dict[str, Any]]) -> None:
+    Path("saved.toml").write_text("seed = 1\n")
+    code, _, err = run("model.pt2", "--output", "n\udcff", "--save-config", "saved.toml")
+    assert code == 5 and "no UTF-8" in err and Path("saved.toml").read_text() == "seed = 1\n"
+    assert not list(Path().glob(".saved*"))
+
+
 def test_what_is_typed_beats_the_file(run: Run, calls: list[dict[str, Any]]) -> None:
     Path("compress.toml").write_text('passes = "fold"\nseed = 4\nmeasure = false\nadapter = ["a", "b"]\n')
     code, _, err = run("model.pt2", "--seed", "5", "--adapter", "c")

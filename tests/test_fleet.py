@@ -138,6 +138,11 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
     entry = fleet.read(files / "models.toml", None)[0]
     key = json.loads((entry.output / fleet.RECEIPT).read_text())["key"]
     assert fleet._known(entry, key).state == "done"
+    page = (entry.output / "report.html").read_text()
+    (entry.output / "report.html").write_text("")
+    assert fleet._known(entry, key) is None  # all that was published is held to the receipt
+    (entry.output / "report.html").write_text(page)
+    assert fleet._known(entry, key).state == "done"
     (entry.output / "model.onnx").unlink()
     assert fleet._known(entry, key) is None  # a receipt alone is no model
 
@@ -155,9 +160,64 @@ def test_a_list_is_made_once_and_one_that_fails_costs_the_others_nothing(files, 
         ("[[model]]\npath = 'a.pt2'\n[[model]]\npath = 'a.pt2'", UsageError, "two models would be written"),
         ("[[model", FileError, "not TOML"),
         ("model = ['a.pt2']", UsageError, "at least one model in a table"),
+        ("[default]\ntarget = 'web'\n[[model]]\npath = 'a.pt2'", UsageError, "did you mean 'defaults'"),
+        ("[[model]]\npath = 'a.pt2'\npasses = 5", UsageError, "'passes' is a word, not 5"),
+        (
+            "[[model]]\npath = 'a.pt2'\nconstraint = ['drop<=1', 3]",
+            UsageError,
+            "'constraint' is a word, or a list",
+        ),
+        ("[[model]]\npath = 'a.pt2'\ntrials = 0", UsageError, "'trials' is a whole number, 1 or more, not 0"),
+        ("[[model]]\npath = 'a.pt2'\ntrust-pickle = 1", UsageError, "'trust-pickle' is true or false"),
+        ("[[model]]\npath = 'a.pt2'\nmax-mb = nan", UsageError, "'max-mb' is a number above 0"),
+        (
+            "[[model]]\npath = 'a.pt2'\nmin-ort = '1.17'\nmin_ort = '1.18'",
+            UsageError,
+            "'min_ort' is said twice",
+        ),
+        ("[[model]]\npath = 'a.pt2'\nmeasure = true", UsageError, "unknown key 'measure'"),
+        (
+            "[[model]]\npath = 'a.pt2'\noutput = 'x'\n[[model]]\npath = 'b.pt2'\noutput = 'y/../x'",
+            UsageError,
+            "two models would be written",
+        ),
+        (
+            "[[model]]\npath = 'a.pt2'\ntrials = 1\n[[model]]\npath = 'b.pt2'\noutput = 'a-search'",
+            UsageError,
+            "two models would be written",
+        ),
+        ("[[model]]\npath = 'a.pt2'\noutput = '.'", UsageError, "where the list is"),
     ],
 )
 def test_what_a_list_gets_wrong_is_said_before_anything_runs(tmp_path, text, error, words):
     (tmp_path / "list.toml").write_text(text)
     with pytest.raises(error, match=words):
         fleet.read(tmp_path / "list.toml", None)
+
+
+def test_names_are_relative_to_the_list_and_words_are_lists(tmp_path, monkeypatch):
+    (tmp_path / "style").mkdir()
+    (tmp_path / "arch.py").write_text("")
+    (tmp_path / "list.toml").write_text(
+        "[[model]]\npath = 'a.pt2'\nadapter = 'style:0.5'\nmodel = 'arch.py:net'\n"
+        "allow-missing = '*head*'\neval = 'm:f'"
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    (entry,) = fleet.read(tmp_path / "list.toml", None)
+    assert entry.path == tmp_path / "a.pt2"  # and no other of that name
+    assert entry.options == {
+        "adapter": [f"{tmp_path / 'style'}:0.5"], "model_spec": f"{tmp_path / 'arch.py'}:net",
+        "allow_missing": ["*head*"], "evaluate": "m:f",
+    }  # fmt: skip
+
+
+def test_a_folder_of_others_is_not_touched(files, tmp_path, capsys):
+    (tmp_path / "list.toml").write_text(
+        f"[[model]]\npath = '{files / 'net.pt2'}'\ncalib = '{files / 'x.npz'}'\n"
+        "passes = 'fold'\ntrials = 1\noutput = 'net'"
+    )
+    mine = tmp_path / "net-search" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    assert cli.main(["batch", str(tmp_path / "list.toml"), "--workers", "1"]) == 2
+    assert mine.read_text() == "precious" and "no batch has made it" in capsys.readouterr().err

@@ -120,11 +120,29 @@ def test_objectives_by_name():
         objective("latencies")
 
 
+def test_passes_that_do_not_go_together_are_left_out():
+    assert space("merge,{none,fold},{none,prune(macs=0.8)}").product() == [
+        "merge", "merge,prune(macs=0.8)", "merge,fold",
+    ]  # fmt: skip
+    assert space("{int8,none}").product() == ["fold,int8"]  # no pass is no model
+    with pytest.raises(UsageError, match="names no pass"):
+        space("{none}")
+
+
+def test_a_pass_may_stand_twice():
+    twice = space("prune(macs={0.8,0.9}),prune(macs={0.6,0.7}),fold")
+    assert twice.decisions() == {"prune.macs": ("0.8", "0.9"), "prune#2.macs": ("0.6", "0.7")}
+    assert len(twice.product()) == 4
+    with pytest.raises(UsageError, match="says macs twice"):
+        space("prune(macs=0.5,macs=0.6)")
+
+
 def test_hopeless_is_what_later_passes_do_not_mend():
     limits = [constraint("drop<=1.0"), constraint("sqnr>=30")]
     assert not hopeless(limits, {"drop": 2.9, "sqnr": 12.0})
     assert "drop is 3.1" in hopeless(limits, {"drop": 3.1, "sqnr": 40.0})
     assert "sqnr is 9" in hopeless(limits, {"drop": 0.0, "sqnr": 9.0})
+    assert not hopeless([constraint("sqnr>=-3")], {"sqnr": -2.0})  # it holds
 
 
 # -------------------------------------------------------------------- frozen graphs

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from zoo import with_power
 
-from compressor import cli
-from compressor.errors import CompressorError, UsageError
+from compressor import cli, registry
+from compressor.errors import CompressorError, DataError, UsageError
+from compressor.search.space import Space
 from compressor.search.study import Study
+from compressor.search.trial import Outcome
 from compressor.search.tune import default_space, made_task, tune
 
 INT8 = "int8(equalise=false,rounding=nearest,calibration={minmax,mse,percentile})"
@@ -177,6 +179,43 @@ def test_what_no_trial_could_do_is_said_before_a_search_begins(files, tmp_path, 
     with pytest.raises(CompressorError, match=words):
         tune(files / "net.pt2", passes=SPACE, trials=4, workers=1, **given)
     assert not (tmp_path / "out" / "search.log").exists()
+
+
+def test_a_metric_that_is_no_number_ends_the_search_at_once(files, tmp_path, monkeypatch):
+    (tmp_path / "lost.py").write_text("def metric(run):\n    return float('nan')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="on the model as it came, gives nan"):
+        search(files, tmp_path / "out", evaluate="lost:metric", constraints=["sqnr>=1"])
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+@pytest.mark.parametrize("name", ["best/weights.pt", "trials/0000/notes.txt", "tune.json"])
+def test_what_is_not_of_a_search_is_not_replaced(files, tmp_path, name):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(UsageError, match="which the search would replace"):
+        search(files, tmp_path / "out")
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tune.json", "{"), ("tune.json", '{"a": 1}'), ("search.log", "hm\n")]
+)
+def test_damaged_files_of_a_search_are_named(files, tmp_path, name, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.log").touch()
+    (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(UsageError, match=f"{name} is damaged"):
+        search(files, tmp_path / "out", resume=True)
+
+
+def test_a_pass_that_learns_may_win_back_what_is_lost(files, tmp_path):
+    study = object.__new__(Study)
+    study.space = Space("prune(macs=0.5),{fold,distill}", registry.passes())
+    study.outcomes = {0: Outcome(0, "prune(macs=0.5),fold", "hopeless", doomed="prune(macs=0.5)")}
+    assert study._is_doomed("prune(macs=0.5),fold")
+    assert not study._is_doomed("prune(macs=0.5),distill") and not study._is_doomed("prune(macs=0.6),fold")
 
 
 def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_path, capsys):

@@ -29,7 +29,10 @@ from . import trial
 from .trial import FAILED, Outcome, Task
 
 TRIES = 2  # of a trial whose worker died
-_DIED = f"its worker died {TRIES} times: out of memory, most likely"
+_DIED = (
+    f"its worker died {TRIES} times: out of memory, most likely, or started by a script that calls without "
+    "`if __name__ == '__main__':`"
+)
 ANSWER_SECONDS = 10.0
 FILES = ("model_spec", "adapter", "evaluate", "preprocess")  # options that name files
 SLOT = "latency_slot"  # the resource of a Ray node that times one model at a time

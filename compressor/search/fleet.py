@@ -22,6 +22,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from typing import Any
 
 from .. import publishing, registry, toml
 from ..delivery import sha256
-from ..errors import CompressorError, UsageError, nearest
+from ..errors import CompressorError, OutputError, UsageError, nearest
 from ..progress import Watch
 from ..report import write_text
 from . import trial as trials
@@ -46,8 +48,16 @@ NAMES = {
     "calib": "calibration", "eval": "evaluate", "model": "model_spec", "input": "inputs", "objective": "objectives",
     "constraint": "constraints",
 }  # fmt: skip
-PATHS = ("path", "calib", "eval", "adapter", "preprocess")
+PATHS = ("calibration", "evaluate", "adapter", "preprocess", "model_spec")  # they name files, or may
 SEARCH = ("objectives", "constraints", "trials", "timeout", "sampler")  # a budget: any of these
+WORDS = (
+    "path", "output", "passes", "target", "calibration", "evaluate", "postprocess", "preprocess", "image_input",
+    "model_spec", "combine", "task", "text_field", "label_field", "min_ort", "latency_cmd", "sampler",
+)  # fmt: skip
+LISTS = ("adapter", "inputs", "allow_missing", "emit", "objectives", "constraints")  # of words, or one word
+FLAGS = ("trust_pickle", "dynamic")
+COUNTS = {"calib_limit": 1, "opset": 1, "seed": 0, "trials": 1}  # and the least
+NUMBERS = ("tolerance", "max_mb", "timeout")
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,10 @@ def batch(
                     asked.append((task, number, spec))
             except CompressorError as error:
                 found[number] = Outcome(number, "", REFUSED, str(error).splitlines()[0])
+            except Exception as error:  # a file that we read wrongly, most likely: the others are made
+                found[number] = Outcome(
+                    number, "", FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
+                )
             if number in found:
                 _say(watch, entries[number], found[number])
         while asked:  # a few at a time: what was made is in its place, whatever becomes of the others
@@ -124,58 +138,82 @@ def _say(watch: Watch, entry: Entry, outcome: Outcome) -> None:
 def read(listed: Path, output: Path | None) -> list[Entry]:
     """The entries of a list. UsageError, FileError."""
     text = toml.read(listed)
+    for name in text:
+        if name not in ("defaults", "model"):
+            raise UsageError(f"{listed}: unknown table '{name}'{nearest(name, ('defaults', 'model'))}")
     defaults, models = text.get("defaults", {}), text.get("model", [])
     tables = isinstance(models, list) and all(isinstance(one, dict) for one in models)
     if not tables or not models or not isinstance(defaults, dict):
         raise UsageError(f"{listed}: name at least one model in a table [[model]]")
     home = output if output is not None else listed.parent
     entries = [_entry(listed, i, {**defaults, **one}, home) for i, one in enumerate(models, 1)]
-    folders = [entry.output for entry in entries]
+    folders = [entry.output for entry in entries] + [_search(entry) for entry in entries if entry.searched]
     for one in folders:
         if folders.count(one) > 1:
             raise UsageError(
                 f"{listed}: two models would be written to {one}; give each an output of its own"
             )
+        if one in Path(os.path.realpath(listed)).parents:
+            raise UsageError(
+                f"{listed}: a model would be written over {one}, where the list is; give it an output"
+            )
     return entries
 
 
 def _entry(listed: Path, number: int, values: Mapping[str, Any], home: Path) -> Entry:
-    where = f"{listed}, model {number}"
-    if "path" not in values:
-        raise UsageError(f"{where}: it has no path")
-    options: dict[str, Any] = {}
+    where, options = f"{listed}, model {number}", dict[str, Any]()
     for key, value in values.items():
-        if key == "output":
-            value = str(listed.parent / str(value))
-        elif key in PATHS:
-            value = (
+        name = NAMES.get(key, key.replace("-", "_"))
+        if name in options:
+            raise UsageError(f"{where}: '{key}' is said twice")
+        options[name] = _checked(where, key, name, value)
+    if not options.get("path"):
+        raise UsageError(f"{where}: it has no path")
+    for name in PATHS:
+        if name in options:
+            value = options[name]
+            options[name] = (
                 [_placed(listed, one) for one in value] if isinstance(value, list) else _placed(listed, value)
             )
-        options[NAMES.get(key, key.replace("-", "_"))] = value
-    path = Path(options.pop("path"))
-    known = _known_options()
-    for name in options:
-        if name not in known:
-            raise UsageError(f"{where}: unknown key '{name}'{nearest(name, known)}")
-    for name in ("objectives", "constraints"):
-        if isinstance(options.get(name), str):
-            options[name] = [options[name]]
-    folder = Path(options.pop("output", home / path.name.split(".")[0]))
-    return Entry(path, folder, options)
+    path = listed.parent / options.pop("path")
+    folder = options.pop("output", None)
+    chosen = listed.parent / folder if folder is not None else home / path.name.split(".")[0]
+    return Entry(path, Path(os.path.realpath(chosen)), options)
 
 
-def _placed(listed: Path, value: Any) -> str:
-    """A path relative to the list, where there is something; words such as `module:function` as they are."""
-    beside = listed.parent / str(value)
-    return str(beside.resolve()) if beside.exists() else str(value)
+def _checked(where: str, key: str, name: str, value: Any) -> Any:
+    """The value of a key, a word for several as a list. UsageError for an unknown key, and another kind of value."""
+    single = not isinstance(value, (list, dict, bool))
+    if name in WORDS:
+        good, kind = isinstance(value, str), "a word"
+    elif name in LISTS:
+        value = [value] if isinstance(value, str) else value
+        good, kind = (
+            isinstance(value, list) and all(isinstance(one, str) for one in value),
+            "a word, or a list of them",
+        )
+    elif name in FLAGS:
+        good, kind = isinstance(value, bool), "true or false"
+    elif name in COUNTS:
+        least = COUNTS[name]
+        good, kind = single and isinstance(value, int) and value >= least, f"a whole number, {least} or more"
+    elif name in NUMBERS:
+        good, kind = single and isinstance(value, (int, float)) and 0 < value < math.inf, "a number above 0"
+    else:
+        known = {key for key in (*WORDS, *LISTS, *FLAGS, *COUNTS, *NUMBERS)} | NAMES.keys()
+        raise UsageError(f"{where}: unknown key '{key}'{nearest(key, known)}")
+    if not good:
+        raise UsageError(f"{where}: '{key}' is {kind}, not {json.dumps(value, default=str)}")
+    return value
 
 
-def _known_options() -> set[str]:
-    from ..opening import Options
-
-    return {f.name for f in dataclasses.fields(Options)} | {
-        "passes", "target", "calibration", "output", *SEARCH,
-    }  # fmt: skip
+def _placed(listed: Path, value: str) -> str:
+    """What lies beside the list of `FILE`, `FOLDER:0.5` and `file.py:function`; other words as they are."""
+    for name in (value, value.rpartition(":")[0]):
+        beside = listed.parent / name
+        if name and beside.exists():
+            return f"{beside.resolve()}{value.removeprefix(name)}"
+    return value
 
 
 def _prepared(entry: Entry) -> tuple[Task, str, str]:
@@ -185,6 +223,7 @@ def _prepared(entry: Entry) -> tuple[Task, str, str]:
     }
     target = registry.target(entry.options.get("target"))
     task, _ = made_task(entry.path, entry.options.get("calibration"), target.name, _work(entry), options)
+    task = dataclasses.replace(task, measure=True)  # as `compress` decides
     spec = entry.options.get("passes") or target.recipe
     search = {name: entry.options.get(name) for name in SEARCH}
     return task, spec, key_of(task.digest, target.name, {k: str(v) for k, v in options.items()}, spec, search)
@@ -194,11 +233,16 @@ def _work(entry: Entry) -> Path:
     return entry.output.with_name(f".{entry.output.name}-work")
 
 
+def _search(entry: Entry) -> Path:
+    """Where a model that has a budget is searched."""
+    return entry.output.with_name(f"{entry.output.name}-search")
+
+
 def _known(entry: Entry, key: str) -> Outcome | None:
     try:
         kept = json.loads((entry.output / RECEIPT).read_text())
         outcome = Outcome(**kept["outcome"])
-        whole = sha256(entry.output / "model.onnx") == outcome.sha256
+        whole = all(sha256(entry.output / name) == digest for name, digest in kept["files"].items())
         return outcome if kept["key"] == key and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -207,13 +251,18 @@ def _known(entry: Entry, key: str) -> Outcome | None:
 def _searched(entry: Entry, number: int, task: Task, spec: str, key: str, runner: Engine) -> Outcome:
     """A search that goes on where an earlier one ended, unless it was for something else."""
     options = dict(entry.options)
-    folder = entry.output.with_name(f"{entry.output.name}-search")
+    folder = _search(entry)
     wanted = {name: options.get(name) for name in ("objectives", "constraints", "sampler")}
     mine = key_of(task.digest, task.target, spec, wanted)
-    if _text(folder / KEY) != mine:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_text(folder / KEY, mine)
+    with alone(folder):
+        if (before := _text(folder / KEY)) != mine:
+            if not before and any(folder.iterdir()):
+                raise OutputError(
+                    f"{folder} is not empty, and no batch has made it: give the model another output"
+                )
+            for one in folder.iterdir():
+                shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+            write_text(folder / KEY, mine)
     begun = (folder / STATE).exists()
     study = tune(entry.path, output=folder, resume=begun, running=runner, **options)
     best = study.best
@@ -248,4 +297,8 @@ def _text(path: Path) -> str:
 def _moved(made: Path, entry: Entry, key: str, outcome: Outcome) -> None:
     with publishing.staging(entry.output) as stage:
         shutil.copytree(made, stage, dirs_exist_ok=True)
-        (stage / RECEIPT).write_text(json.dumps({"key": key, "outcome": dataclasses.asdict(outcome)}))
+        files = {
+            str(one.relative_to(stage)): sha256(one) for one in sorted(stage.rglob("*")) if one.is_file()
+        }
+        kept = {"key": key, "outcome": dataclasses.asdict(outcome), "files": files}
+        (stage / RECEIPT).write_text(json.dumps(kept))

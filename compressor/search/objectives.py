@@ -84,6 +84,8 @@ def hopeless(constraints: Sequence[Constraint], values: Mapping[str, float]) -> 
     """
     for one in constraints:
         value = values.get(one.name, math.nan)
+        if not one.missed(values):
+            continue
         if one.name == "drop" and value > GIVEN_UP * max(one.limit, 0.5):
             return f"{one.name} is {value:.3g}, {one} was asked for"
         if one.name == "sqnr" and value < one.limit / GIVEN_UP:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import UsageError
@@ -74,10 +76,15 @@ class Space:
 
     def __init__(self, text: str, registry: Mapping[str, type[Any]]) -> None:
         self.text = text
-        self._slots = [_slot(part) for part in split(text)]
+        seen: Counter[str] = Counter()
+        self._slots = [_slot(part, seen) for part in split(text)]
         self._registry = registry
-        for spec in (self.first(), *itertools.islice(self.each_word(), MOST)):
-            self.canonical(spec)
+        if not any(map(any, self.each_word())):
+            raise UsageError(f"'{text}' names no pass")
+        for words in itertools.islice(self.each_word(), MOST):
+            found = [parse(spec, registry) for spec in filter(None, words)]
+            if found and not any(map(self.possible, words)):
+                arrange(found[0], registry)  # raises: none of these words goes together with the others
 
     def spec(self, choose: Choose) -> str:
         """The spec that the answers of `choose` make. It is asked only what matters for them."""
@@ -91,18 +98,19 @@ class Space:
         """The first guess but for some answers."""
         return self.spec(lambda name, words: answers.get(name, words[0]))
 
-    def each_word(self) -> Iterator[str]:
-        """Specs in which every word occurs at least once."""
+    def each_word(self) -> Iterator[tuple[str, ...]]:
+        """For the first guess, and for every word: specs in which it occurs, between the last and the first others."""
+        yield (self.first(),)
         for name, words in self.decisions().items():
             owner = name.partition(".")[0]  # the pass must be there for its options to be
             for word in words:
 
                 def choose(
-                    n: str, w: Sequence[str], name: str = name, word: str = word, owner: str = owner
+                    n: str, w: Sequence[str], end: int, name: str = name, word: str = word, owner: str = owner
                 ) -> str:
-                    return word if n == name else owner if owner in w else w[-1]
+                    return word if n == name else owner if owner in w else "with" if n == owner else w[end]
 
-                yield self.spec(choose)
+                yield tuple(self.spec(partial(choose, end=end)) for end in (-1, 0))
 
     def decisions(self) -> dict[str, tuple[str, ...]]:
         """Every decision by name, also those that matter for some others only."""
@@ -122,37 +130,58 @@ class Space:
         if math.prod(map(len, spelled)) > MOST:
             raise UsageError(f"'{self.text}' stands for more than {MOST:,} specs")
         specs = (",".join(filter(None, words)) for words in itertools.product(*spelled))
-        return list(dict.fromkeys(map(self.canonical, specs)))
+        return list(dict.fromkeys(filter(None, map(self.possible, specs))))
+
+    def possible(self, spec: str) -> str:
+        """The canonical spec; nothing where it names no pass, or passes that do not go together."""
+        try:
+            return self.canonical(spec) if spec else ""
+        except UsageError:
+            return ""
+
+    def learns(self, spec: str) -> bool:
+        """Whether a pass of the spec may win back what others have lost."""
+        return any(one.learns for one in parse(spec, self._registry))
 
     def canonical(self, spec: str) -> str:
         """The spec as reports spell it: passes that are added stand in it, options that are the defaults do not."""
         return ",".join(map(str, arrange(parse(spec, self._registry), self._registry)[0]))
 
 
-def _slot(text: str) -> _Pass | _OneOf:
+def _slot(text: str, seen: Counter[str]) -> _Pass | _OneOf:
+    """seen: how often each pass stood in the slots before, which are other decisions."""
     if not text.startswith("{"):
-        return _pass(text)
+        return _pass(text, seen)
     if not text.endswith("}"):
         raise UsageError(f"'{text}' has no closing brace")
     words = split(text[1:-1])
-    passes = tuple(None if word == "none" else _pass(word) for word in words)
+    passes = tuple(None if word == "none" else _pass(word, seen) for word in words)
     names = [one.name if one is not None else "none" for one in passes]
     if len(set(names)) < len(names) or not names:
         raise UsageError(f"'{text}': each pass once; give its options several values instead")
-    return _OneOf(Decision("|".join(names), tuple(names)), passes)
+    which = "|".join(names)
+    return _OneOf(Decision(_numbered(which, seen), tuple(names)), passes)
 
 
-def _pass(text: str) -> _Pass:
+def _numbered(name: str, seen: Counter[str]) -> str:
+    seen[name] += 1
+    return name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _pass(text: str, seen: Counter[str]) -> _Pass:
     head, _, rest = text.partition("(")
     if rest and not rest.rstrip().endswith(")"):
         raise UsageError(f"'{text}' has no closing parenthesis")
     optional = head.strip().endswith("?")
     name = head.strip().rstrip("?").strip()
-    options = []
+    label = _numbered(name, seen)
+    options: list[tuple[str, Decision]] = []
     for part in split(rest.rstrip()[:-1] if rest else ""):
         key, _, raw = (word.strip() for word in part.partition("="))
-        options.append((key, Decision(f"{name}.{key}", _words(name, key, raw))))
-    present = Decision(name, ("without", "with")) if optional else None
+        if key in dict(options):
+            raise UsageError(f"'{text}' says {key} twice; give it several values: {key}={{A,B}}")
+        options.append((key, Decision(f"{label}.{key}", _words(name, key, raw))))
+    present = Decision(label, ("without", "with")) if optional else None
     return _Pass(name, tuple(options), present)
 
 

@@ -108,27 +108,33 @@ class Study:
 
     def _original(self) -> dict[str, float]:
         """Values of the model as it came; made once."""
-        known = self.folder / SUMMARY
+        known, found = self.folder / SUMMARY, dict[str, float]()
         if known.exists():
-            before = json.loads(known.read_text())
-            self.table |= before["latency_table"]
-            return dict(before["original"])
-        with self.watch("the original"):
-            found: dict[str, float] = self.engine.alone(trials.original, self.task)
+            try:
+                before = json.loads(known.read_text())
+                self.table |= {one: _numbers(values) for one, values in before["latency_table"].items()}
+                found = _numbers(before["original"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{known} is damaged: name another --output") from error
+        if not found or not (self.task.original / "model.onnx").exists():
+            with self.watch("the original"):
+                found = self.engine.alone(trials.original, self.task) | found
         return found
 
     def _opened(self) -> optuna.Study:
         begun = (self.folder / STATE).exists()
         if begun:
             _mend(self.folder / STATE)
-        storage = JournalStorage(JournalFileBackend(str(self.folder / STATE)))
-        study = optuna.create_study(
-            storage=storage,
-            study_name="tune",
-            # of another number of objectives it would not load, which `_require_same` says more clearly
-            directions=["minimize"] * len(self.objectives) if not begun else None,
-            load_if_exists=True,
-        )
+        try:
+            study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(self.folder / STATE))),
+                study_name="tune",
+                # of another number of objectives it would not load, which `_require_same` says more clearly
+                directions=["minimize"] * len(self.objectives) if not begun else None,
+                load_if_exists=True,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.folder / STATE} is damaged: name another --output") from error
         self._require_same(study)
         for one in study.get_trials(deepcopy=False):
             if _OUTCOME in one.user_attrs:
@@ -181,15 +187,14 @@ class Study:
                 study.tell(stale.number, state=TrialState.FAIL)
         asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
         known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
-        doomed = self._doomed
         study.sampler = self._sampler(len(self.outcomes))
         same = 0
         while len(asked) < count and same < SAME:
             one = study.ask()
-            spec = self.space.canonical(
+            spec = self.space.possible(
                 self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
             )
-            if spec in known or spec.startswith(doomed):
+            if not spec or spec in known or self._is_doomed(spec):
                 same += 1
                 if same == STUCK:
                     study.sampler = RandomSampler(seed=self._seed(len(self.outcomes)))
@@ -201,16 +206,16 @@ class Study:
             asked.append((one, spec))
         return asked
 
-    @property
-    def _doomed(self) -> tuple[str, ...]:
-        """How specs begin that keep to no constraint, whatever follows."""
-        return tuple(f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
+    def _is_doomed(self, spec: str) -> bool:
+        """Whether a spec begins like one that lost too much, and no pass behind that wins it back."""
+        lost = (f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
+        return any(spec.startswith(one) and not self.space.learns(spec.removeprefix(one)) for one in lost)
 
     def _exhausted(self) -> str:
         known = {one.spec for one in self.outcomes.values()}
         with contextlib.suppress(UsageError):  # too many to list
-            if all(spec in known or spec.startswith(self._doomed) for spec in self.space.product()):
-                return "every spec of the space was tried"
+            if all(spec in known or self._is_doomed(spec) for spec in self.space.product()):
+                return "every spec of the space was tried, or begins like one that lost too much"
         return f"{SAME} draws in a row had been tried before: there are few others"
 
     def _seed(self, told: int) -> int:
@@ -338,9 +343,8 @@ class Study:
         wanted = " and ".join(map(str, self.constraints))
         best = self.best
         if best is None:
-            states = (
-                "; ".join(dict.fromkeys(one.why for one in self.outcomes.values())) or "no trial was made"
-            )
+            none = f"no trial was made{f': {self.stopped}' if self.stopped else ''}"
+            states = "; ".join(dict.fromkeys(one.why for one in self.outcomes.values())) or none
             return f"no trial gave a model: {states[:400]}"
         missed = ", ".join(
             f"{one.name} {best.values.get(one.name, math.nan):.4g}"
@@ -376,6 +380,11 @@ class Study:
             "trials": [dataclasses.asdict(one) for _, one in sorted(self.outcomes.items())],
             "latency_table": self.table,
         }
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Of a report, which says `nan` and `inf` in words."""
+    return {name: float(value) for name, value in values.items()}
 
 
 def _mend(log: Path) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from .. import registry
-from ..errors import UsageError
+from ..errors import CompressorError, UsageError
 from ..opening import Options
 from ..progress import Watch
 from ..report import write_text
 from . import trial as trials
 from .engines import Engine
 from .space import Space
-from .trial import DONE, Outcome, Task
+from .trial import DONE, FAILED, Outcome, Task
 from .tune import alone, elsewhere, made_task, opened_engine
 
 COLUMNS = (
@@ -72,7 +72,7 @@ def sweep(
     specs = space.product()
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-swept")
     found: dict[str, list[Outcome]] = {spec: [] for spec in specs}
-    watch = watch or Watch()
+    watch, lines = watch or Watch(), list[Line]()
     with alone(folder), opened_engine(engine, workers, ray_address, trial_cpus) as runner:
         for seed in range(seeds):
             task, _ = made_task(
@@ -88,8 +88,8 @@ def sweep(
                     timed = _timed(runner, task, outcome)
                 watch.say("trial", **dataclasses.asdict(timed))
                 found[outcome.spec].append(timed)
-    lines = [_line(spec, outcomes) for spec, outcomes in found.items()]
-    write_text(folder / "sweep.csv", as_csv(lines))
+            lines = [_line(spec, outcomes) for spec, outcomes in found.items()]
+            write_text(folder / "sweep.csv", as_csv(lines))
     place = elsewhere(registry.target(target))
     return lines, [*([f"timed on {place}"] if place else []), *_notices(lines)]
 
@@ -97,7 +97,10 @@ def sweep(
 def _timed(engine: Engine, task: Task, outcome: Outcome) -> Outcome:
     if outcome.state != DONE:
         return outcome
-    costs = engine.alone(trials.costs, task, outcome.number)
+    try:
+        costs = engine.alone(trials.costs, task, outcome.number)
+    except CompressorError as error:
+        return dataclasses.replace(outcome, state=FAILED, why=str(error).splitlines()[0])
     return dataclasses.replace(outcome, values=outcome.values | costs)
 
 

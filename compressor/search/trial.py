@@ -32,7 +32,8 @@ DONE, REFUSED, HOPELESS, FAILED = "done", "refused", "hopeless", "failed"
 class Task:
     """What all trials of a study share, as plain data. Files are named by paths that every worker can read.
 
-    digest: of model, data and options. constraints: those that a trial is given up by, early.
+    digest: of model, data and options. constraints: those that a trial is given up by, early. measure: whether passes
+    decide by the stopwatch, though other trials run beside it.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Task:
     store: str
     digest: str
     constraints: tuple[Constraint, ...] = ()
+    measure: bool = False
 
     @property
     def original(self) -> Path:
@@ -97,12 +99,11 @@ def opened(task: Task) -> tuple[Loaded, Graph]:
 
 
 class Trial(Run):
-    """A run that begins behind passes which another one has made, and gives up early. No decision is timed in it:
-    other trials run beside it."""
+    """A run that begins behind passes which another one has made, and gives up early."""
 
     def __init__(self, task: Task, number: int, spec: str) -> None:
         target = registry.target(task.target)
-        opt = Options.of({**task.options, "measure": False})
+        opt = Options.of({**task.options, "measure": task.measure})
         super().__init__(opt, target.speaking(opt.opset, opt.min_ort), spec)
         self.task, self.number = task, number
         self.kept = _Kept(self)
@@ -113,6 +114,8 @@ class Trial(Run):
 
     def baseline(self, graph: Graph) -> Emitted | None:
         made = self.task.original / "model.onnx"
+        if self.task.measure:
+            return super().baseline(graph)
         if not made.exists():
             return None
         return Emitted(made, (), (), _bytes(made))
@@ -211,8 +214,15 @@ def original(task: Task) -> dict[str, float]:
             raise DataError(
                 f"--eval, on the model as it came: {type(error).__name__}: {_line(error)}"
             ) from error
+        metric = next(iter(found.values()), math.nan)
+        if found and not math.isfinite(metric):
+            raise DataError(
+                f"--eval, on the model as it came, gives {metric}, which is no number to compare with"
+            )
+        if not found and any(one.name in ("drop", "metric") for one in task.constraints):
+            raise DataError("--eval, on the model as it came, gives no metric")
         if found:
-            values |= {"metric": next(iter(found.values())), "drop": 0.0}
+            values |= {"metric": metric, "drop": 0.0}
     return values
 
 

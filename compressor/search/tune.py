@@ -25,14 +25,16 @@ from ..publishing import hold
 from ..spec import split
 from ..stopwatch import HERE, Stopwatch
 from ..target import Target
+from . import picture
 from .engines import Engine, Local, Ray, file_of
 from .objectives import QUALITIES, constraint, objective
 from .space import Space
 from .store import key_of
-from .study import SAMPLERS, STATE, Study
+from .study import SAMPLERS, STATE, SUMMARY, Study
 from .trial import Task, opened
 
 TRIALS = 40
+MADE = ("best", "pareto", "trials", SUMMARY, picture.NAME)  # what a search replaces in its folder
 LEAST_DB = 20.0  # of the outputs, where neither a metric nor a constraint was named
 INT8 = (
     "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
@@ -96,7 +98,10 @@ def tune(
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name.split('.')[0]}-tuned")
     values = tuple(dict.fromkeys(map(objective, objectives)))
     here = contextlib.nullcontext(running) if running is not None else None
-    with alone(folder, resume), here or opened_engine(engine, workers, ray_address, trial_cpus) as runner:
+    with (
+        alone(folder, resume, MADE),
+        here or opened_engine(engine, workers, ray_address, trial_cpus) as runner,
+    ):
         task, graph = made_task(model, calibration, target, folder, options)
         task = dataclasses.replace(task, constraints=tuple(wanted))
         space = Space(
@@ -252,14 +257,21 @@ def _digest_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, resume: bool | None = None) -> Iterator[None]:
-    """The folder of a search, in which no other one runs. UsageError where it is not what `resume` says, if it does."""
+def alone(folder: Path, resume: bool | None = None, made: Sequence[str] = ()) -> Iterator[None]:
+    """The folder of a search, in which no other one runs. UsageError where it is not what `resume` says, if it does.
+
+    made: names that a search which begins may not find there, as it would replace them.
+    """
     folder = Path(os.path.realpath(folder))
     begun = (folder / STATE).exists()
     if begun and resume is False:
         raise UsageError(f"{folder} holds a search: go on with --resume, or name another --output")
     if resume and not begun:
         raise UsageError(f"{folder} holds no search to resume")
+    if there := [name for name in made if not begun and (folder / name).exists()]:
+        raise UsageError(
+            f"{folder} holds {', '.join(there)}, which the search would replace: name another --output"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
