@@ -58,7 +58,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return all(integers)
 
     def like(number: float, x: Any) -> Any:
-        return op.CastLike(op.Constant(value_float=float(number)), x)
+        return op.CastLike(op.Constant(value=onnx_ir.tensor(float(number), onnx_ir.DataType.DOUBLE)), x)
 
     def floats(a: Any, b: Any) -> tuple[Any, Any]:
         """Both as floats of one width."""
@@ -104,11 +104,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def atan2(y: Any, x: Any) -> Any:
         zero = like(0, y)
         angle = op.Where(op.Equal(y, zero), zero, op.Atan(op.Div(op.Abs(y), op.Abs(x))))
-        angle = op.Where(negative(x), op.Sub(math.pi, angle), angle)
+        angle = op.Where(negative(x), op.Sub(like(math.pi, y), angle), angle)
         return op.Where(negative(y), op.Neg(angle), angle)
 
     def negative(x: Any) -> Any:
-        return op.Or(op.Less(x, 0.0), op.Less(op.Reciprocal(x), 0.0))  # -0 is, too
+        zero = like(0, x)
+        return op.Or(op.Less(x, zero), op.Less(op.Reciprocal(x), zero))  # -0 is, too
 
     aten = torch.ops.aten
     return {

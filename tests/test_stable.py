@@ -72,12 +72,15 @@ DIVISIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", DIVISIONS)
-def test_quotients_and_remainders_are_exact(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in DIVISIONS), ("remainder", torch.float64), ("floor", torch.float64),
+     ("remainder", torch.float16), ("remainder by a number", torch.float16)],
+)  # fmt: skip
+def test_quotients_and_remainders_are_exact(name, dtype, tmp_path):
     """Where a quotient is a whole number but for its last bit, floor(x / y) is another one."""
-    a, b = (
-        part.reshape(2, -1) for part in torch.cartesian_prod(torch.tensor(NUMBERS), torch.tensor(NUMBERS)).T
-    )
+    numbers = torch.tensor(NUMBERS, dtype=dtype)
+    a, b = (part.reshape(2, -1) for part in torch.cartesian_prod(numbers, numbers).T)
     expected = DIVISIONS[name](a, b).numpy()
     graph = capture(Two(DIVISIONS[name]), (a, b))
     file = emit(graph, tmp_path / "model.onnx").path
