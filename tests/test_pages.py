@@ -24,6 +24,7 @@ from compressor.run import Run
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LONG = (
     "adapters.md",
+    "detectors.md",
     "text.md",
     "search.md",
 )  # pages whose blocks take over twenty seconds: `make nightly` runs them
