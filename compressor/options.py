@@ -410,17 +410,17 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # which click 8.1 doe
 
     name = "numbers"
 
-    def __init__(self, least: int) -> None:
-        self.least = least
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self.least, self.most = least, most
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | tuple[int, ...]:
         words = str(value).split(",")
-        if not all(word.isdigit() and int(word) >= self.least for word in words):
-            self.fail(
-                f"'{value}' is not a number from {self.least} on, or several between commas", param, ctx
-            )
+        most = math.inf if self.most is None else self.most
+        if not all(word.isdigit() and self.least <= int(word) <= most for word in words):
+            span = f"from {self.least} {'on' if self.most is None else f'to {self.most}'}"
+            self.fail(f"'{value}' is not a number {span}, or several between commas", param, ctx)
         found = tuple(dict.fromkeys(map(int, words)))
         return found if len(found) > 1 else found[0]
 
@@ -428,7 +428,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # which click 8.1 doe
 timing = _all(
     click.option(
         "--threads",
-        type=Numbers(0),
+        type=Numbers(0, 1024),
         metavar="N,...",
         show_default="1; with --advise the most that are tried, all cores",
         help="Inside an operator; 0: all cores. Several make a grid with --batch.",

@@ -62,7 +62,11 @@ def test_a_batch_that_the_file_does_not_take_is_refused(tmp_path: Path, run: Run
         api.bench([path], batch=(1, 8), seconds=0.1)
     with pytest.raises(UsageError, match=r"one\.onnx: its batch is fixed to 1"):
         api.bench([save(tmp_path / "any.onnx"), path], batch=4, seconds=0.1)  # whichever of them it is
-    for words in (("--threads", "1,x"), ("--batch", "0"), ("--batch", "1,"), ("--profile", "--batch", "1,2")):
+    wrong = (
+        ("--threads", "1,x"), ("--threads", "99999999999"), ("--batch", "0"), ("--batch", "1,"),
+        ("--profile", "--batch", "1,2"), ("--seconds", "nan"), ("--seconds", "inf"),
+    )  # fmt: skip
+    for words in wrong:
         assert run("bench", path, *words)[0] == 2
 
 

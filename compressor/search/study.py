@@ -419,7 +419,13 @@ def _linked(sources: Mapping[str, Path], home: Path) -> None:
     fresh = home.with_name(f".{home.name}-new")
     shutil.rmtree(fresh, ignore_errors=True)
     for name, source in sources.items():
-        shutil.copytree(source, fresh / name, copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(
+            source,
+            fresh / name,
+            copy_function=_link,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(_KEPT),
+        )
     fresh.mkdir(exist_ok=True)
     replace(home, fresh)
 
