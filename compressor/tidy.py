@@ -24,7 +24,7 @@ def keep_lost_constants(model: onnx_ir.Model) -> None:
         for value in node.inputs:
             if value is None or value.const_value is None or value.producer() is not None:
                 continue
-            if value.graph is None and held.get(value.name or "") is not value:
+            if value.graph is None:
                 names = itertools.chain(
                     [value.name or "constant"], (f"{value.name}.{n}" for n in itertools.count(1))
                 )

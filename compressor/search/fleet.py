@@ -200,7 +200,7 @@ def _checked(where: str, key: str, name: str, value: Any) -> Any:
     elif name in NUMBERS:
         good, kind = single and isinstance(value, (int, float)) and 0 < value < math.inf, "a number above 0"
     else:
-        known = {key for key in (*WORDS, *LISTS, *FLAGS, *COUNTS, *NUMBERS)} | NAMES.keys()
+        known = {*WORDS, *LISTS, *FLAGS, *COUNTS, *NUMBERS, *NAMES}
         raise UsageError(f"{where}: unknown key '{key}'{nearest(key, known)}")
     if not good:
         raise UsageError(f"{where}: '{key}' is {kind}, not {json.dumps(value, default=str)}")

@@ -82,9 +82,11 @@ class Space:
         if not any(map(any, self.each_word())):
             raise UsageError(f"'{text}' names no pass")
         for words in itertools.islice(self.each_word(), MOST):
-            found = [parse(spec, registry) for spec in filter(None, words)]
-            if found and not any(map(self.possible, words)):
-                arrange(found[0], registry)  # raises: none of these words goes together with the others
+            named = [spec for spec in words if spec]
+            for spec in named:
+                parse(spec, registry)
+            if named and not any(map(self.possible, named)):
+                self.canonical(named[0])  # says why these passes do not go together
 
     def spec(self, choose: Choose) -> str:
         """The spec that the answers of `choose` make. It is asked only what matters for them."""
