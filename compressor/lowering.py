@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .ir import Graph, Input
 from .names import operator_name, unsupported
-from .ops import arguments, is_tensor, kind
+from .ops import arguments, attention_scale, is_tensor, kind
 
 aten = torch.ops.aten
 
@@ -96,8 +96,7 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
     """
     bound = arguments(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
-    scale = bound.get("scale")
-    scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    scale = attention_scale(node)
     if scale != 1:
         query = graph.insert(aten.mul.Tensor, (query, scale), before=node)
     turned = graph.insert(aten.transpose.int, (key, -2, -1), before=node)

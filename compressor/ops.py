@@ -185,6 +185,13 @@ def arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
+def attention_scale(node: Node) -> Any:
+    """What the products of attention are multiplied by: its `scale`, or one over the root of the queries' width."""
+    bound = arguments(node)
+    given = bound.get("scale")
+    return bound["query"].meta["val"].shape[-1] ** -0.5 if given is None else given
+
+
 def set_argument(graph: Graph, node: Node, name: str, value: Any) -> None:
     """Rewrites one argument by its schema name, leaving how the others were passed as it is."""
     schema = list(node.target._schema.arguments)  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from .atoms import Array
 from .channels import Group, contracted, paired
 from .ir import Graph
 from .masked_norms import mask_norms
-from .ops import arguments, contractions, is_constant, kind, shape
+from .ops import arguments, attention_scale, contractions, is_constant, kind
 
 Floats = NDArray[np.float64]
 
@@ -114,8 +114,7 @@ def _product(
         return None
     x, w = sizes[left, i, weighted], sizes[right, j, weighted]
     if kind(node) == "attention":
-        scale = a.get("scale")
-        return x * w * (shape(left)[-1] ** -0.5 if scale is None else scale)
+        return x * w * attention_scale(node)
     if len(x) == len(w):
         return x * w
     groups = a["groups"]  # a grouped convolution: its weight has the channels of one group on axis 1

@@ -29,7 +29,7 @@ from compressor.constants import fold_constants
 from compressor.identities import identities, loosen_views, shorter
 from compressor.ir import Graph
 from compressor.names import short_name, site
-from compressor.ops import arguments, is_constant, kind, set_argument, shape
+from compressor.ops import arguments, attention_scale, is_constant, kind, set_argument
 from compressor.pipeline import EXACT, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
 from compressor.scales import Map, composed, map_of, standing_chains
 from compressor.sharing import share_equal
@@ -208,8 +208,7 @@ def _attention_scales(graph: Graph) -> Iterator[Rewrite]:
 
 def _scale_of_attention(graph: Graph, node: Node, writer: _Writer) -> Rewrite | Decline | None:
     bound = arguments(node)
-    scale = bound.get("scale")
-    scale = shape(bound["query"])[-1] ** -0.5 if scale is None else scale
+    scale = attention_scale(node)
     if scale == 1 or not isinstance(scale, float):
         return None
 
