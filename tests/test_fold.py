@@ -249,6 +249,18 @@ def test_equal_maps_on_one_layer_all_count(body: Callable[[Any, Tensor], Any]) -
     assert error(before, after, torch.randn(5, 4, 8, 8)) < TOLERANCE
 
 
+def test_attention_scaled_by_nothing_stays_so() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), scale=0.0)
+
+    fold(captured(Attention(), torch.randn(2, 5, 8)))
+
+
 def test_half_precision_is_folded_in_float64() -> None:
     model = with_power(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(3, 4, 8, 8)

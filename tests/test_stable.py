@@ -126,6 +126,8 @@ class Two(nn.Module):
     [
         (torch.special.log_ndtr, "-inf"),
         (lambda x: x.scatter_reduce(1, torch.zeros(2, 3, dtype=torch.int64), x, "mean"), "averages"),
+        (lambda x, lstm=nn.LSTM(3, 4, proj_size=2): lstm(x)[0], "proj_size"),
+        (lambda x: x.to_sparse(), "sparse"),
     ],
 )
 def test_what_the_translator_gets_wrong_is_refused(function, words, tmp_path):
