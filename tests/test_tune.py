@@ -218,6 +218,36 @@ def test_a_pass_that_learns_may_win_back_what_is_lost(files, tmp_path):
     assert not study._is_doomed("prune(macs=0.5),distill") and not study._is_doomed("prune(macs=0.6),fold")
 
 
+def test_what_lost_too_much_is_taught_once(files, tmp_path):
+    """The spec that lost the least learns, and only that: lessons take minutes."""
+    space = "prune(macs={0.9,0.7,0.5},criterion=l1),distill?(epochs=2,minutes=none)"
+    study = search(files, tmp_path / "out", passes=space, constraints=["sqnr>=60"], trials=5)
+    learned = [one for one in study.outcomes.values() if "distill" in one.spec]
+    plain = sorted(
+        (one for one in study.outcomes.values() if "distill" not in one.spec),
+        key=lambda one: -one.values["sqnr"],
+    )
+    assert len(plain) == 3 and [one.spec.partition(",distill")[0] for one in learned] == [
+        one.spec for one in plain[:2]
+    ]
+    for one, before in zip(learned, plain, strict=False):
+        assert one.state == "done" and one.values["sqnr"] >= before.values["sqnr"]
+    study = search(files, tmp_path / "none", passes=space, constraints=["sqnr>=1"], trials=5)
+    assert len(study.outcomes) == 3 and study.stopped.startswith("every spec")
+
+
+def test_lessons_are_as_long_as_there_is_time(files):
+    from compressor.capture import capture
+
+    small = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 8, 8))
+    large = capture(nn.Sequential(nn.Conv2d(3, 512, 7), nn.ReLU()), torch.randn(2, 3, 224, 224))
+    texts = [
+        default_space(graph, registry.target("cpu"), ("latency_ms",), 256, timeout)
+        for graph, timeout in ((small, None), (small, 0.001), (large, None))
+    ]
+    assert ["distill" in text for text in texts] == [True, False, False] and "epochs=60" in texts[0]
+
+
 def test_what_cannot_be_reached_gives_the_nearest_and_its_distance(files, tmp_path, capsys):
     words = [
         str(files / "net.pt2"),
@@ -286,12 +316,12 @@ def test_the_default_space_suits_the_model(files):
     multiplies = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))
     for graph in (convolves, multiplies):
         for name in ("cpu", "gpu", "mobile"):
-            for has in (True, False):
-                Space(default_space(graph, target(name), ("size_mb",), has), passes())
-    assert "scheme=dynamic" in default_space(multiplies, target("cpu"), ("latency_ms",), False)
-    assert "int8" not in default_space(convolves, target("cpu"), ("latency_ms",), False)
-    assert "int4" in default_space(multiplies, target("cpu"), ("size_mb",), True)
-    assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), True)
+            for samples in (256, 0):
+                Space(default_space(graph, target(name), ("size_mb",), samples), passes())
+    assert "scheme=dynamic" in default_space(multiplies, target("cpu"), ("latency_ms",), 0)
+    assert "int8" not in default_space(convolves, target("cpu"), ("latency_ms",), 0)
+    assert "int4" in default_space(multiplies, target("cpu"), ("size_mb",), 256)
+    assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), 256)
 
 
 def test_a_metric_in_the_working_directory_is_known_by_what_it_says(files, tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def _prepared(entry: Entry) -> tuple[Task, str, str]:
         k: v for k, v in entry.options.items() if k not in ("passes", "target", "calibration", *SEARCH)
     }
     target = registry.target(entry.options.get("target"))
-    task, _ = made_task(entry.path, entry.options.get("calibration"), target.name, _work(entry), options)
+    task, *_ = made_task(entry.path, entry.options.get("calibration"), target.name, _work(entry), options)
     task = dataclasses.replace(task, measure=True)  # as `compress` decides
     spec = entry.options.get("passes") or target.recipe
     search = {name: entry.options.get(name) for name in SEARCH}

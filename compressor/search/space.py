@@ -145,6 +145,12 @@ class Space:
         """Whether a pass of the spec may win back what others have lost."""
         return any(one.learns for one in parse(spec, self._registry))
 
+    @property
+    def lessons(self) -> list[str]:
+        """Decisions on passes that may be left out, and that learn."""
+        optional = [one for one in self._slots if isinstance(one, _Pass) and one.present is not None]
+        return [one.present.name for one in optional if one.present and self._registry[one.name].learns]
+
     def canonical(self, spec: str) -> str:
         """The spec as reports spell it: passes that are added stand in it, options that are the defaults do not."""
         return ",".join(map(str, arrange(parse(spec, self._registry), self._registry)[0]))

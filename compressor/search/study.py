@@ -38,9 +38,10 @@ from .trial import DONE, Outcome, Task
 ROUND = 4  # trials that are asked together, whatever the number of workers
 STUCK = 8  # specs in a row that were tried before: the rest of the round is drawn at random
 SAME = 50  # specs in a row that were tried before: the space is exhausted
+CHEAPER = 0.9  # times the MACs of the best model: what a lesson that takes minutes must promise
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
-_OUTCOME, _BEGUN = "outcome", "begun with"
+_OUTCOME, _BEGUN, _TAUGHT = "outcome", "begun with", "once more with lessons"
 _KEPT = "outcome.json"
 
 
@@ -90,19 +91,22 @@ class Study:
         self.first = self._original()
         study = self._opened()
         try:
-            longest = 0.0
+            longest = {False: 0.0, True: 0.0}  # seconds of a round without lessons, and with one
             while len(self.outcomes) < self.trials:
                 begun = time.monotonic()
-                if self.timeout is not None and begun - start + longest > self.timeout:
+                room = self.timeout - (begun - start) if self.timeout is not None else math.inf
+                if room < longest[False]:
                     self.stopped = f"the time is up ({self.timeout:g} s)"
                     break
                 left = ROUND - len(self.outcomes) % ROUND  # of a round that was killed
-                asked = self._asked(study, min(left, self.trials - len(self.outcomes)))
+                count = min(left, self.trials - len(self.outcomes))
+                asked = self._asked(study, count, lessons=room >= longest[True])
                 if not asked:
                     self.stopped = self._exhausted()
                     break
                 self._round(study, asked)
-                longest = max(longest, time.monotonic() - begun)
+                learned = any(_TAUGHT in one.user_attrs for one, _ in asked)
+                longest[learned] = max(longest[learned], time.monotonic() - begun)
         finally:
             self.publish()
 
@@ -175,7 +179,7 @@ class Study:
             found[name] = words.index(word) if _numeric(words) else word
         return found
 
-    def _asked(self, study: optuna.Study, count: int) -> list[tuple[Trial, str]]:
+    def _asked(self, study: optuna.Study, count: int, lessons: bool) -> list[tuple[Trial, str]]:
         """The trials of the next round, those first that were in flight when an earlier search ended."""
         running = [
             t
@@ -188,12 +192,12 @@ class Study:
         asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
         known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
         study.sampler = self._sampler(len(self.outcomes))
+        if lessons and (lesson := self._lesson(study)) is not None:
+            study.enqueue_trial(lesson[0], user_attrs={_TAUGHT: lesson[1]})
         same = 0
         while len(asked) < count and same < SAME:
             one = study.ask()
-            spec = self.space.possible(
-                self.space.spec(lambda name, words, one=one: _choice(one, name, words))  # type: ignore[misc]
-            )
+            spec = self.space.possible(self._drawn(one))
             if not spec or spec in known or self._is_doomed(spec):
                 same += 1
                 if same == STUCK:
@@ -206,6 +210,31 @@ class Study:
             asked.append((one, spec))
         return asked
 
+    def _drawn(self, one: Trial) -> str:
+        """The spec that optuna's answers make. Passes that learn are in it where `_lesson` wants them."""
+        spared = () if _TAUGHT in one.user_attrs else self.space.lessons
+        return self.space.spec(lambda name, words: words[0] if name in spared else _choice(one, name, words))
+
+    def _lesson(self, study: optuna.Study) -> tuple[dict[str, Any], int] | None:
+        """Answers that give a trial which lost too much the passes that learn, and its number; minutes well spent.
+
+        Of those that would be cheaper than the best so far, the one that lost the least and had none yet.
+        """
+        before = {one.number: one for one in study.get_trials(deepcopy=False)}
+        had = {one.user_attrs.get(_TAUGHT) for one in before.values()}
+        most = CHEAPER * min((one.values["macs"] for one in self.feasible), default=math.inf)
+        lost = [
+            (missed, one.number)
+            for one in self.outcomes.values()
+            if 0 < (missed := distance(self.constraints, one.values)) < math.inf
+            and one.values["macs"] <= most
+        ]
+        for _, number in sorted(lost):
+            answers = before[number].params | dict.fromkeys(self.space.lessons, "with")
+            if number not in had and answers != before[number].params:
+                return answers, number
+        return None
+
     def _is_doomed(self, spec: str) -> bool:
         """Whether a spec begins like one that lost too much, and no pass behind that wins it back."""
         lost = (f"{outcome.doomed}," for outcome in self.outcomes.values() if outcome.doomed)
@@ -213,8 +242,10 @@ class Study:
 
     def _exhausted(self) -> str:
         known = {one.spec for one in self.outcomes.values()}
+        spared = bool(self.space.lessons)
         with contextlib.suppress(UsageError):  # too many to list
-            if all(spec in known or self._is_doomed(spec) for spec in self.space.product()):
+            left = [one for one in self.space.product() if not (spared and self.space.learns(one))]
+            if all(one in known or self._is_doomed(one) for one in left):
                 return "every spec of the space was tried, or begins like one that lost too much"
         return f"{SAME} draws in a row had been tried before: there are few others"
 

@@ -75,7 +75,7 @@ def sweep(
     watch, lines = watch or Watch(), list[Line]()
     with alone(folder), opened_engine(engine, workers, ray_address, trial_cpus) as runner:
         for seed in range(seeds):
-            task, _ = made_task(
+            task, *_ = made_task(
                 model, calibration, target, folder / f"seed-{seed}", {**options, "seed": seed}
             )
             with watch("the original"):

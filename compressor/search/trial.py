@@ -73,11 +73,13 @@ class Outcome:
 
 
 class _Hopeless(Exception):
-    """A constraint is missed by more than the passes to come can mend. doomed: the passes so far, as a spec."""
+    """A constraint is missed by more than the passes to come can mend. doomed: the passes so far, as a spec. values:
+    what is known of it.
+    """
 
-    def __init__(self, why: str, doomed: str) -> None:
+    def __init__(self, why: str, doomed: str, values: dict[str, float]) -> None:
         super().__init__(why)
-        self.doomed = doomed
+        self.doomed, self.values = doomed, values
 
 
 _OPEN: dict[str, tuple[Loaded, Graph]] = {}
@@ -128,9 +130,10 @@ class Trial(Run):
         done = [one.name for one in self.pipeline.passes].index(row.name) + 1
         made, left = self.pipeline.passes[:done], self.pipeline.passes[done:]
         if left and not any(one.learns for one in left):
-            why = hopeless(self.task.constraints, _quality(row, self.first))
+            values = _quality(row, self.first) | _work(row, self.first)
+            why = hopeless(self.task.constraints, values)
             if why:
-                raise _Hopeless(f"after {row.config}: {why}", ",".join(map(str, made)))
+                raise _Hopeless(f"after {row.config}: {why}", ",".join(map(str, made)), values)
 
 
 class _Kept(Memory):
@@ -179,10 +182,11 @@ def run(task: Task, number: int, spec: str) -> Outcome:
             page.write(stage / page.NAME, report.read_report(written))
         made = result.report["emitted"]
         last = Row.of(result.report["rows"][-1])
-        values = _quality(last, trial.first, made.get("metric")) | _sizes(result.report)
+        values = _quality(last, trial.first, made.get("metric")) | _work(last, trial.first)
+        values["size_mb"] = made["bytes"] / 1e6
         return outcome(DONE, values=values, sha256=made["sha256"])
     except _Hopeless as error:
-        return outcome(HOPELESS, str(error), doomed=error.doomed)
+        return outcome(HOPELESS, str(error), doomed=error.doomed, values=error.values)
     except OutputError:
         raise
     except CompressorError as error:
@@ -196,8 +200,8 @@ def original(task: Task) -> dict[str, float]:
 
     CompressorError where data or metric do not work even on it.
     """
-    loaded, _ = _opened(task)
-    run, graph = _as_shipped(task)
+    loaded, graph = _opened(task)
+    run, graph = _as_shipped(task, loaded, graph)
     task.original.mkdir(parents=True, exist_ok=True)
     plain = dataclasses.replace(run.target, formats=("onnx",))
     whole = run.shipped(graph)
@@ -226,9 +230,15 @@ def original(task: Task) -> dict[str, float]:
     return values
 
 
-def _as_shipped(task: Task) -> tuple[Run, Graph]:
-    """A run that never runs, and the graph with what images come in as in front."""
-    loaded, graph = _opened(task)
+def samples_of(task: Task, loaded: Loaded, graph: Graph) -> int:
+    """How many samples of the calibration data passes may see; 0 without data."""
+    run, graph = _as_shipped(task, loaded, graph)
+    _, seen, _ = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph))
+    return seen.samples if seen is not None else 0
+
+
+def _as_shipped(task: Task, loaded: Loaded, graph: Graph) -> tuple[Run, Graph]:
+    """A run that never runs, and a copy of the graph with what images come in as in front."""
     opt, target = Options.of({**task.options, "measure": False}), registry.target(task.target)
     run = Run(opt, target.speaking(opt.opset, opt.min_ort), target.recipe)
     graph = graph.copy()
@@ -238,7 +248,7 @@ def _as_shipped(task: Task) -> tuple[Run, Graph]:
 
 def timed(task: Task, number: int) -> dict[str, float]:
     """`latency_ms` of a trial's file, and its `speedup` over the original, timed in turns with it."""
-    run, graph = _as_shipped(task)
+    run, graph = _as_shipped(task, *_opened(task))
     stopwatch = Stopwatch(registry.target(task.target), run.opt.latency_cmd, {})
     files = {
         "model": _emitted(task.trial(number) / "model.onnx", graph),
@@ -250,7 +260,7 @@ def timed(task: Task, number: int) -> dict[str, float]:
 
 def costs(task: Task, number: int) -> dict[str, float]:
     """What a trial's file costs to run, see `timing.costs`, and its `speedup` over the original."""
-    _, graph = _as_shipped(task)
+    _, graph = _as_shipped(task, *_opened(task))
     files = [_emitted(one / "model.onnx", graph) for one in (task.trial(number), task.original)]
     one = sessions.single(files[0].inputs, graph.example)
     many = None
@@ -271,15 +281,13 @@ def _emitted(path: Path, graph: Graph) -> Emitted:
     return Emitted(path, inputs, outputs, _bytes(path), integer=True)
 
 
-def _sizes(made: Mapping[str, Any]) -> dict[str, float]:
-    first, last = made["rows"][0], made["rows"][-1]
+def _work(last: Row, first: Row) -> dict[str, float]:
     return {
-        "size_mb": made["emitted"]["bytes"] / 1e6,
-        "macs": last["macs"] / max(first["macs"], 1),
-        "params": last["params"] / max(first["params"], 1),
-        "macs_count": float(last["macs"]),
-        "flops": 2.0 * last["macs"],
-        "params_count": float(last["params"]),
+        "macs": last.macs / max(first.macs, 1),
+        "params": last.params / max(first.params, 1),
+        "macs_count": float(last.macs),
+        "flops": 2.0 * last.macs,
+        "params_count": float(last.params),
     }
 
 

@@ -19,7 +19,7 @@ from ..images import search_here
 from ..ir import Graph
 from ..load import Loaded
 from ..opening import Options
-from ..ops import CONTRACTIONS, kind, node_macs
+from ..ops import CONTRACTIONS, kind, macs, node_macs
 from ..progress import Watch
 from ..publishing import hold
 from ..spec import split
@@ -31,7 +31,7 @@ from .objectives import QUALITIES, constraint, objective
 from .space import Space
 from .store import key_of
 from .study import SAMPLERS, STATE, SUMMARY, Study
-from .trial import Task, opened
+from .trial import Task, opened, samples_of
 
 TRIALS = 40
 MADE = ("best", "pareto", "trials", SUMMARY, picture.NAME)  # what a search replaces in its folder
@@ -40,6 +40,10 @@ INT8 = (
     "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
     "sqnr={none,20,25,30})"
 )
+LESSON_SECONDS = 180.0  # of one worker, or a fifth of all the time there is
+LESSON_MACS = 16e9  # a second that one core learns with, roughly: ResNet-56 on AVX2
+LESSON_COST = 4  # times the MACs of the model: the teacher, the student, and its gradients
+LEAST_EPOCHS, MOST_EPOCHS = 5, 60  # fewer teach little, more is what `distill` does by itself
 PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (
     {"prune": "with", "prune.macs": "0.8"},
@@ -102,11 +106,10 @@ def tune(
         alone(folder, resume, MADE),
         here or opened_engine(engine, workers, ray_address, trial_cpus) as runner,
     ):
-        task, graph = made_task(model, calibration, target, folder, options)
+        task, loaded, graph = made_task(model, calibration, target, folder, options)
+        samples = samples_of(task, loaded, graph) if passes is None else 0
         task = dataclasses.replace(task, constraints=tuple(wanted))
-        space = Space(
-            passes or default_space(graph, where, values, calibration is not None), registry.passes()
-        )
+        space = Space(passes or default_space(graph, where, values, samples, timeout), registry.passes())
         known = space.decisions()
         study = Study(
             task=task,
@@ -130,15 +133,20 @@ def tune(
     return study
 
 
-def default_space(graph: Graph, target: Target, objectives: Sequence[str], data: bool) -> str:
-    """What may pay for this model on this target: the recipe with integers first, then channels, ranks, halves."""
+def default_space(
+    graph: Graph, target: Target, objectives: Sequence[str], samples: int, timeout: float | None = None
+) -> str:
+    """What may pay for this model on this target: the recipe with integers first, then channels, ranks, halves.
+
+    samples: of the calibration data. timeout: seconds of the whole search.
+    """
     work: dict[str, int] = {}
     for node in graph.nodes:
         if kind(node) in CONTRACTIONS:
             work[kind(node)] = work.get(kind(node), 0) + node_macs(node)
     convolves = work.get("conv", 0) + work.get("conv_transpose", 0) > sum(work.values()) / 2
     ends = []
-    if data:
+    if samples:
         ends.append(INT8)
     elif not convolves:
         ends.append("int8(scheme=dynamic)")
@@ -148,11 +156,22 @@ def default_space(graph: Graph, target: Target, objectives: Sequence[str], data:
         ends.append("fp16")
     ends.append("none")
     parts = ["merge"]
-    if data:
+    if samples:
         parts += [PRUNE, "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
+        epochs = _epochs(graph, samples, timeout)
+        parts += [f"distill?(epochs={epochs},minutes=none)"] if epochs else []
     else:
         parts.append("prune?(macs=0.7..0.95,reach=best)")
     return ",".join([*parts, "fold", f"{{{','.join(ends)}}}"])
+
+
+def _epochs(graph: Graph, samples: int, timeout: float | None) -> int:
+    """Of distillation that a trial has time for; 0 where it is too short to teach anything. Not by the clock, so that
+    every machine teaches the same.
+    """
+    seconds = LESSON_SECONDS if timeout is None else min(LESSON_SECONDS, timeout / 5)
+    epochs = int(seconds * LESSON_MACS / (LESSON_COST * max(macs(graph), 1) * samples))
+    return min(epochs, MOST_EPOCHS) if epochs >= LEAST_EPOCHS else 0
 
 
 def _recipe(space: Space, target: Target) -> dict[str, str]:
@@ -186,8 +205,8 @@ def made_task(
     target: str | None,
     folder: Path,
     options: Mapping[str, Any],
-) -> tuple[Task, Graph]:
-    """What all trials share, its digest taken from weights, data and options; and the model's graph."""
+) -> tuple[Task, Loaded, Graph]:
+    """What all trials share, its digest taken from weights, data and options; the model as it came, and its graph."""
     task = Task(
         model=str(Path(model).resolve()),
         target=registry.target(target).name,
@@ -198,7 +217,7 @@ def made_task(
         digest="",
     )
     loaded, graph = opened(task)
-    return dataclasses.replace(task, digest=_digest(loaded, graph, task)), graph
+    return dataclasses.replace(task, digest=_digest(loaded, graph, task)), loaded, graph
 
 
 @contextlib.contextmanager
