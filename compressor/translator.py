@@ -1,8 +1,9 @@
 """Graph -> ONNX, as torch.onnx has it. The only file that calls it.
 
-At every export torch parses the source of all that it can translate to, and traces the whole model a second time for
-the sake of the few operators that it has no words for: most of the time that a file takes. Here the first is done
-once, and one trace writes these operators out. Where that fails, or this torch is another inside, it does as it does.
+At every export torch parses the source of all that it can translate to, reads the signatures of all of it, and traces
+the whole model twice, the second time for the sake of the few operators that it has no words for: most of the time that
+a file takes. Here the first two are done once, and nothing is traced but these operators. Where that fails, or this
+torch is another inside, it does as it does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.fx import Node
 from . import nms, stable
 from .contrib import translations
 from .errors import CompressorError, UnsupportedError
-from .export import quiet, reexport
+from .export import assembled, quiet, reexport
 from .ir import Graph
 from .names import unsupported
 from .ops import kind
@@ -50,10 +51,14 @@ def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
 
 
 def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
-    module, words = graph.module, {**translations(), **nms.translations(), **stable.translations()}
-    with quiet(), torch.no_grad(), how(module, words, opset), _exact() if optimize else nullcontext():
+    module, words = (
+        graph.module,
+        {**translations(), **nms.translations(), **stable.translations(), **_views()},
+    )
+    exact = _exact() if optimize else nullcontext()
+    with quiet(), torch.no_grad(), how(module, words, opset) as program_of, exact:
         program = torch.onnx.export(
-            reexport(graph, module),
+            program_of(graph, module),
             dynamo=True,
             opset_version=opset,
             optimize=optimize,
@@ -63,6 +68,13 @@ def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool)
     if program is None:
         raise UnsupportedError("the ONNX exporter returned nothing")
     return program.model
+
+
+def _views() -> dict[Any, Callable[..., Any]]:
+    """A reshape needs no strides, as a view does, which are others in every trace; and sizes of 0 are sizes."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_view
+
+    return {torch.ops.aten.reshape.default: aten_view}
 
 
 def _explain(graph: Graph, error: Exception) -> UnsupportedError:
@@ -118,28 +130,33 @@ def _exact() -> Iterator[None]:
 # -------------------------------------------------------------------- as quick as may be
 
 
-@contextmanager
-def _plain(*_: Any) -> Iterator[None]:
-    yield
+Programmer = Callable[[Graph, fx.GraphModule], ExportedProgram]
 
 
 @contextmanager
-def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator[None]:
-    """While the block runs, `module` has its operators without words written out, and an export traces it once.
+def _plain(*_: Any) -> Iterator[Programmer]:
+    yield reexport
+
+
+@contextmanager
+def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator[Programmer]:
+    """While the block runs, `module` has its operators without words written out, and an export traces these alone.
 
     own: operators with translations of their own.
     """
     try:
         import onnxscript.function_libs.torch_lib.ops  # noqa: F401  registers what is counted below
         from onnxscript.function_libs.torch_lib.registration import default_registry as known
+        from torch.onnx._internal.exporter import _constants
         from torch.onnx._internal.exporter import _fx_passes as rewrites
-        from torch.onnx._internal.exporter._registration import onnxscript_apis as library
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        read, decompose = library.get_torchlib_ops, rewrites.decompose_with_registry
+        opset = max(opset, _constants.TORCHLIB_OPSET)  # an older one is made of that
+        decompose = rewrites.decompose_with_registry
         count = sum(len(one.overloads) + len(one.complex) for one in known.values())  # users register more
         words, parts = _vocabulary(opset, count)
     except (ImportError, AttributeError):
-        yield
+        yield reexport
         return
 
     def has_word(operator: Any) -> bool:
@@ -152,20 +169,30 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
         called = {node.target for one in graphs for node in one.nodes if node.op == "call_function"}
         return program if all(map(has_word, called)) else decompose(program, registry)
 
+    def registry(opset_version: int) -> ONNXRegistry:
+        """One to add to."""
+        fresh = ONNXRegistry()
+        fresh._opset_version = opset_version
+        fresh.functions = {name: list(found) for name, found in _library(opset, count).functions.items()}
+        return fresh
+
     with ExitStack() as stack:
-        stack.enter_context(_replaced(library, "get_torchlib_ops", lambda: _answer(read, count)))
+        stack.enter_context(_replaced(ONNXRegistry, "from_torchlib", staticmethod(registry)))
         stack.enter_context(_replaced(rewrites, "decompose_with_registry", decomposed))
         for node in module.graph.nodes:
             if node.op == "call_function" and not has_word(node.target):
                 stack.enter_context(_replaced(node, "target", _written_out(node.target, parts)))
         module.recompile()
-        yield
+        yield assembled
     module.recompile()
 
 
 @cache
-def _answer(function: Callable[[], Any], _: int) -> Any:
-    return function()
+def _library(opset: int, _: int) -> Any:
+    """Torch's registry of translations, nobody's own among them."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset)
 
 
 @cache
@@ -175,11 +202,9 @@ def _vocabulary(opset: int, count: int) -> tuple[Collection[Any], Mapping[Any, C
     Without those that a second trace always takes apart, views most of them: nobody has ever used these translations.
     """
     from torch._export.utils import _is_preservable_cia_op
-    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp
 
-    library = _registration.onnxscript_apis
-    with _replaced(library, "get_torchlib_ops", lambda read=library.get_torchlib_ops: _answer(read, count)):
-        registry = _registration.ONNXRegistry.from_torchlib(opset)
+    registry = _library(opset, count)
     words: set[Any] = set(_decomp.get_onnx_implemented_overloads(registry))
     words -= {op for op in words if _composite(op) and not _is_preservable_cia_op(op)}
     parts = _decomp.create_onnx_friendly_decomposition_table(words)
@@ -218,7 +243,7 @@ def _written_out(operator: Any, parts: Mapping[Any, Callable[..., Any]]) -> Call
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = inspect.getattr_static(owner, name) if isinstance(owner, type) else getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
