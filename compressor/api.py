@@ -22,7 +22,6 @@ from . import (
     divergence,
     edges,
     heads,
-    jitter,
     measure,
     notices,
     page,
@@ -35,7 +34,7 @@ from . import (
 from . import verify as contracts
 from .errors import FileError, UsageError
 from .inspection import inspect
-from .ir import Graph, Input
+from .ir import Input
 from .opening import Options, capture_model, load_model, streams, take_pixels
 from .ops import macs
 from .pipeline import Size
@@ -231,9 +230,10 @@ def verify(
     It runs on the provider of the target that it was made for, where that is installed, else on the CPU's.
     postprocess (an option): the one that the file was made with, where it ends in suppression; its boxes and scores are
     then compared before that, and of the detections is stated how many agree.
-    tolerance: largest relative error; where None, 1e-4 (or what last bits make of the model, see `jitter`) for a file
-    whose passes all promise the same numbers, and for any other an SQNR of 20 dB on every output and slice. Of whole
-    numbers made from floats 2 % may differ, or 10 % in these other files.
+    tolerance: largest relative error; where None, a file whose passes all promise the same numbers is held to what
+    `compress` holds it to (1e-4, 30 dB of models in half precision or integers, or what last bits make of the model,
+    see `jitter`), and any other to an SQNR of 20 dB on every output and slice. Of whole numbers made from floats 2 %
+    may differ, or 10 % in these other files.
     layers: compare the values inside, too, which is done anyway where an output differs; see `divergence`.
     Returns {"ok", "proved", "checks", "judged_by", "provider", "samples"}, and with it {"inside"}; proved: False where
     another sample's outputs would have passed, too; judged_by: `error` or `sqnr`. {"warning"} says where outputs have
@@ -244,14 +244,23 @@ def verify(
     {"ok", "claims", "model", "onnx"}.
     """
     if against is not None:
+        if tolerance is not None or layers:
+            option = "--tolerance" if tolerance is not None else "--layers"
+            raise UsageError(
+                f"{option} is for comparing a model and an ONNX file; --against has rules of its own"
+            )
         return _recheck(Path(against), model, onnx, data, Options.of(options))
     if model is None or onnx is None:
         raise UsageError("verify compares a model and an ONNX file; give both, or a report with --against")
+    opt = Options.of(options)
+    if opt.evaluate is not None:
+        raise UsageError(
+            "--eval goes with --against, which measures metrics again; without, outputs are compared"
+        )
     path = Path(onnx)
     sealed = path.suffix == sessions.ORT_SUFFIX
     if layers:
         _require_open(path, "--layers")
-    opt = Options.of(options)
     watch = Watch(opt.console, opt.log)
     with watch("reading the model"):
         loaded = load_model(model, opt)
@@ -280,16 +289,18 @@ def verify(
                     ends.applied(graph), path, inputs, each, provider=provider
                 )
                 stated = [found]
-    exact = tolerance is None and ends is None and _exact(path, graph)
-    limit = contracts.EMITTED if exact else tolerance
-    checks = comparison.checks(limit)
-    if exact and any(c.error > c.tolerance for c in checks):
-        checks = jitter.allowed(checks, jitter.errors(graph, samples()), jitter.EVERYWHERE)
-    bad = [check for check in checks if not (check.finite and _agrees(check, exact, tolerance))]
+    exact = ends is None and _is_exact(path)
+    if exact and tolerance is None:
+        checks, levels = delivery.standards(graph, comparison, samples())
+        bad = [check for check, _ in delivery.misses(graph, checks, levels)]
+    else:
+        checks = comparison.checks(tolerance)
+        bad = [check for check in checks if not (check.finite and _agrees(check, exact, tolerance))]
+    by_error = tolerance is not None or (exact and not delivery.rounds(graph))
     result: dict[str, Any] = {
         "ok": not bad,
         "proved": any(check.proves for check in checks),
-        "judged_by": "error" if limit else "sqnr",
+        "judged_by": "error" if by_error else "sqnr",
         "checks": [c.to_dict() for c in (*checks, *stated)],
         "provider": provider,
         "samples": count,
@@ -330,6 +341,8 @@ def bench(
     files = [Path(path) for path in paths]
     cores = tuple(threads) if isinstance(threads, Sequence) else (threads,)
     sizes = tuple(batch) if isinstance(batch, Sequence) else (batch,)
+    if advise and profile:
+        raise UsageError("--advise and --profile are two questions; ask one of them")
     if (advise or profile) and max(len(cores), len(sizes)) > 1:
         raise UsageError("--advise and --profile take one number of threads and one batch")
     for path in files if profile else ():
@@ -370,7 +383,7 @@ def _recheck(where: Path, model: Any, onnx: str | Path | None, data: Any, opt: O
             model = told["model"]["path"]
         made_for = registry.target(told["target"]["name"]).speaking(told["target"]["opset"])
         opt = dataclasses.replace(opt, seed=told["seed"])
-        found = list(claims.recheck(told, path, model, opt, made_for, data, named=named))
+        found = list(claims.recheck(told, where.parent, path, model, opt, made_for, data, named=named))
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: a damaged report: {type(error).__name__} {error}") from error
     return {
@@ -398,11 +411,10 @@ def _warning(other_names: Sequence[str], saturated: float, unsure: bool) -> str:
 
 
 def _agrees(check: contracts.Check, exact: bool, tolerance: float | None) -> bool:
+    """Where a tolerance was given, or the file rounds more than the model. exact: its passes do not round."""
     if check.discrete:
         return check.flips_within(not exact) or check.error <= (tolerance or 0.0)
-    if exact or tolerance is not None:
-        return check.error <= (tolerance or check.tolerance)
-    return check.sqnr_db >= contracts.WARN_DB
+    return check.error <= tolerance if tolerance is not None else check.sqnr_db >= contracts.WARN_DB
 
 
 def _require_open(path: Path, option: str) -> None:
@@ -456,12 +468,12 @@ def _fixed(free: Sequence[Input], taken: Sequence[Input]) -> dict[str, int]:
     return {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
 
 
-def _exact(onnx: Path, graph: Graph) -> bool:
-    """Whether a float file promises the model's own numbers: it says which passes made it, and all of them do."""
+def _is_exact(onnx: Path) -> bool:
+    """Whether a file promises the model's own numbers: it says which passes made it, and all of them do."""
     names = [part.partition("(")[0] for part in split(delivery.metadata(onnx).get("spec", ""))]
     known = passes()
     promised = [known[name].contract if name in known else contracts.BOUNDED for name in names]
-    return bool(names) and contracts.is_single(graph) and all(one is contracts.EXACT for one in promised)
+    return bool(names) and all(one is contracts.EXACT for one in promised)
 
 
 def _stem(model: Any) -> str:

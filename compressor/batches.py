@@ -29,6 +29,11 @@ class Batch:
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
 
+    @property
+    def samples(self) -> int:
+        """As many as the first input says that has axes."""
+        return next((len(t) for t in self.inputs if t.dim()), 1)
+
 
 class Reader:
     """Reads sources as batches that fit the inputs, and notes in `facts` what it did to them.

@@ -25,7 +25,7 @@ from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
 from .ir import Graph, Input, terms
-from .names import operator_name, unsupported
+from .names import DTYPE_NAMES, operator_name, unsupported
 from .ops import kind
 from .proof import answer, not_dynamic, prove
 from .pytrees import leaves, path_name
@@ -225,6 +225,8 @@ def _program_specs(
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
+        if name in named:
+            _require_alike(named[name], value)
         sizes: list[int | str] = []
         for axis, size in enumerate(value.shape):
             if isinstance(size, int):
@@ -238,6 +240,18 @@ def _program_specs(
             sizes.append(label)
         specs.append(Input(name, value.dtype, tuple(sizes)))
     return tuple(specs)
+
+
+def _require_alike(asked: Input, value: Tensor) -> None:
+    """UsageError where the user describes an input that the program does not take: its sizes are as it was exported."""
+    pairs = zip(asked.shape, value.shape, strict=False)
+    fixed = any(isinstance(a, int) and not (isinstance(b, int) and a == b) for a, b in pairs)
+    if asked.dtype != value.dtype or len(asked.shape) != value.dim() or fixed:
+        takes = Input(asked.name, value.dtype, tuple(s if isinstance(s, int) else "?" for s in value.shape))
+        raise UsageError(
+            f"--input {asked.name}: the exported program takes {DTYPE_NAMES.get(value.dtype, value.dtype)} of "
+            f"{list(takes.shape)}; it is complete as it is, so leave --input out"
+        )
 
 
 def _axis_label(axis: int, value: Tensor) -> str:

@@ -7,8 +7,9 @@ timed in turns. With data: metrics. What a number may differ by is stated with i
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 
 import onnx
 import onnx_ir
+from torch import Tensor
 
-from . import delivery, heads, measure, metrics, runtime, sessions, verify
+from . import delivery, handover, heads, measure, metrics, runtime, sessions, verify
 from .data import Data
 from .edges import varied
 from .emit import Emitted, companion_of, since_of
@@ -62,6 +64,7 @@ def _unknown(what: str, claimed: Any, why: str) -> Claim:
 
 def recheck(
     report: Mapping[str, Any],
+    home: Path,
     path: Path,
     model: Any,
     opt: Options,
@@ -72,11 +75,12 @@ def recheck(
 ) -> Iterator[Claim]:
     """Every claim of a report, one after the other.
 
-    path: the ONNX file; what lies beside it is checked, too. model: None where only the files are there. opt: how the
-    model and data are opened, as in the run. calibration: the data of the run, if it had any. named: whether the user
-    named the model; one that only the report names may need more options to be opened.
+    home: the folder of the report, in which its other files lie. path: the ONNX file. model: None where only the
+    files are there. opt: how the model and data are opened, as in the run. calibration: the data of the run, if it
+    had any. named: whether the user named the model; one that only the report names may need more options to be
+    opened.
     """
-    yield from _of_files(report, path)
+    yield from _of_files(report, path, home)
     if model is None:
         where = report["model"].get("path")
         yield _unknown(
@@ -93,13 +97,14 @@ def recheck(
     yield from again.claims(calibration)
 
 
-def _of_files(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
+def _of_files(report: Mapping[str, Any], path: Path, home: Path) -> Iterator[Claim]:
     emitted = report["emitted"]
+    own = {emitted["file"]: path, companion_of(Path(emitted["file"])).name: companion_of(path)}
     for name, size in emitted.get("files", {}).items():
-        beside = _beside(path, name, emitted["file"])
+        beside = own.get(name) or _beside(home, name)
         yield _same(f"size of {name}", size, beside.stat().st_size if beside.is_file() else "missing")
     for name, claimed in _hashes(emitted).items():
-        beside = _beside(path, name, emitted["file"])
+        beside = own.get(name) or _beside(home, name)
         yield _same(f"sha256 of {name}", claimed, delivery.sha256(beside) if beside.is_file() else "missing")
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -129,11 +134,11 @@ def _hashes(emitted: Mapping[str, Any]) -> dict[str, str]:
     return {n: claimed for n, claimed in (emitted.get("hashes", {}) | models).items() if claimed is not None}
 
 
-def _beside(path: Path, name: str, own: str) -> Path:
-    """A file that a report names, beside the ONNX file. UsageError for one that would lie elsewhere."""
-    if Path(name).name != name:
+def _beside(home: Path, name: str) -> Path:
+    """A file that a report names, beside it. UsageError for one that would lie elsewhere."""
+    if Path(name.removeprefix(f"{handover.SAMPLE}/")).name != name.removeprefix(f"{handover.SAMPLE}/"):
         raise UsageError(f"a damaged report: it names the file {name!r}, and files lie beside it")
-    return path if name == own else path.parent / name
+    return home / name
 
 
 def _by_runtime(report: Mapping[str, Any], path: Path) -> Iterator[Claim]:
@@ -219,16 +224,20 @@ class _Again:
 
     def _loss(self, held_out: Data) -> Iterator[Claim]:
         claimed = float(self.report["rows"][-1]["total_db"])
-        described = self.report["data"]["held_out"]["description"]
-        if described != held_out.description:
-            yield Claim("held-out samples", described, held_out.description, NOT_HELD, "these are other data")
+        told = self.report["data"]["held_out"]
+        claimed_data, found_data = told.get("sha256", told["description"]), held_out.description
+        if "sha256" in told:  # older reports have words alone, and a path in them
+            found_data = held_out.digest()
+        if claimed_data != found_data:
+            yield Claim("held-out samples", claimed_data, found_data, NOT_HELD, "these are other data")
             return
         if self.run.plan is not None:
             yield _unknown(
                 "loss against the model, dB", claimed, "what suppression keeps has no signal over noise"
             )
             return
-        checks = self._compared(self.graph, held_out)
+        batches = [batch.inputs for batch in held_out]
+        checks = self._compared(self.graph, batches)
         for one in (one for one in checks if one.discrete):
             what = f"share of {one.output}{one.slice} that is not the model's"
             most = f"at most {verify.ROUNDED_FLIPS * one.tolerance:.0%}"
@@ -240,6 +249,15 @@ class _Again:
         found, least = min(levels), min(claimed, ROUNDING_DB) - DECIBELS
         state = HELD if found >= least else NOT_HELD
         yield Claim("loss against the model, dB", claimed, found, state, f"at least {least:.1f} dB")
+        others = list(varied(self.graph, held_out))[len(batches) :]
+        if not others:
+            return
+        seen = min(
+            c.sqnr_db if c.finite else -math.inf for c in self._compared(self.graph, others) if not c.discrete
+        )
+        least = min(least, verify.WARN_DB)
+        state = HELD if seen >= least else NOT_HELD
+        yield Claim("loss where axes have other sizes, dB", None, seen, state, f"at least {least:.1f} dB")
 
     def _simulation(self, held_out: Data) -> Iterator[Claim]:
         """The file against the graph that the passes left, which a model.pt2 beside it holds."""
@@ -252,17 +270,17 @@ class _Again:
         try:
             beside = load(self.path.parent / program["file"])
             graph = capture_model(beside, None, Options())
-            checks = self._compared(graph, held_out)
+            checks = self._compared(graph, varied(graph, held_out))
             delivery.judge_emitted(graph, checks, {})
         except CompressorError as error:
             yield Claim(what, claimed, None, NOT_HELD, str(error))
             return
         yield Claim(what, claimed, _worst([one.to_dict() for one in checks]), HELD, "judged as in the run")
 
-    def _compared(self, graph: Graph, held_out: Data) -> list[Check]:
+    def _compared(self, graph: Graph, samples: Iterable[Sequence[Tensor]]) -> list[Check]:
         with sessions.opened(self.path, self.provider) as session:
             inputs = sessions.inputs_of(session, graph.inputs)
-            compared = sessions.compare(graph, session, inputs, varied(graph, held_out))
+            compared = sessions.compare(graph, session, inputs, samples)
             return compared.checks(verify.EMITTED)
 
     @property
@@ -288,11 +306,18 @@ class _Again:
             inputs = sessions.inputs_of(session, self.graph.inputs)
             now = evaluator.of(lambda *x: sessions.run(session, inputs, x))
         before = evaluator.of_graph(self.run.shipped(self.graph))
-        was = self.report["rows"][0].get("metric") or {}
+        original = self.report["rows"][0].get("metric") or {}
         pairs = [(f"metric {name}", value, now.get(name)) for name, value in claimed.items()]
-        pairs += [(f"metric {name} of the model", value, before.get(name)) for name, value in was.items()]
+        pairs += [
+            (f"metric {name} of the model", value, before.get(name)) for name, value in original.items()
+        ]
         for what, value, found in pairs:
-            near = found is not None and abs(found - value) <= METRIC * max(1.0, abs(value))
+            was = float(value)  # a report says `nan` in words
+            near = found is not None and (
+                found == was
+                or (math.isnan(found) and math.isnan(was))
+                or abs(found - was) <= METRIC * max(1.0, abs(was))
+            )
             yield Claim(what, value, found, HELD if near else NOT_HELD, f"within {METRIC}")
 
     def _times(self) -> Iterator[Claim]:

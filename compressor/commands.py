@@ -6,11 +6,12 @@ Thin on purpose. Whatever is heavy (torch, onnxruntime, rich) is imported inside
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .options import (
     sweeping,
     timing,
     tuning,
+    typed,
 )
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -136,7 +138,8 @@ def compress_model(
         elif not quiet:
             console.show_plan(plan, console.output())
         return
-    result = api.compress(model, command=typed, **shown, **given())
+    with _heard(as_json):
+        result = api.compress(model, command=typed, **shown, **given())
     if as_json:
         click.echo(dumps(result.report), nl=False)
     elif not quiet:
@@ -257,7 +260,8 @@ def verify(
     shown = console.logging(quiet, verbose, log_format)
     with console.working(shown["console"], "loading PyTorch"):
         from . import api
-    result = api.verify(model, onnx, **shown, **typed)
+    with _heard(as_json):
+        result = api.verify(model, onnx, **shown, **typed)
     if as_json:
         _json(result)
     elif not quiet and against is not None:
@@ -316,10 +320,18 @@ def inspect(
     if (path is None) == (diff is None):
         raise click.UsageError("inspect takes one REPORT, ONNX or MODEL, or two of a kind with --diff")
     if diff is not None:
+        if set(typed()) - {"diff"}:
+            raise click.UsageError(
+                "--diff takes two reports or two ONNX files, and no other option but --json"
+            )
         _show_difference(diff, quiet, as_json)
         return
     assert path is not None
     found = Path(existing(path))
+    if found.suffix in (".onnx", ".ort", ".json") and found.is_file():
+        opening = [one for one in typed() if one not in ("groups", "layers", "partitions", "html")]
+        if opening:
+            raise UsageError(f"{path}: --{opening[0].replace('_', '-')} is for opening a PyTorch model")
     if (found / "report.json").is_file():
         found = found / "report.json"
     from . import console, console_layers
@@ -451,6 +463,13 @@ def targets() -> None:
 
     console.show_targets(registry.targets(), registry.native(), console.output())
     _next("MODEL", "--target", "cpu")
+
+
+@contextlib.contextmanager
+def _heard(as_json: bool) -> Iterator[None]:
+    """What is printed meanwhile (graphs after a pass, words of the user's own functions) does not mix with JSON."""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
 
 
 def _json(value: Any) -> None:

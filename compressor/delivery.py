@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .verify import Check, Comparison, Observer, Outputs
 FEW = 16  # samples on which model.ort is compared with model.onnx
 LARGEST = 3  # tensors that a message names
 SURE = 0.01  # standard error of a ratio, relative, that is good enough: decisions leave 3 % (int8), reports two digits
+Levels = Mapping[tuple[str, str], float]  # of outputs and their slices
 ORT_BYTES = 2_000_000_000  # what a file in ONNX Runtime's own format can hold
 
 
@@ -216,15 +217,23 @@ def judged(
     graph: Graph, comparison: Comparison, samples: Iterable[Sequence[Tensor]], tolerance: float | None = None
 ) -> list[Check]:
     """The checks of `check_emitted`, or its ContractError; samples: those that were compared."""
+    checks, levels = standards(graph, comparison, samples, tolerance)
+    judge_emitted(graph, checks, levels)
+    return checks
+
+
+def standards(
+    graph: Graph, comparison: Comparison, samples: Iterable[Sequence[Tensor]], tolerance: float | None = None
+) -> tuple[list[Check], Levels]:
+    """What the outputs of a file that computes what the graph does are held to: checks, and dB where it rounds."""
     checks = comparison.checks(tolerance or verify.EMITTED)
-    levels: Mapping[tuple[str, str], float] = {}
-    if _rounds(graph):
+    levels: Levels = {}
+    if rounds(graph):
         if any(c.sqnr_db < verify.SIMULATION_DB for c in checks):
             levels = jitter.levels(graph, samples)
     elif tolerance is None and verify.is_single(graph) and any(c.error > c.tolerance for c in checks):
         checks = jitter.allowed(checks, jitter.errors(graph, samples), jitter.EVERYWHERE)
-    judge_emitted(graph, checks, levels)
-    return checks
+    return checks, levels
 
 
 def sample(
@@ -244,9 +253,9 @@ def sample(
     raise TargetError(f"{emitted.path.name} does not run on a sample that it was verified with")
 
 
-def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[str, str], float]) -> None:
-    """ContractError where the file's numbers are not the graph's. levels: see `jitter.levels`."""
-    rounded = _rounds(graph)
+def misses(graph: Graph, checks: Sequence[Check], levels: Levels) -> Iterator[tuple[Check, str]]:
+    """Checks that do not keep to their `standards`, and what is allowed, in words."""
+    rounded = rounds(graph)
     for check in checks:
         level = levels.get((check.output, check.slice), math.inf)
         least = max(verify.FAIL_DB, min(verify.SIMULATION_DB, level))
@@ -255,14 +264,19 @@ def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Mapping[tuple[s
         else:
             good = check.sqnr_db >= least if rounded else check.error <= check.tolerance
         if not check.finite or not good:
-            wanted = f"at least {least:.1f} dB" if rounded else f"at most {check.tolerance:.0e}"
-            raise ContractError(
-                f"the emitted model's output {check.output}{check.slice} is not the graph's: error {check.error:.1e}, "
-                f"{check.sqnr_db:.1f} dB; {wanted} is allowed"
-            )
+            yield check, f"at least {least:.1f} dB" if rounded else f"at most {check.tolerance:.0e}"
 
 
-def _rounds(graph: Graph) -> bool:
+def judge_emitted(graph: Graph, checks: Sequence[Check], levels: Levels) -> None:
+    """ContractError where the file's numbers are not the graph's. levels: see `jitter.levels`."""
+    for check, wanted in misses(graph, checks, levels):
+        raise ContractError(
+            f"the emitted model's output {check.output}{check.slice} is not the graph's: error {check.error:.1e}, "
+            f"{check.sqnr_db:.1f} dB; {wanted} is allowed"
+        )
+
+
+def rounds(graph: Graph) -> bool:
     """True where another runtime rounds in another way than the graph, by more than the last bits of a float32."""
     return is_integer(graph) or any(t.dtype in verify.HALF for t in graph.tensors.values())
 

@@ -78,6 +78,7 @@ def emit(
     tidy.keep_lost_constants(model)
     tidy.merge_slices(model)
     tidy.keep_pads_of_maxima(model)
+    tidy.keep_windows_of_means(model)
     dialect_.speak(model, dialect)
     tidy.share_weights(model)
     tidy.own_zero_points(model)

@@ -180,7 +180,11 @@ def smooth(graph: Graph, plan: Placement) -> list[Node]:
             redirect(graph, user, value, product)
         product.meta[SMOOTHS] = True
         made.append(product)
-    return made
+    labels = labels_of(graph)
+    classes = labels.classes()
+    stuck = [p for p in made if bool((classes[labels.of[p].reshape(-1).clamp(min=0)] == FIXED).all())]  # type: ignore[union-attr]
+    _drop(graph, stuck)  # their readers let no scale through either
+    return [product for product in made if product not in stuck]
 
 
 def release(graph: Graph, floats: Collection[Node]) -> int:
@@ -228,7 +232,8 @@ def equalise(graph: Graph, spec: QuantSpec, ignore: Collection[str], data: Data,
         return outcome
     for product in products:
         alone = logs.clone()
-        alone[classes[labels.of[product].reshape(-1)]] = 0
+        for one in (product, product.args[0]):  # it may be what scales the layer above, too
+            alone[classes[labels.of[one].reshape(-1).clamp(min=0)]] = 0  # type: ignore[index,union-attr]
         if float(problem.noise(alone)) - least < GAIN * least:
             useless.append(product)
             logs = alone

@@ -43,6 +43,10 @@ class DataError(UsageError):
     exit_code = 4
 
 
+class FunctionError(DataError):
+    """A function of the user's raises, or gives something else than was asked for; names its line."""
+
+
 class OutputError(UsageError):
     """The result cannot be written: folder not writable, disk full."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import images
 from .camera import Preprocessing
 from .data import Batch, Data, open_data
-from .errors import DataError, UsageError
+from .errors import DataError, FunctionError, UsageError
 from .ir import Graph
 from .precision import are_boxes
 from .texts import Reading
@@ -34,10 +34,15 @@ class Evaluator:
     def of(self, run: Run) -> dict[str, float]:
         """Metric by name, for whatever runs the model. Over data: the mean over all labels."""
         if self.function is not None:
-            result = self.function(run)
-            if isinstance(result, Mapping):
-                return {str(name): float(value) for name, value in result.items()}
-            return {self.name: float(result)}
+            result = images.own(self.function, f"--eval {self.name}", run)
+            found = result if isinstance(result, Mapping) else {self.name: result}
+            try:
+                return {str(name): float(value) for name, value in found.items()}
+            except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+                what = type(result).__name__
+                raise FunctionError(
+                    f"--eval {self.name} returned a {what}; return a number, or a dict of numbers by name"
+                ) from None
         total = count = 0.0
         for batch in self.data or ():
             value, rows = metric(run(*batch.inputs), batch, self.name)

@@ -219,7 +219,7 @@ def write_sample(folder: Path, inputs: Mapping[str, np.ndarray], outputs: Mappin
     place.mkdir()
     for kind, values in (("input", inputs), ("output", outputs)):
         for i, (name, array) in enumerate(values.items()):
-            proto = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+            proto = onnx.numpy_helper.from_array(np.require(array, requirements="C"), name)
             (place / f"{kind}_{i}.pb").write_bytes(proto.SerializeToString())
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError, UsageError
+from .errors import CompressorError, DataError, FunctionError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,11 +152,13 @@ class Custom:
         return {"source": self.source}
 
     def _call(self, value: Any) -> Tensor:
-        result = self.function(value)
+        result = own(self.function, self.source, value)
         if isinstance(result, np.ndarray):
             result = torch.from_numpy(result)
         if not isinstance(result, Tensor):
-            raise DataError(f"{self.source} returned a {type(result).__name__}; return a tensor or an array")
+            raise FunctionError(
+                f"{self.source} returned a {type(result).__name__}; return a tensor or an array"
+            )
         return result
 
 
@@ -199,9 +202,28 @@ def imported(spec: str, option: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{option} {spec}: {error}") from error
+    except Exception as error:
+        raise FunctionError(f"{option} {spec}: {_raised(error)}") from error
     if not callable(found):
         raise UsageError(f"{option} {spec}: {name} is a {type(found).__name__}, not a function")
     return found
+
+
+def own(function: Callable[..., Any], source: str, *args: Any) -> Any:
+    """What a function of the user's gives. FunctionError where it raises; our own errors pass through it."""
+    try:
+        return function(*args)
+    except CompressorError:
+        raise
+    except Exception as error:
+        raise FunctionError(f"{source} {_raised(error)}") from error
+
+
+def _raised(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    first = next(iter(str(error).strip().splitlines()), "")
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}{where}: {first}"
 
 
 def opened(path: Path) -> Image:

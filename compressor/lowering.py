@@ -21,7 +21,7 @@ def prepared(graph: Graph, fixed: Mapping[str, int]) -> Graph:
     ready = graph.copy()
     if fixed:
         _fix_axes(ready, fixed)
-    added: dict[Node, Node] = {}
+    added: dict[tuple[Node, torch.dtype], Node] = {}
     for node in ready.nodes:
         if kind(node) == "attention" and is_tensor(node):
             if _is_plain(node):
@@ -89,10 +89,10 @@ def _is_plain(node: Node) -> bool:
     return plain and not (bound["dropout_p"] or bound["is_causal"] or bound.get("enable_gqa"))
 
 
-def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
+def _write_out(graph: Graph, node: Node, added: dict[tuple[Node, torch.dtype], Node]) -> None:
     """Attention as five operators; the translator would make twenty, most of them about shapes.
 
-    added: boolean masks as what they add, which all layers share.
+    added: boolean masks as what they add in a precision, which all layers share.
     """
     bound = arguments(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
@@ -104,12 +104,16 @@ def _write_out(graph: Graph, node: Node, added: dict[Node, Node]) -> None:
     mask = bound["attn_mask"]
     boolean = mask is not None and mask.meta["val"].dtype == torch.bool
     nothing = boolean or (mask is not None and _has_infinities(graph, mask))  # may be left to attend to
-    if boolean and mask not in added:
-        added[mask] = graph.insert(aten.where.Scalar, (mask, 0.0, -math.inf), before=node)
-        if query.meta["val"].dtype != torch.float32:
-            added[mask] = graph.insert(aten.to.dtype, (added[mask], query.meta["val"].dtype), before=node)
+    if boolean:
+        dtype = query.meta["val"].dtype
+        if (mask, dtype) not in added:
+            number = graph.insert(aten.where.Scalar, (mask, 0.0, -math.inf), before=node)
+            if dtype != torch.float32:
+                number = graph.insert(aten.to.dtype, (number, dtype), before=node)
+            added[mask, dtype] = number
+        mask = added[mask, dtype]
     if mask is not None:
-        scores = graph.insert(aten.add.Tensor, (scores, added.get(mask, mask)), before=node)
+        scores = graph.insert(aten.add.Tensor, (scores, mask), before=node)
     shares = graph.insert(aten.softmax.int, (scores, -1), before=node)
     if nothing:
         empty = graph.insert(aten.isnan.default, (shares,), before=node)

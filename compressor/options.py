@@ -469,13 +469,21 @@ PRINTING = ("quiet", "verbose", "log_format", "as_json", "as_csv", "dry_run", "c
 
 def given() -> dict[str, Any]:
     """The options that the user typed, or has in a file, by the api's names; for others the api's defaults hold."""
+    return _from(ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+
+
+def typed() -> list[str]:
+    """The options that the user typed, and has not in a file."""
+    return list(_from(ParameterSource.COMMANDLINE))
+
+
+def _from(*sources: ParameterSource) -> dict[str, Any]:
     ctx = click.get_current_context()
     skip = {*PRINTING, *(p.name for p in ctx.command.params if isinstance(p, click.Argument))}
     return {
         name: value
         for name, value in ctx.params.items()
-        if name not in skip
-        and ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+        if name not in skip and ctx.get_parameter_source(name) in sources
     }
 
 

@@ -59,9 +59,14 @@ class Placement:
     declines: list[tuple[Node, str]] = field(default_factory=list)
 
     def readers(self, value: Node) -> list[Node]:
-        """Who reads a value's integers: everybody where there is nothing else, else those that compute on integers."""
-        if self.spec.everywhere or self.is_integer(value):
+        """Who reads a value's integers: everybody where there is nothing else, else those that compute on integers.
+
+        Where integers are wanted everywhere, whoever computes at all.
+        """
+        if self.is_integer(value):
             return list(value.users)
+        if self.spec.everywhere:
+            return [user for user in value.users if user is not self.graph.output]
         return [user for user in value.users if self.takes(user)]
 
     def is_integer(self, value: Node) -> bool:
@@ -77,8 +82,9 @@ class Placement:
 
 
 def listed(node: Node, names: Collection[str]) -> bool:
-    """True where a table of kinds and ATen operators (`relu.default`) holds this one."""
-    return kind(node) in names or operator_name(node).removeprefix("aten.") in names
+    """True where a table of kinds and ATen operators (`relu.default`) holds this one; constants have any name."""
+    named = operator_name(node).removeprefix("aten.") in names if node.op == "call_function" else False
+    return kind(node) in names or named
 
 
 def operands(node: Node) -> Operands | None:

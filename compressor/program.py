@@ -41,7 +41,7 @@ def deliver(
     text = dumps(receipt.issue(report, graph, module.state_dict()))
     save_program(program, path, {receipt.MEMBER: text})
     checks = check(graph, path, batches)
-    samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
+    samples = sum(batch.samples for batch in batches)
     return {
         "file": NAME,
         "bytes": path.stat().st_size,

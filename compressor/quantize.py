@@ -197,7 +197,7 @@ def calibrate_each(
     seen: dict[Node, MinMax | MovingAverage | Histogram] = {}
     samples = 0
     for batch in batches:
-        real, size = padding.of(batch.inputs), len(batch.inputs[0])
+        real, size = padding.of(batch.inputs), batch.samples
         quick = _channels_last(graph, batch.inputs) if quick is None else quick
         for twin, whole in quick.values(*batch.inputs):
             node = names.get(twin.name)

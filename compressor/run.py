@@ -81,6 +81,9 @@ class Run:
 
     def __init__(self, opt: Options, target: Target, spec: str) -> None:
         self.opt, self.target = opt, target
+        for option, wanted in (("--emit", opt.emit), ("--max-mb", opt.max_mb)):
+            if opt.stop_after is not None and wanted:
+                raise UsageError(f"{option}: with --stop-after no model is written")
         table = registry.passes()
         self.start = time.perf_counter()
         self.memory = measure.MemoryWatch()
@@ -179,7 +182,9 @@ class Run:
                 files = [f for f in sorted(stage.iterdir()) if f.is_file()]
                 made["emitted"]["files"] = {f.name: f.stat().st_size for f in files}
                 others = [f for f in files if f.suffix not in HASHED]
-                made["emitted"]["hashes"] = {f.name: delivery.sha256(f) for f in others}
+                others += sorted((stage / handover.SAMPLE).iterdir())
+                hashes = {f.relative_to(stage).as_posix(): delivery.sha256(f) for f in others}
+                made["emitted"]["hashes"] = hashes
         made["notices"] = self.notices
         made["latency_table"] = self.stopwatch.table
         made["peak_mb"] = measure.peak_memory_mb()
@@ -266,7 +271,7 @@ class Run:
         self.notices += notices.of_file(graph, emitted, checks, self.target, saturated)
         with self.step("writing what an app needs"):
             self.hand_over(graph, stage, emitted, batches, loaded)
-        samples = sum(b.inputs[0].shape[0] if b.inputs[0].dim() else 1 for b in batches)
+        samples = sum(batch.samples for batch in batches)
         made: dict[str, Any] = {
             "file": emitted.path.name,
             "bytes": emitted.bytes,
@@ -371,7 +376,7 @@ class Run:
             ],
             "data": {
                 "calibration": _stream(statistics),
-                "held_out": _stream(held_out),
+                "held_out": {**(_stream(held_out) or {}), "sha256": held_out.digest()},
                 "facts": source.facts if source is not None else {},
             },
             "rows": [row.to_dict() for row in rows],

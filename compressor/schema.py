@@ -52,7 +52,7 @@ REPORT: dict[str, str] = {
     "inputs": "`name`, `dtype`, `shape` of every input; a name in a shape is a free axis",
     "outputs": "the same of the outputs",
     "data.calibration": "`description` and `samples` of what statistics were taken of; null without data",
-    "data.held_out": "the same of what the contracts were checked on",
+    "data.held_out": "the same of what the contracts were checked on, and the hash of its numbers",
     "data.facts": "what was done to the data: preprocessing, batch size, cut texts",
     **_under(
         "layers[]",

@@ -162,7 +162,7 @@ def observe(
                     seen[node, axis].update(real.rows(node, tensor, axis))
                 if node in anchors:
                     anchors[node].update(real.rows(node, tensor, anchors[node].axis))
-            advance(len(batch.inputs[0]))
+            advance(batch.samples)
     energies |= {node: float(spread.variance.sum()) for node, spread in anchors.items()}
     return seen
 

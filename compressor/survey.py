@@ -154,8 +154,7 @@ class Sampler:
 
     def begin(self, number: int, batch: Batch) -> None:
         self.real = self._padding.of(batch.inputs)
-        first = batch.inputs[0]
-        self._share = (len(first) if first.dim() else 1) / self._samples
+        self._share = batch.samples / self._samples
         self._number = number
 
     def rows(self, layer: Layer, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -294,7 +293,7 @@ def _observe(
                     found[layer.node].update(sampler.rows(layer, value)[0])
                 if node in anchors:
                     anchors[node].update(sampler.real.rows(node, value, anchors[node].axis))
-            advance(len(batch.inputs[0]) if batch.inputs[0].dim() else 1)
+            advance(batch.samples)
     energy |= {node: float(spread.variance.sum()) for node, spread in anchors.items()}
     return found
 

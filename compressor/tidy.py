@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -197,3 +198,37 @@ def keep_pads_of_maxima(model: onnx_ir.Model) -> None:
         model.graph.register_initializer(frame)
         node.resize_inputs(max(len(node.inputs), 3))
         node.replace_input_with(2, frame)
+
+
+def keep_windows_of_means(model: onnx_ir.Model) -> None:
+    """Windows of AveragePool that hang over an edge divide by as many numbers as the model says.
+
+    ONNX Runtime (1.31) makes a frame of zeros the pool's own, and then counts both; and its integer kernel divides
+    windows that hang over a frame which counts (ceil_mode) otherwise. A sum of one operand keeps it from either.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "AveragePool" or not isinstance(node.graph, onnx_ir.Graph):
+            continue
+        sizes = node.attributes["kernel_shape"].as_ints()
+        own = node.attributes["pads"].as_ints() if "pads" in node.attributes else [0] * 2 * len(sizes)
+        over, counts = (
+            name in node.attributes and bool(node.attributes[name].as_int())
+            for name in ("ceil_mode", "count_include_pad")
+        )
+        if counts and not any(own):  # without a frame it says nothing
+            node.attributes["count_include_pad"] = onnx_ir.AttrInt64("count_include_pad", 0)
+            counts = False
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        maker = source.op_type if source is not None else ""
+        framed = source is not None and maker == "Pad"
+        framed = framed and (over or (any(own) and not counts) or max(own) + _widest(source) >= min(sizes))
+        if framed or (maker == "DequantizeLinear" and over and counts):
+            kept = onnx_ir.node("Sum", [node.inputs[0]], metadata_props=dict(node.metadata_props))
+            node.graph.insert_before(node, kept)
+            node.replace_input_with(0, kept.outputs[0])
+
+
+def _widest(pad: onnx_ir.Node | None) -> float:
+    """How far a pad reaches at most, where that is known."""
+    known = onnx_ir.convenience.get_const_tensor(pad.inputs[1]) if pad is not None and pad.inputs[1] else None
+    return math.inf if known is None else float(known.numpy().max(initial=0))

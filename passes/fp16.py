@@ -75,7 +75,7 @@ class Fp16(Pass):
                 if not samples:
                     survey.watch(_first(graph, batch.inputs), trial=True)
                 survey.watch(batch.inputs, trial=False)
-                samples += len(batch.inputs[0])
+                samples += batch.samples
                 if samples >= RANGED:
                     break
         reasons = survey.verdicts()

@@ -439,6 +439,22 @@ def test_numbers_near_zero_and_one_stay_what_they_are(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(seen), expected, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("frame", [(1, 1, 1, 1), (3, 0, 0, 3)])
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("own", [0, 1])
+def test_means_of_windows_over_a_frame(frame, over, counts, own, tmp_path):
+    """ONNX Runtime makes the frame the pool's own, and counts both then, or refuses one as wide as the window."""
+
+    class Pools(nn.Module):
+        def forward(self, x):
+            return F.avg_pool2d(F.pad(x, frame), 3, 2, own, over, counts)
+
+    graph = capture(Pools(), (x := torch.randn(2, 3, 9, 10),))
+    (seen,) = runtime.run(runtime.session(emit(graph, tmp_path / "m.onnx").path), [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), *graph.run(x))
+
+
 def test_what_only_a_second_trace_writes_out_is_written_out(tmp_path):
     class Normed(nn.Module):
         def __init__(self):

@@ -206,6 +206,26 @@ def test_a_product_smooths_what_nothing_else_can():
     assert noise(expected, scaled.run(inputs)[0]) > 110
 
 
+@pytest.mark.parametrize("through", ["flip", "select"])
+def test_products_whose_readers_let_no_scale_through_go(through):
+    """A layer that is called twice, and one that reads a part: a product in front of them has ones, or is kept."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head, self.classes = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.norm(x)
+            return self.head(y), self.head(y.flip(1) if through == "flip" else y * 2), self.classes(y[:, -1])
+
+    graph = graph_of(Twice(), 8, 5, 32)
+    scaled, (inputs,) = graph.copy(), next(iter(data_of(graph))).inputs
+    equalise(scaled, QLINEAR, (), data_of(graph), context(graph))
+    for before, after in zip(graph.run(inputs), scaled.run(inputs), strict=True):
+        assert noise(before, after) > 110
+
+
 def test_a_model_that_no_output_depends_on_smoothly_is_left_as_it_is():
     graph = graph_of(Net(lambda net, x: net.b(F.relu(net.a(x))).argmax(1), a=conv(3, 4), b=conv(4, 4)))
     before = graph.fingerprint()

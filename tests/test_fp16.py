@@ -236,6 +236,36 @@ def test_decisions_that_floats_make_stay_single():
     assert after.tensors["t.weight"].dtype == HALF
 
 
+def test_a_mask_may_be_read_in_two_precisions(tmp_path):
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.o = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            t = self.q(x).unflatten(-1, (4, -1)).transpose(1, 2)
+            return self.o(F.scaled_dot_product_attention(t, t, t, attn_mask=mask).transpose(1, 2).flatten(-2))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Attends(), Attends()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            mask = mask[:, None, None, :]
+            x = x + self.a(x, mask)
+            return x + self.b(x, mask)
+
+    torch.manual_seed(0)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    example = torch.randn(2, 6, 32), mask
+    _, after, _ = halved(Two(), *example, ignore=("a",))
+    emitted = emit(after, tmp_path / "m.onnx")
+    (seen,) = runtime.run(runtime.session(emitted.path), [t.numpy() for t in example])
+    assert noise(after.run(*example)[0], torch.from_numpy(seen)) > 50
+
+
 def test_literal_dtypes_follow():
     def forward(net, x):
         rows = torch.zeros(x.shape[0], 4, dtype=torch.float32) + torch.ones(4)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from yolo import Yolo
 from zoo import with_power
 
-from compressor import runtime
+from compressor import registry, runtime
 from compressor.capture import capture
 from compressor.data import Data, open_data
 from compressor.emit import emit
@@ -301,6 +301,72 @@ def test_narrow_groups_stay_float(tmp_path):
     file = emit(after, tmp_path / "model.onnx", dialect=CPU.dialect).path
     operators = runtime.optimized_operators(file)
     assert operators["QLinearConv"] == 4 and operators["Conv"] == 1
+
+
+@pytest.mark.parametrize("pool", [(3, 2, 1), (2, 2, 0), (2, 1, 1), (3, 3, 1), (5, 4, 2)])
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_pools_are_right_at_every_edge(pool, over, counts, tmp_path):
+    """ONNX Runtime's integer kernel divides windows that hang over the edge otherwise."""
+    size, step, pad = pool
+    net = Net(
+        lambda net, x: net.b(F.avg_pool2d(F.relu(net.a(x)), size, step, pad, over, counts)),
+        a=conv(3, 16), b=nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    graph = graph_of(net, 8, 3, 33, 33)
+    made, _ = compiled(graph, Int8(equalise=False, rounding="nearest"))
+    (inputs,) = next(iter(data(graph, 8))).inputs
+    seen, ran = in_runtime(made, tmp_path, inputs)
+    expected = made.run(inputs)[0]
+    for axis in (2, 3):
+        for edge in (0, -1):
+            assert noise(expected.select(axis, edge), seen.select(axis, edge)) > 35
+    assert ("QLinearAveragePool" in ran) != ("AveragePool" in ran) == bool(over and counts and pad)
+
+
+@pytest.mark.parametrize("name", ["view", "unsqueeze", "split"])
+def test_constants_and_inputs_may_be_called_like_operators(name):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            setattr(self, name, nn.Parameter(torch.randn(1, 5, 16)))
+
+        def forward(self, identity: Tensor) -> Tensor:
+            return self.layer(self.layer(identity) + getattr(self, name))
+
+    made, _ = compiled(graph_of(Named(), 8, 5, 16))
+    assert sum(kind(node) == "quantize" for node in made.nodes)
+
+
+def test_the_first_input_may_be_a_number():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 8)
+
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            return self.layer(x * scale)
+
+    torch.manual_seed(0)
+    example = torch.rand(()), torch.randn(32, 16)
+    for spec in ("int8", "fp16"):
+        graph = capture(Scaled(), example)
+        found = open_data([example] * 2, graph.inputs)
+        row = Pipeline(parse(spec, registry.passes()), registry.passes()).run(
+            graph, Context(CPU, found, found)
+        )[-1]
+        assert row.status in ("proved", "unchanged", "kept"), row
+
+
+def test_what_an_output_hands_on_is_not_rounded():
+    from targets.openvino import OPENVINO
+
+    net = Net(lambda net, x: (x, net.a(x)), a=conv(3, 16))
+    graph = graph_of(net)
+    made, _ = compiled(graph, Int8(equalise=False, rounding="nearest"), context(graph, OPENVINO))
+    (inputs,) = next(iter(data(graph, 8))).inputs
+    assert torch.equal(made.run(inputs)[0], inputs) and any(kind(node) == "quantize" for node in made.nodes)
 
 
 def test_sums_of_few_products_stay_float(tmp_path):

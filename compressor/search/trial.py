@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__, data, delivery, measure, metrics, page, publishing, registry, report, sessions
 from ..emit import Emitted, feeds
-from ..errors import CompressorError, DataError, OutputError
+from ..errors import CompressorError, DataError, FunctionError, OutputError
 from ..ir import Graph
 from ..load import Loaded
 from ..opening import Options, capture_model, load_model, streams
@@ -189,9 +189,11 @@ def run(task: Task, number: int, spec: str) -> Outcome:
         return outcome(HOPELESS, str(error), doomed=error.doomed, values=error.values)
     except OutputError:
         raise
+    except FunctionError as error:  # a metric of the user's
+        return outcome(FAILED, _line(error))
     except CompressorError as error:
         return outcome(REFUSED, _line(error))
-    except (Exception, SystemExit) as error:  # a metric of the user's, most of the time
+    except (Exception, SystemExit) as error:
         return outcome(FAILED, f"{type(error).__name__}: {_line(error)}")
 
 
