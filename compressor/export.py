@@ -9,7 +9,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from functools import reduce
@@ -19,17 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
-from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.export import ExportedProgram
 
 from .errors import CompressorError, OutputError, UnsupportedError, UsageError
 from .ir import Graph, Input
@@ -63,81 +53,6 @@ def reexport(graph: Graph, module: nn.Module | None = None) -> ExportedProgram:
         return torch.export.export(
             one, tuple(t.clone() for t in graph.example), dynamic_shapes=dynamic, strict=False
         )
-
-
-def assembled(graph: Graph, module: fx.GraphModule) -> ExportedProgram:
-    """As `reexport`, but nothing is traced that is known already: only functions that stand for operators in `module`.
-
-    A graph whose axes were fixed is traced: nobody knows yet what follows from that.
-    """
-    known = [[isinstance(size, torch.SymInt) for size in one.meta["val"].shape] for one in graph.placeholders]
-    if known != [[isinstance(size, str) for size in spec.shape] for spec in graph.inputs]:
-        return reexport(graph, module)
-    made, env = fx.Graph(), dict[fx.Node, Any]()
-    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    held = {name: made.placeholder(f"held_{i}") for i, name in enumerate(names)}
-    given = []
-    with torch.no_grad(), quiet():
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                env[node] = held[str(node.target)]
-                env[node].meta.setdefault("val", node.meta["val"])
-            elif node.op == "placeholder":
-                env[node] = made.node_copy(node)
-                given.append(env[node])
-            elif node.op == "output":
-                results = tuple(fx.node.map_arg(node.args[0], env.__getitem__))
-                made.output(results)
-            elif node.target is operator.getitem and not isinstance(env[node.args[0]], fx.Node):
-                env[node] = env[node.args[0]][node.args[1]]
-            elif isinstance(node.target, OpOverload) or inspect.isbuiltin(node.target):
-                env[node] = made.node_copy(node, env.__getitem__)
-            else:
-                env[node] = _inlined(graph, node, made, env)
-    tensors = graph.tensors
-    calls = ModuleCallSignature([], [], _spec_of((tuple(given), {})), _spec_of(results))
-    signature = ExportGraphSignature(
-        [InputSpec(InputKind.BUFFER, TensorArgument(one.name), name, True) for name, one in held.items()]
-        + [InputSpec(InputKind.USER_INPUT, TensorArgument(one.name), None) for one in given],
-        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(one.name), None) for one in results],
-    )
-    return ExportedProgram(
-        torch.nn.Module(), made, signature, {name: tensors[name] for name in held}, {},
-        [ModuleCallEntry("", calls)],
-    )  # fmt: skip
-
-
-def _spec_of(value: Any) -> pytree.TreeSpec:
-    return pytree.tree_flatten(value)[1]
-
-
-def _inlined(graph: Graph, node: fx.Node, made: fx.Graph, env: Mapping[fx.Node, Any]) -> Any:
-    """What a function does, traced into `made`."""
-    sources, function = node.all_input_nodes, cast(Callable[..., Any], node.target)
-
-    def called(*values: Any) -> Any:
-        now = dict(zip(sources, values, strict=True))
-        return function(*fx.node.map_arg(node.args, now.get), **fx.node.map_arg(node.kwargs, now.get))
-
-    with graph.fake_mode:
-        part = make_fx(called, pre_dispatch=True)(*(one.meta["val"] for one in sources))
-    inside: dict[fx.Node, Any] = {}
-    entries = iter(sources)
-    for one in part.graph.nodes:
-        if one.op == "placeholder":
-            inside[one] = env[next(entries)]
-        elif one.op == "output":
-            return fx.node.map_arg(one.args[0], inside.__getitem__)
-        elif one.op != "call_function":
-            raise UnsupportedError(f"{node.name} is traced to a {one.op}")
-        else:
-            inside[one] = made.node_copy(one, inside.__getitem__)
-            if one.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-                inside[one].target = torch.ops.aten.reshape.default  # strides are others in every trace
-            for key in ("nn_module_stack", "stack_trace"):
-                if key in node.meta:
-                    inside[one].meta[key] = node.meta[key]
-    raise UnsupportedError(f"{node.name} gives nothing")
 
 
 @contextmanager

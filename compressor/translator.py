@@ -24,9 +24,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from . import nms, stable
+from .assembly import assembled
 from .contrib import translations
 from .errors import CompressorError, UnsupportedError
-from .export import assembled, quiet, reexport
+from .export import quiet, reexport
 from .ir import Graph
 from .names import unsupported
 from .ops import kind

@@ -70,8 +70,9 @@ TIERS = [
     ["constants", "layout", "atoms", "evaluation", "lowering", "postprocess", "edges"],
     ["steps", "moves", "sharing", "uniform", "scales", "heads"],
     ["features", "positions", "export", "absorb", "proof"],
-    ["kernels", "ties", "padding", "translator"],
+    ["kernels", "ties", "padding", "assembly"],
     [
+        "translator",
         "affine",
         "channels",
         "statistics",
