@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 import sys
@@ -25,6 +26,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 REQUIRED = "required_operators.config"  # ONNX Runtime's own name
+REPORT = "report.json"
+_MADE = {
+    "model.onnx",
+    "model.pt2",
+    REPORT,
+    "report.html",
+    handover.SIGNATURE,
+    handover.USAGE,
+    handover.SAMPLE,
+}
 COMPANIONS = {"model.onnx.data", "model.ort", REQUIRED}  # files beside model.onnx that not every run writes
 _STAGE = ".compressing-"  # in the name of every folder that is being filled
 _NAME = 100  # letters of the output's name in that of such a folder
@@ -64,6 +75,21 @@ def staging(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if owner is not None:
             os.close(owner)
+
+
+def require_ours(output: Path) -> None:
+    """OutputError where a folder holds what a run would replace, and it has no report of a run that wrote it."""
+    found = sorted(name for name in _MADE | COMPANIONS if os.path.lexists(output / name))
+    if not found:
+        return
+    for name in (REPORT, handover.SIGNATURE):
+        with suppress(OSError, ValueError, TypeError):
+            if "inputs" in json.loads((output / name).read_text(encoding="utf-8")):
+                return
+    raise OutputError(
+        f"{output} holds {', '.join(found)}, which no run of compress wrote and this one would replace: name another "
+        "folder with --output"
+    )
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
@@ -142,7 +168,7 @@ def _publish(folder: Path, output: Path) -> None:
         folder.chmod(0o755)
         os.replace(folder, output)
         return
-    fresh = sorted(folder.iterdir(), key=lambda f: f.name == "report.json")
+    fresh = sorted(folder.iterdir(), key=lambda f: f.name == REPORT)
     names = {file.name for file in fresh}
     # of an earlier run: they belong to a model that is no longer there
     stale = (COMPANIONS | handover.copied_to(output)) - names

@@ -52,10 +52,8 @@ def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
 
 
 def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
-    module, words = (
-        graph.module,
-        {**translations(), **nms.translations(), **stable.translations(), **_views()},
-    )
+    module = graph.module
+    words = {**translations(), **nms.translations(), **stable.translations(), **_views()}
     exact = _exact() if optimize else nullcontext()
     with quiet(), torch.no_grad(), how(module, words, opset) as program_of, exact:
         program = torch.onnx.export(
@@ -132,6 +130,7 @@ def _exact() -> Iterator[None]:
 
 
 Programmer = Callable[[Graph, fx.GraphModule], ExportedProgram]
+State = tuple[int, int]  # how many translations and operators there are
 
 
 @contextmanager
@@ -154,8 +153,13 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
 
         opset = max(opset, _constants.TORCHLIB_OPSET)  # an older one is made of that
         decompose = rewrites.decompose_with_registry
-        count = sum(len(one.overloads) + len(one.complex) for one in known.values())  # users register more
-        words, parts = _vocabulary(opset, count)
+        state = (
+            sum(len(one.overloads) + len(one.complex) for one in known.values()),  # users register more
+            len(
+                torch._C._dispatch_get_all_op_names()
+            ),  # libraries, too: without an operator a word for it is lost
+        )
+        words, parts = _vocabulary(opset, state)
     except (ImportError, AttributeError):
         yield reexport
         return
@@ -174,7 +178,7 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
         """One to add to."""
         fresh = ONNXRegistry()
         fresh._opset_version = opset_version
-        fresh.functions = {name: list(found) for name, found in _library(opset, count).functions.items()}
+        fresh.functions = {name: list(found) for name, found in _library(opset, state).functions.items()}
         return fresh
 
     with ExitStack() as stack:
@@ -189,7 +193,7 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
 
 
 @cache
-def _library(opset: int, _: int) -> Any:
+def _library(opset: int, _: State) -> Any:
     """Torch's registry of translations, nobody's own among them."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -197,7 +201,7 @@ def _library(opset: int, _: int) -> Any:
 
 
 @cache
-def _vocabulary(opset: int, count: int) -> tuple[Collection[Any], Mapping[Any, Callable[..., Any]]]:
+def _vocabulary(opset: int, state: State) -> tuple[Collection[Any], Mapping[Any, Callable[..., Any]]]:
     """The operators that the exporter's library translates, and what it makes of some of the others.
 
     Without those that a second trace always takes apart, views most of them: nobody has ever used these translations.
@@ -205,7 +209,7 @@ def _vocabulary(opset: int, count: int) -> tuple[Collection[Any], Mapping[Any, C
     from torch._export.utils import _is_preservable_cia_op
     from torch.onnx._internal.exporter import _decomp
 
-    registry = _library(opset, count)
+    registry = _library(opset, state)
     words: set[Any] = set(_decomp.get_onnx_implemented_overloads(registry))
     words -= {op for op in words if _composite(op) and not _is_preservable_cia_op(op)}
     parts = _decomp.create_onnx_friendly_decomposition_table(words)

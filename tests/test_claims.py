@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -143,6 +144,40 @@ def test_false_claims_about_numbers_are_found(made: Path, copy: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("whole", 0.08), ("double", 0.05)])
+@pytest.mark.parametrize("options", [(), ("--tolerance", "1e-9")])
+def test_an_exact_file_is_held_to_the_same_numbers(
+    tmp_path: Path, run: Run, dtype: str, share: float, options: tuple[str, ...]
+) -> None:
+    """Classes that floats make, and floats of 64 bits; a tolerance makes it no laxer."""
+
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 10, dtype=torch.float64 if dtype == "double" else torch.float32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) if dtype == "double" else self.layer(x).argmax(1)
+
+    torch.manual_seed(0)
+    model = Decides().eval()
+    x = torch.randn(64, 16, dtype=model.layer.weight.dtype)
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(model, (x[:2],), dynamic_shapes=batch), tmp_path / "m.pt2")
+    np.savez(tmp_path / "x.npz", x=x.numpy())
+    words = (tmp_path / "m.pt2", tmp_path / "out" / "model.onnx", "--data", tmp_path / "x.npz")
+    assert run(words[0], "--passes", "fold", "--no-measure", "-o", tmp_path / "out")[0] == 0
+    assert run("verify", *words)[0] == 0
+    file = onnx.load(words[1])
+    for held in file.graph.initializer:
+        value = onnx.numpy_helper.to_array(held).copy()
+        value *= 1 + share * np.random.default_rng(0).standard_normal(value.shape)
+        if value.ndim == 2:
+            held.CopyFrom(onnx.numpy_helper.from_array(value, held.name))
+    onnx.save(file, words[1])
+    assert run("verify", *words, *options)[0] == 7
+
+
 def test_another_model_does_not_lose_so_little(made: Path, copy: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     batch = torch.export.Dim("batch")
@@ -165,6 +200,60 @@ def test_what_another_runtime_counts_is_not_held_against_it(copy: Path) -> None:
 
     told(copy, older)
     assert states(copy)["operators that ran"] == claims.UNKNOWN
+
+
+def test_data_are_known_by_their_numbers_and_not_by_their_path(
+    made: Path, copy: Path, tmp_path: Path
+) -> None:
+    what = "held-out samples", "loss against the model, dB", "loss where axes have other sizes, dB"
+    shutil.copy(made / "data.npz", tmp_path / "renamed.npz")
+    found = states(copy, data=tmp_path / "renamed.npz", measure=False)
+    assert not false(found) and all(found[name] == claims.HELD for name in what[1:])
+    other = dict(np.load(made / "data.npz"))
+    other["x"] = other["x"][::-1].copy()
+    (made / "elsewhere").mkdir(exist_ok=True)
+    np.savez(made / "elsewhere" / "data.npz", **other)
+    found = states(copy, data=made / "elsewhere" / "data.npz", measure=False)
+    assert false(found) == {what[0]} and what[1] not in found
+
+
+def test_what_an_app_tests_with_is_held_to_its_hash(copy: Path) -> None:
+    told(copy, lambda report: report["model"].update(path="gone.pt2"))
+    with (copy / "test_data_set_0" / "output_0.pb").open("ab") as file:
+        file.write(b"more")
+    assert false(states(copy)) == {"sha256 of test_data_set_0/output_0.pb"}
+
+
+def test_a_file_may_lie_elsewhere(copy: Path, tmp_path: Path, run: Run) -> None:
+    told(copy, lambda report: report["model"].update(path="gone.pt2"))
+    (copy / "model.onnx").rename(tmp_path / "loose.onnx")
+    code, out, err = run("verify", tmp_path / "loose.onnx", "--against", copy, "--no-measure")
+    assert (code, err) == (0, ""), out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_metric_that_is_no_number_may_be_claimed(
+    made: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    (tmp_path / f"lost_{value}.py").write_text(f"def metric(run):\n    return {{'loss': float('{value}')}}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told(
+        copy,
+        lambda report: [one.update(metric={"loss": value}) for one in (report["emitted"], report["rows"][0])],
+    )
+    found = states(copy, evaluate=f"lost_{value}:metric", measure=False)
+    assert found["metric loss"] == found["metric loss of the model"] == claims.HELD
+
+
+def test_options_of_the_other_kind_are_refused(made: Path, run: Run) -> None:
+    model, file = made / "small.pt2", made / "out" / "model.onnx"
+    for words, said in (
+        (("--against", made / "out", "--tolerance", "1e-9"), "--tolerance"),
+        (("--against", made / "out", "--layers"), "--layers"),
+        ((model, file, "--eval", "nowhere.npz"), "--eval goes with --against"),
+    ):
+        code, _, err = run("verify", *words)
+        assert code == 2 and said in err
 
 
 def test_a_report_reaches_no_other_files(copy: Path) -> None:

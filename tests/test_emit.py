@@ -392,6 +392,25 @@ def test_nothing_is_traced_but_what_the_exporter_has_no_words_for(tmp_path, monk
 
 
 TURNS = torch.view_as_complex(torch.randn(6, 2))
+FIRST_FLOATS = """
+import torch, compressor
+from compressor import translator
+from compressor.capture import capture
+from compressor.emit import emit
+translator._plain = None
+x = torch.randn(64, 16)
+net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+emit(capture(net, x[:2]), "floats.onnx")
+compressor.compress(net, x[:2], passes="int8", calibration=[x], output="out", measure=False)
+"""
+
+
+def test_operators_that_come_later_have_words_too(python):
+    """Integers are operators of a library that a float model does not need; the same bytes whatever came before."""
+    done = python("-c", FIRST_FLOATS)
+    assert done.returncode == 0, done.stderr
+
+
 VIEWS = {
     "narrow": lambda x: x.narrow(1, -2, 2).sum(1),
     "chunk": lambda x: torch.cat([c.sum(2, keepdim=True) for c in x.chunk(4, 2)], 2),

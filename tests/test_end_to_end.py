@@ -124,7 +124,69 @@ def test_a_checkpoint_with_its_architecture(run: Run, here: Path) -> None:
     assert code == 3 and "classes.bias" in err
 
 
+def test_what_a_pass_left_does_not_mix_with_json(run: Run, here: Path) -> None:
+    words = (
+        "model.pt2",
+        "--passes",
+        "fold",
+        "--no-measure",
+        "--json",
+        "--print-after",
+        "fold",
+        "-o",
+        "printed",
+    )
+    code, out, err = run(*words)
+    assert code == 0 and json.loads(out)["spec"] == "fold" and "conv2d" in err
+
+
 # ----------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(x):\n    raise ValueError('no camera')\n", "raised ValueError (theirs.py:2): no camera"),
+        ("def f(x):\n    return [1, 2]\n", "returned a list"),
+        ("def f(x):\n    return None\n", "returned a NoneType"),
+        ("def f(x):\n    return {'a': 'b'}\n", "returned a dict"),
+        ("def f(x:\n", "raised SyntaxError"),
+        ("1 / 0\n", "raised ZeroDivisionError (theirs.py:1)"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--eval", "--preprocess"])
+def test_what_functions_of_the_users_do_wrong_is_said(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, option: str, text: str, said: str
+) -> None:
+    (here / "theirs.py").write_text(text)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    words = ("model.pt2", "--passes", "fold", "--calib", "data.npz", "--no-measure", "-o", "wrong")
+    code, _, err = run(*words, option, "theirs:f")
+    assert code == 4 and (said in err or "returned a" in said + err) and err.count("\n") == 1
+    assert not Path("wrong").exists()
+
+
+@pytest.mark.parametrize("described", ["x:f32[7,3,8,8]", "x:f64[?,3,8,8]", "x:f32[?,3,8]", "x:f32[?,3,9,8]"])
+def test_a_program_takes_what_it_was_exported_with(run: Run, here: Path, described: str) -> None:
+    code, _, err = run("model.pt2", "--passes", "fold", "--input", described, "--no-measure", "-o", "wrong")
+    assert code == 2 and "leave --input out" in err and not Path("wrong").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "--diff", "out", "out", "--layers"),
+        ("inspect", "out/model.onnx", "--model", "nope:nope"),
+        ("inspect", "out/report.json", "--adapter", "nowhere"),
+        ("bench", "out/model.onnx", "--advise", "--profile"),
+        ("model.pt2", "--stop-after", "fold", "--emit", "pt2"),
+        ("model.pt2", "--stop-after", "fold", "--max-mb", "1"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run: Run, here: Path, words: tuple[str, ...]) -> None:
+    code, _, err = run(*words)
+    assert code == 2 and any(one in err for one in words if one.startswith("--"))
 
 
 def text_file(here: Path) -> list[str]:

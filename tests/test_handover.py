@@ -18,7 +18,7 @@ import compressor
 from compressor import handover, runtime
 from compressor.capture import capture
 from compressor.emit import emit
-from compressor.errors import UsageError
+from compressor.errors import OutputError, UsageError
 from compressor.target import RELEASES
 from targets.cpu import CPU
 
@@ -179,6 +179,16 @@ def test_another_run_replaces_what_lay_there(tmp_path):
     assert not (out / "tokenizer.json").exists() and not (out / handover.LABELS).exists()
     assert (out / "notes.txt").exists() and (out / "vocab.txt").exists()
     assert sorted(f.name for f in (out / handover.SAMPLE).iterdir()) == ["input_0.pb", "output_0.pb"]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "usage.md", "model.ort", "report.json", "test_data_set_0"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=f"holds {name}, which no run of compress wrote"):
+        compressor.compress(small(), torch.randn(4, 3, 8, 8), passes="fold", output=out, measure=False)
+    assert [one.name for one in out.iterdir()] == [name] and (out / name).read_text() == '{"mine": 1}'
 
 
 # ---------------------------------------------------------------- releases

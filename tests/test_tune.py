@@ -158,7 +158,8 @@ def test_a_worker_that_dies_and_a_metric_that_raises_cost_their_trials_alone(fil
     why = {
         one.spec.partition("calibration=")[2].partition(",")[0]: one.why for one in study.outcomes.values()
     }
-    assert why["minmax"] == "RuntimeError: no camera" and why["percentile"] == "its metric is not a number"
+    assert why["minmax"] == "--eval metric raised RuntimeError (moody.py:7): no camera"
+    assert why["percentile"] == "its metric is not a number"
     assert "worker died" in why["mse"]
     assert [one.spec for one in study.done] == ["fold"] and study.best == study.done[0]
 

@@ -218,6 +218,7 @@ def _placed(listed: Path, value: str) -> str:
 
 def _prepared(entry: Entry) -> tuple[Task, str, str]:
     """Task and spec of a model, and the key of everything that decides its result."""
+    publishing.require_ours(entry.output)
     options = {
         k: v for k, v in entry.options.items() if k not in ("passes", "target", "calibration", *SEARCH)
     }
