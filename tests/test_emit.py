@@ -394,13 +394,13 @@ def test_nothing_is_traced_but_what_the_exporter_has_no_words_for(tmp_path, monk
 TURNS = torch.view_as_complex(torch.randn(6, 2))
 FIRST_FLOATS = """
 import pathlib, torch, compressor
-from compressor import translator
+from compressor import registry, translator
 from compressor.capture import capture
 from compressor.emit import emit
 translator._plain = None
 x = torch.randn(64, 16)
 net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-emit(capture(net, x[:2]), pathlib.Path("floats.onnx"))
+emit(capture(net, x[:2]), pathlib.Path("floats.onnx"), opset=registry.target().opset)
 compressor.compress(net, x[:2], passes="int8", calibration=[x], output="out", measure=False)
 """
 
