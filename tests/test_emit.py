@@ -400,7 +400,7 @@ from compressor.emit import emit
 translator._plain = None
 x = torch.randn(64, 16)
 net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-emit(capture(net, x[:2]), pathlib.Path("floats.onnx"), opset=registry.target().opset)
+emit(capture(net, x[:2]), pathlib.Path("floats.onnx"), opset=registry.target(None).opset)
 compressor.compress(net, x[:2], passes="int8", calibration=[x], output="out", measure=False)
 """
 
