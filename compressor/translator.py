@@ -153,12 +153,9 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
 
         opset = max(opset, _constants.TORCHLIB_OPSET)  # an older one is made of that
         decompose = rewrites.decompose_with_registry
-        state = (
-            sum(len(one.overloads) + len(one.complex) for one in known.values()),  # users register more
-            len(
-                torch._C._dispatch_get_all_op_names()
-            ),  # libraries, too: without an operator a word for it is lost
-        )
+        # users register more translations, libraries more operators: a word for one that is not there is left out
+        count = sum(len(one.overloads) + len(one.complex) for one in known.values())
+        state = count, len(torch._C._dispatch_get_all_op_names())
         words, parts = _vocabulary(opset, state)
     except (ImportError, AttributeError):
         yield reexport
