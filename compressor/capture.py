@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from . import detectors
 from .composites import spell_out
 from .constants import constant_value
-from .errors import ContractError, UnsupportedError, UsageError
+from .errors import ContractError, UnsupportedError, UsageError, nearest
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
 from .inplace import in_place, rename_in_place, restore_batch_norm
@@ -219,6 +219,11 @@ def _program_specs(
 ) -> tuple[Input, ...]:
     module = program.module(check_guards=False)
     named = {spec.name: spec for spec in overrides}
+    if unknown := [name for name in named if name not in names]:
+        raise UsageError(
+            f"--input {unknown[0]}: the exported program has no such input{nearest(unknown[0], names)}; it takes "
+            f"{', '.join(names)}"
+        )
     specs: list[Input] = []
     seen: dict[str, str] = {}
     for name, node in zip(names, [n for n in module.graph.nodes if n.op == "placeholder"], strict=True):
