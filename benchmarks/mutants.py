@@ -225,7 +225,10 @@ def tests_of(text: str, other: str, known: dict[str, Any]) -> dict[str, float]:
             wide |= set(range(least.lineno, (least.end_lineno or least.lineno) + 1))
     runs = {test for line in wide for test in known["lines"].get(str(line), [])}
     seconds: dict[str, float] = known["seconds"]
-    wanted = seconds if not runs or "" in runs else runs
+    families = {
+        test.partition("[")[0] for test in runs
+    }  # what a fixture of all of them ran counts for the first
+    wanted = seconds if not runs or "" in runs else [t for t in seconds if t.partition("[")[0] in families]
     return {test: seconds[test] for test in sorted(wanted, key=lambda test: (seconds[test], test))}
 
 
