@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressor
-from compressor import delivery
+from compressor import conditions, delivery
 from compressor.accelerators import COREML_MLPROGRAM, COREML_NEURALNETWORK, NNAPI, PROVIDERS, named
 from compressor.ops import macs
 from compressor.partitions import partitioned, pieces_of
@@ -135,6 +135,34 @@ def test_providers_by_name():
 )  # fmt: skip
 def test_floats(provider, unit, reason):
     said = PROVIDERS[provider].refuses(unit)
+    assert said.startswith(reason) and bool(said) == bool(reason)
+
+
+def resized(made, source=(1, 4, 8, 8), scales=(1, 1, 2, 2), **how) -> Unit:
+    constants = {"roi": np.zeros(0, np.float32), "scales": np.float32(scales)}
+    return one("Resize", list(source), list(made), constants, **how)
+
+
+@pytest.mark.parametrize(
+    ("check", "unit", "reason"),
+    [
+        ("resize", resized((1, 4, 16, 16)), "it resizes by nearest, half_pixel, round_prefer_floor"),
+        ("resize", resized((1, 4, 16, 16), mode="linear"), ""),
+        ("resize", resized((1, 4, 16, 16), mode="linear", antialias=1), "antialias=1"),
+        ("resize", resized((1, 4, 16, 16), scales=(2, 2), mode="linear", axes=[2, 3]), "it names axes"),
+        ("resize", resized((1, 4, 16), (1, 4, 8), (1, 1, 2), mode="linear"), "its input has 3 axes"),
+        ("resize", resized((1, 8, 16, 16), scales=(1, 2, 2, 2), mode="linear"), "it resizes other axes"),
+        ("whole_factors", resized((1, 4, 16, 16)), ""),
+        ("whole_factors", resized((1, 4, 4, 4), scales=(1, 1, 0.5, 0.5)), ""),
+        ("whole_factors", resized((1, 4, 12, 12), scales=(1, 1, 1.5, 1.5)), "height or width change"),
+        ("whole_factors", resized((1, 4, "h", 16), (1, 4, "g", 8)), "height or width are not fixed"),
+        ("grows", resized((1, 4, 16, 16)), ""),
+        ("grows", resized((1, 4, 4, 4), scales=(1, 1, 0.5, 0.5)), "it makes pictures smaller"),
+    ],
+)
+def test_pictures_of_other_sizes(check, unit, reason):
+    found = getattr(conditions, check)
+    said = (found(("linear", "half_pixel")) if check == "resize" else found)(unit)
     assert said.startswith(reason) and bool(said) == bool(reason)
 
 
