@@ -100,7 +100,7 @@ def compress(
         folder = Path(output) if output is not None else Path(f"{_stem(model)}-compressed")
         if opt.stop_after:
             return run.compile(loaded, example_inputs, calibration, None)
-        publishing.require_ours(folder)
+        publishing.require_ours(folder, "pt2" in opt.formats)
         with publishing.staging(folder) as stage:
             result = run.compile(loaded, example_inputs, calibration, stage)
             written = report.write_report(stage / "report.json", result.report)

@@ -252,10 +252,10 @@ def _require_alike(asked: Input, value: Tensor) -> None:
     pairs = zip(asked.shape, value.shape, strict=False)
     fixed = any(isinstance(a, int) and not (isinstance(b, int) and a == b) for a, b in pairs)
     if asked.dtype != value.dtype or len(asked.shape) != value.dim() or fixed:
-        takes = Input(asked.name, value.dtype, tuple(s if isinstance(s, int) else "?" for s in value.shape))
+        sizes = ",".join(str(s) if isinstance(s, int) else "?" for s in value.shape)
         raise UsageError(
             f"--input {asked.name}: the exported program takes {DTYPE_NAMES.get(value.dtype, value.dtype)} of "
-            f"{list(takes.shape)}; it is complete as it is, so leave --input out"
+            f"[{sizes}]; it is complete as it is, so leave --input out"
         )
 
 

@@ -136,7 +136,8 @@ def _hashes(emitted: Mapping[str, Any]) -> dict[str, str]:
 
 def _beside(home: Path, name: str) -> Path:
     """A file that a report names, beside it. UsageError for one that would lie elsewhere."""
-    if Path(name.removeprefix(f"{handover.SAMPLE}/")).name != name.removeprefix(f"{handover.SAMPLE}/"):
+    inner = name.removeprefix(f"{handover.SAMPLE}/")
+    if Path(inner).name != inner:
         raise UsageError(f"a damaged report: it names the file {name!r}, and files lie beside it")
     return home / name
 

@@ -26,10 +26,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 REQUIRED = "required_operators.config"  # ONNX Runtime's own name
-REPORT = "report.json"
+REPORT, PROGRAM = "report.json", "model.pt2"
 _MADE = {
     "model.onnx",
-    "model.pt2",
     REPORT,
     "report.html",
     handover.SIGNATURE,
@@ -77,14 +76,21 @@ def staging(output: Path) -> Iterator[Path]:
             os.close(owner)
 
 
-def require_ours(output: Path) -> None:
-    """OutputError where a folder holds what a run would replace, and it has no report of a run that wrote it."""
-    found = sorted(name for name in _MADE | COMPANIONS if os.path.lexists(output / name))
+def require_ours(output: Path, program: bool = False) -> None:
+    """OutputError where a folder holds what a run would replace, and it has no report of a run that wrote it.
+
+    program: the run writes model.pt2, too, whose name the model that it reads often has.
+    """
+    names = _MADE | COMPANIONS | ({PROGRAM} if program else set())
+    found = sorted(name for name in names if os.path.lexists(output / name))
     if not found:
         return
     for name in (REPORT, handover.SIGNATURE):
-        with suppress(OSError, ValueError, TypeError):
-            if "inputs" in json.loads((output / name).read_text(encoding="utf-8")):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            told = json.loads((output / name).read_text(encoding="utf-8"))
+            if PROGRAM in found and not (told.get("emitted") or {}).get("program"):
+                continue  # another run's folder, and yet the user's model
+            if "inputs" in told:
                 return
     raise OutputError(
         f"{output} holds {', '.join(found)}, which no run of compress wrote and this one would replace: name another "

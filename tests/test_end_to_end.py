@@ -124,6 +124,19 @@ def test_a_checkpoint_with_its_architecture(run: Run, here: Path) -> None:
     assert code == 3 and "classes.bias" in err
 
 
+def test_a_model_may_lie_where_its_files_go(run: Run, here: Path) -> None:
+    """Its own name is no reason to refuse, but where it would be written over."""
+    Path("home").mkdir()
+    shutil.copy("model.pt2", "home/model.pt2")
+    before = Path("home/model.pt2").read_bytes()
+    words = ("home/model.pt2", "--passes", "fold", "--no-measure", "-o", "home")
+    code, _, err = run(*words, "--emit", "pt2")
+    assert code == 5 and "holds model.pt2" in err
+    assert run(*words)[0] == 0 and Path("home/model.onnx").exists()
+    assert run(*words, "--emit", "pt2")[0] == 5
+    assert Path("home/model.pt2").read_bytes() == before
+
+
 def test_what_a_pass_left_does_not_mix_with_json(run: Run, here: Path) -> None:
     words = (
         "model.pt2",
