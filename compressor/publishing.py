@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from . import handover
 from .errors import OutputError
@@ -81,21 +82,24 @@ def require_ours(output: Path, program: bool = False) -> None:
 
     program: the run writes model.pt2, too, whose name the model that it reads often has.
     """
-    names = _MADE | COMPANIONS | ({PROGRAM} if program else set())
-    found = sorted(name for name in names if os.path.lexists(output / name))
-    if not found:
-        return
-    for name in (REPORT, handover.SIGNATURE):
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            told = json.loads((output / name).read_text(encoding="utf-8"))
-            if PROGRAM in found and not (told.get("emitted") or {}).get("program"):
-                continue  # another run's folder, and yet the user's model
-            if "inputs" in told:
-                return
-    raise OutputError(
-        f"{output} holds {', '.join(found)}, which no run of compress wrote and this one would replace: name another "
-        "folder with --output"
-    )
+    report, signature = (_told(output / name) for name in (REPORT, handover.SIGNATURE))
+    ours = "inputs" in report or "inputs" in signature
+    found = [] if ours else sorted(n for n in _MADE | COMPANIONS if os.path.lexists(output / n))
+    if program and os.path.lexists(output / PROGRAM) and not (report.get("emitted") or {}).get("program"):
+        found.append(PROGRAM)
+    if found:
+        raise OutputError(
+            f"{output} holds {', '.join(found)}, which no run of compress wrote and this one would replace: name "
+            "another folder with --output"
+        )
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds; nothing where there is none."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _cannot_write(output: Path, error: OSError) -> OutputError:
