@@ -25,6 +25,9 @@ _RESHAPES = frozenset({"view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _PERMUTES = frozenset({"permute", "transpose"})
 _SAME_SIZE = frozenset({"slice", "narrow", "expand", "repeat"})  # are identities where they keep every size
 _STRIDED = frozenset({"aten.as_strided.default", "aten.view.dtype", "aten.view_as_complex.default"})
+_NOT_NEGATIVE = frozenset(
+    {"aten.relu.default", "aten.relu6.default", "aten.sigmoid.default", "aten.hardsigmoid.default"}
+)
 _RIGID = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
@@ -71,6 +74,9 @@ def _handed_through(graph: Graph, node: Node) -> Node | None:
         )
     if which == "identity":
         return None if is_random(node) else first
+    if which == "activation":  # a block between the two went
+        relus = operator_name(node) == "aten.relu.default" and operator_name(first) in _NOT_NEGATIVE
+        return first if relus else None
     if which in ("max_pool", "avg_pool"):
         return first if _is_point(bound) else None
     if which == "adaptive_pool":

@@ -288,6 +288,11 @@ class Graph:
         if old.name not in self.journal.born:
             self.journal.equal[old.name] = new.name
 
+    def supplant(self, old: Node, new: Node) -> None:
+        """Every reader of `old` reads `new` instead, which is another value: no claim in the journal holds."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.journal.equal = {was: now for was, now in self.journal.equal.items() if now != old.name}
+
     def erase(self, node: Node) -> None:
         """Removes a node that nothing reads."""
         self.graph.erase_node(node)

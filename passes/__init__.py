@@ -9,6 +9,9 @@ from .int4 import Int4
 from .int8 import Int8
 from .merge import Merge
 from .prune import Prune
+from .shorten import Shorten
 from .squeeze import Squeeze
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Merge, Prune, Squeeze, Distill, Fold, Int8, Int4, Fp16)}
+PASSES: dict[str, type[Pass]] = {
+    p.name: p for p in (Merge, Shorten, Prune, Squeeze, Distill, Fold, Int8, Int4, Fp16)
+}

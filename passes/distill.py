@@ -48,7 +48,7 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze")
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten", "prune", "squeeze")
     learns: ClassVar[bool] = True
 
     epochs: int = 60

@@ -49,7 +49,7 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
     contract: ClassVar[Contract] = EXACT
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze")
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten", "prune", "squeeze")
 
     max_bytes: int = 1 << 24
 

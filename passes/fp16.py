@@ -56,7 +56,16 @@ class Fp16(Pass):
 
     name: ClassVar[str] = "fp16"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold", "int8", "int4")
+    after: ClassVar[tuple[str, ...]] = (
+        "merge",
+        "shorten",
+        "prune",
+        "squeeze",
+        "distill",
+        "fold",
+        "int8",
+        "int4",
+    )
 
     io: Literal["keep", "half"] = "keep"
     ignore: tuple[str, ...] = ()

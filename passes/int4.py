@@ -29,7 +29,7 @@ class Int4(Pass):
 
     name: ClassVar[str] = "int4"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
     bits: Literal["4", "8"] = "4"

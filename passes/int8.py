@@ -100,7 +100,7 @@ class Int8(Pass):
 
     name: ClassVar[str] = "int8"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune", "squeeze", "distill", "fold")
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten", "prune", "squeeze", "distill", "fold")
     requires: ClassVar[tuple[str, ...]] = ("fold",)
 
     scheme: Literal["static", "dynamic", "weight"] = "static"

@@ -92,7 +92,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     contract: ClassVar[Contract] = MASKED
-    after: ClassVar[tuple[str, ...]] = ("merge",)
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten")
 
     macs: float | None = None
     params: float | None = None

@@ -63,7 +63,7 @@ class Squeeze(Pass):
 
     name: ClassVar[str] = "squeeze"
     contract: ClassVar[Contract] = BOUNDED
-    after: ClassVar[tuple[str, ...]] = ("merge", "prune")
+    after: ClassVar[tuple[str, ...]] = ("merge", "shorten", "prune")
 
     energy: float | None = None
     macs: float | None = None

@@ -57,6 +57,34 @@ def test_a_sweep_is_means_over_seeds_of_the_same_data(files, tmp_path):
     )  # so small a network is cut in halves
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_the_command_says_of_a_sweep(files, tmp_path, capsys):
+    words = [
+        "sweep",
+        str(files / "net.pt2"),
+        "--passes",
+        "fold",
+        "--calib",
+        str(files / "x.npz"),
+        "--workers",
+        "1",
+    ]
+    assert cli.main([*words, "--seeds", "2", "-o", str(tmp_path / "table")]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "fold" in line)
+    assert "±" in row
+    assert cli.main([*words, "--seeds", "1", "-o", str(tmp_path / "csv"), "--csv"]) == 0
+    (line,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert line["spec"] == "fold" and float(line["macs"]) == 1
+
+    none = [
+        "int8" if word == "fold" else word for word in words if word not in ("--calib", str(files / "x.npz"))
+    ]
+    assert cli.main([*none, "--seeds", "1", "-o", str(tmp_path / "none"), "--json"]) == 2
+    said = capsys.readouterr()
+    (line,) = json.loads(said.out)["lines"]
+    assert line["seeds"] == 0 and "no spec gave a model" in said.err and "--calib" in said.err
+
+
 def test_budgets_that_were_reached_apart_are_called_so():
     from compressor.search.sweep import Line, _notices
 

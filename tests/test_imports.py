@@ -116,7 +116,7 @@ TIERS = [
         "detections",
         "counterparts",
     ],
-    ["rebuild", "splits", "pixels", "mixed", "tables", "quantised", "divergence"],
+    ["rebuild", "branches", "splits", "pixels", "mixed", "tables", "quantised", "divergence"],
     ["rounding", "weight_only"],
     ["passes", "targets"],
     ["report", "registry", "opening"],

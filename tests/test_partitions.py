@@ -166,6 +166,79 @@ def test_pictures_of_other_sizes(check, unit, reason):
     assert said.startswith(reason) and bool(said) == bool(reason)
 
 
+F32, W = np.float32, np.ones((4, 3), np.float32)
+
+
+def dilated(groups: int, width: int) -> Unit:
+    kernel = {"w": np.ones((4, width, 3, 3), F32)}
+    return one(
+        "Conv", [1, 4, 8, 8], [1, 4, 4, 4], kernel, group=groups, dilations=[2, 2], kernel_shape=[3, 3]
+    )
+
+
+def product(*operands: np.ndarray, **how) -> Unit:
+    return one("Gemm", [2, 4], [2, 3], dict(zip("wb", operands, strict=False)), **how)
+
+
+def stacked(left: list, right: list) -> Unit:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    return units_of(model([node], {"x": left, "w": right}, {"y": [*left[:-1], right[-1]]}))[0]
+
+
+def splits(*sizes: int) -> Unit:
+    node = helper.make_node("Split", ["x", "sizes"], [f"y{i}" for i in range(len(sizes))], axis=1)
+    made = {f"y{i}": [1, size] for i, size in enumerate(sizes)}
+    return units_of(model([node], {"x": [1, sum(sizes)]}, made, {"sizes": np.int64(sizes)}))[0]
+
+
+def pooled(results: int) -> Unit:
+    node = helper.make_node("MaxPool", ["x"], ["y", "at"][:results], kernel_shape=[2, 2])
+    made = {name: [1, 4, 7, 7] for name in ("y", "at")[:results]}
+    return units_of(model([node], {"x": [1, 4, 8, 8]}, made, types={"at": TensorProto.INT64}))[0]
+
+
+@pytest.mark.parametrize(
+    ("check", "unit", "reason"),
+    [
+        (conditions.grouped_dilation, dilated(2, 2), "dilated, in groups of several channels"),
+        (conditions.grouped_dilation, dilated(4, 1), ""),
+        (conditions.grouped_dilation, dilated(1, 4), ""),
+        (conditions.not_pointwise, dilated(1, 4), ""),
+        (conditions.not_pointwise, one("Conv", [1, 4, 8, 8], [1, 6, 8, 8], kernel_shape=[1, 1]), "a kernel of 1x1"),
+        (conditions.spatial(2), dilated(1, 4), ""),
+        (conditions.spatial(3), dilated(1, 4), "a kernel of 2 axes"),
+        (conditions.vector_bias, product(W), ""),
+        (conditions.vector_bias, product(W, np.ones(3, F32)), ""),
+        (conditions.vector_bias, product(W, np.ones((1, 3), F32)), ""),
+        (conditions.vector_bias, product(W.T, np.ones(3, F32), transB=1), ""),
+        (conditions.vector_bias, product(W, np.ones((2, 3), F32)), "its bias is no vector"),
+        (conditions.vector_bias, product(W, np.ones(1, F32)), "its bias is no vector"),
+        (conditions.plain_product, product(W), ""),
+        (conditions.plain_product, product(W.T, transB=1), ""),
+        (conditions.plain_product, product(W, alpha=0.5), "alpha=0.5"),
+        (conditions.plain_product, one("Gemm", [4, 2], [2, 3], {"w": W}, transA=1), "transA=1"),
+        (conditions.matrices, product(W), ""),
+        (conditions.matrices, stacked([2, 4], [4, 3]), "its second input is no constant"),
+        (conditions.batched, stacked([2, 8, 4], [2, 4, 3]), ""),
+        (conditions.batched, stacked([2, 8, 4], [1, 4, 3]), "its operands are no stacks"),
+        (conditions.batched, stacked([8, 4], [4, 3]), "its operands are no stacks"),
+        (conditions.even_split, splits(3, 3), ""),
+        (conditions.even_split, splits(2, 4), "its parts are not equally large"),
+        (conditions.one_result, pooled(1), ""),
+        (conditions.one_result, pooled(2), "it gives indices too"),
+        (conditions.numbers(1, np.all, "some are 0"), product(W), ""),
+        (conditions.numbers(1, np.all, "some are 0"), product(0 * W), "some are 0"),
+        (conditions.numbers(1, np.all, "it is computed"), stacked([2, 4], [4, 3]), "it is computed"),
+        (conditions.numbers(1, np.all, "some are 0"), one("Relu", [4], [4]), ""),
+        (conditions.any_of(conditions.spatial(3), conditions.not_pointwise), dilated(1, 4), ""),
+        (conditions.any_of(conditions.absent(1), conditions.rank(4)), product(W), "its input has 2 axes"),
+    ],
+)  # fmt: skip
+def test_what_operators_are_like(check, unit, reason):
+    said = check(unit)
+    assert said.startswith(reason) and bool(said) == bool(reason)
+
+
 @pytest.mark.parametrize(
     ("provider", "units", "op", "reason"),
     [

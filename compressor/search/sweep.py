@@ -110,7 +110,10 @@ def _line(spec: str, outcomes: Sequence[Outcome]) -> Line:
     for name in COLUMNS:
         seen = [one.values[name] for one in done if name in one.values]
         if seen:
-            values[name] = float(np.mean(seen)), float(np.std(seen, ddof=1)) if len(seen) > 1 else math.nan
+            spreads = (
+                len(seen) > 1 and np.isfinite(seen).all()
+            )  # an exact pass has no noise: its SQNR is infinite
+            values[name] = float(np.mean(seen)), float(np.std(seen, ddof=1)) if spreads else math.nan
     why = dict.fromkeys(f"{one.state}: {one.why}" for one in outcomes if one.state != DONE)
     return Line(spec, len(done), tuple(why), values)
 

@@ -1,0 +1,260 @@
+"""Depth pruning: residual branches that matter least go as a whole, and the sums that added them go with them.
+
+Which addends can go is read from the graph (`compressor/branches.py`); what each is worth is what the outputs lose
+without it, on calibration data. The result must equal the original with those branches times zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from compressor.branches import Branch, branches, bypass, masked
+from compressor.budgets import Amounts, Budget
+from compressor.data import Batch
+from compressor.errors import UsageError
+from compressor.ir import Graph
+from compressor.measure import bytes_of, parameters
+from compressor.ops import macs
+from compressor.pipeline import BOUNDED, MASKED, Context, Contract, Decline, Outcome, Pass, Rewrite, Size
+from compressor.rebuild import Rebuilt, refit
+from compressor.verify import Outputs, compare, observe
+
+WORK = 1e12  # multiply-accumulates that ranking may take: half a minute or so
+LEAST_SAMPLES, MOST_SAMPLES = 8, 64
+WORST = 1e6  # noise, relative to the outputs, of those that are not finite
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A branch, what the model costs once it and all before it are gone, and how much louder that makes the noise."""
+
+    branch: Branch
+    left: Amounts
+    noise: float
+
+
+@dataclass(frozen=True)
+class Shorten(Pass):
+    """Whole residual branches go, those that matter least first: blocks of a ResNet, attention or feed-forward of a
+    transformer. Fewer operators are faster on any hardware, also where narrower ones are not.
+
+    macs, params: share of the model's multiply-accumulates and of its numbers to keep; bare `shorten` is `macs=0.7`, or
+    as near to it as the model allows. size_mb: megabytes (1e6 bytes) of all tensors. latency, latency_ms: share of the
+    original's, or milliseconds, measured on shortened copies. sqnr: as few MACs as leave the outputs so many dB above
+    their noise, on held-out samples. max_drop: how far the metric of --eval may fall. reach: a budget out of reach is
+    an error that says what can be had; `best` goes as far as it gets.
+
+    A branch is worth what the outputs lose without it, on calibration samples, for what it costs; as branches go, the
+    others are judged anew. repair: the layers behind are solved anew, to give what they gave before: a step of its own,
+    which states the loss. ignore: module paths to leave alone, as in `ignore=layer4.*`.
+
+    `distill` behind it wins back much of what is lost.
+    """
+
+    name: ClassVar[str] = "shorten"
+    contract: ClassVar[Contract] = MASKED
+    after: ClassVar[tuple[str, ...]] = ("merge",)
+
+    macs: float | None = None
+    params: float | None = None
+    size_mb: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    sqnr: float | None = None
+    max_drop: float | None = None
+    reach: Literal["exact", "best"] = "exact"
+    repair: bool = True
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        """UsageError where it is none."""
+        return Budget(
+            self.macs, self.params, self.size_mb, self.latency, self.latency_ms, self.max_drop, self.sqnr,
+            best=self.reach == "best", owner="shorten", hint="every branch gone that can go",
+        )  # fmt: skip
+
+    def plan(self, size: Size, graph: Graph, data: bool) -> tuple[Size, str]:
+        self._check(data)
+        return self.budget.plan(size)
+
+    def run(self, graph: Graph, ctx: Context) -> Iterator[Outcome]:
+        """Two outcomes: `surgery`, where weights stay as they are, and `repair`, where nothing else changes."""
+        self._check(ctx.calibration is not None)
+        before = _amounts(graph)
+        least = self._least(graph)
+        goal = self.budget.goal(before, {name: least[name] / max(before[name], 1) for name in before})
+        order = self._order(graph, ctx, goal.amounts)
+        heard = self.sqnr is not None or self.max_drop is not None
+
+        def trial(amounts: Amounts) -> Graph:
+            copy, chosen = graph.copy(), _chosen(order, amounts)
+            tensors = self._repaired(copy, chosen, ctx).tensors if heard else {}
+            _take_out(copy, chosen, tensors)
+            return copy
+
+        self.budget.search(goal, graph, ctx, before, least["macs"] / max(before["macs"], 1), trial)
+        chosen = _chosen(order, goal.amounts)[: ctx.limit]
+        original = graph.copy()
+        rebuilt = self._repaired(graph, chosen, ctx)
+        declines = [Decline(place, why) for place, why in goal.short]
+        yield _surgery(graph, chosen, before, declines, goal.facts)
+        if rebuilt.tensors:
+            _take_out(graph, [], rebuilt.tensors)
+            yield Outcome(
+                step="repair",
+                contract=BOUNDED,
+                reference=original,
+                rewrites=[
+                    Rewrite(place, "solved anew for what is in front of it") for place in rebuilt.repaired
+                ],
+                facts={"repaired": len(rebuilt.repaired)},
+            )
+
+    def _check(self, data: bool) -> None:
+        if not data:
+            raise UsageError(
+                "shorten judges by what the outputs lose, on data, and none was given: pass --calib"
+            )
+
+    def _open(self, graph: Graph) -> list[Branch]:
+        return [b for b in branches(graph) if not any(fnmatchcase(b.site, p) for p in self.ignore)]
+
+    def _least(self, graph: Graph) -> Amounts:
+        """What is left when all is gone that can go."""
+        copy = graph.copy()
+        while found := self._open(copy):
+            bypass(copy, max(found, key=lambda branch: branch.macs))
+        return _amounts(copy)
+
+    def _order(self, graph: Graph, ctx: Context, goal: Amounts) -> list[Removal]:
+        """Branches in the order in which they go, until the goal is met; all of them where it is still to be found."""
+        assert ctx.calibration is not None
+        now, found = graph.copy(), list[Removal]()
+        candidates = self._open(now)
+        cost = max(macs(graph) * len(candidates), 1)  # of one sample
+        samples = int(min(max(WORK / cost, LEAST_SAMPLES), MOST_SAMPLES))
+        rounds = min(max(round(WORK / (cost * samples)), 1), max(len(candidates), 1))
+        at_once = math.ceil(len(candidates) / rounds)
+        batches = list(ctx.calibration.limited(samples))
+        expected = observe(graph, batches)
+        weigh = "macs" if "macs" in goal or not goal else next(iter(goal))
+        with ctx.progress("shorten: judging branches", None):
+            while candidates and not (goal and _met(_amounts(now), goal)):
+                judged = sorted(
+                    (self._judged(now, branch, batches, expected, weigh) for branch in candidates),
+                    key=lambda one: one[0],
+                )
+                for _, branch, noise in judged[:at_once]:
+                    if branch not in self._open(now):  # its sum went with another
+                        continue
+                    bypass(now, branch)
+                    found.append(Removal(branch, _amounts(now), noise))
+                candidates = self._open(now)
+        return found
+
+    def _judged(
+        self, graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs], weigh: str
+    ) -> tuple[float, Branch, float]:
+        """Noise that it would leave for what it saves, the branch, and that noise."""
+        copy = graph.copy()
+        bypass(copy, branch)
+        saved = _amounts(graph)[weigh] - _amounts(copy)[weigh]
+        noise = _noise(graph, expected, observe(copy, batches))
+        return noise / max(saved, 1e-9), branch, noise
+
+    def _repaired(self, graph: Graph, chosen: Sequence[Removal], ctx: Context) -> Rebuilt:
+        """New weights for the layers behind what goes; `graph` still has it, and stays as it is."""
+        if not self.repair or not chosen or ctx.calibration is None:
+            return Rebuilt([], {})
+        gone = [graph.node(one.branch.total).args[one.branch.position] for one in chosen]
+        return refit(graph, {}, ctx.calibration, ctx, dict.fromkeys(gone, torch.zeros_like))  # type: ignore[arg-type]
+
+
+def _amounts(graph: Graph) -> dict[str, float]:
+    return {"macs": macs(graph), "params": parameters(graph), "bytes": bytes_of(graph)}
+
+
+def _met(left: Amounts, goal: Amounts) -> bool:
+    return all(left[name] <= amount for name, amount in goal.items())
+
+
+def _chosen(order: Sequence[Removal], amounts: Amounts) -> list[Removal]:
+    """As few as meet the amounts, or all."""
+    if not amounts:
+        return []
+    count = next((i for i, one in enumerate(order, 1) if _met(one.left, amounts)), len(order))
+    return list(order[:count])
+
+
+def _noise(graph: Graph, expected: Sequence[Outputs], seen: Sequence[Outputs]) -> float:
+    """Mean over the outputs of noise over signal; what of whole numbers is another counts as it is."""
+    found = [
+        c.error if c.discrete else 10 ** (-c.sqnr_db / 10) if c.finite else WORST
+        for c in compare(graph, expected, seen)
+        if not c.slice
+    ]
+    return sum(min(one, WORST) for one in found) / max(len(found), 1)
+
+
+def _take_out(graph: Graph, chosen: Sequence[Removal], tensors: Mapping[str, Any]) -> None:
+    for one in chosen:
+        bypass(graph, one.branch)
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in tensors:
+            graph.set_tensor(node, tensors[str(node.target)])
+
+
+def _surgery(
+    graph: Graph,
+    chosen: Sequence[Removal],
+    before: Amounts,
+    declines: list[Decline],
+    facts: Mapping[str, Any],
+) -> Outcome:
+    """Takes the branches out; the reference is the graph as it was, with these branches times zero."""
+    reference = masked(graph, [one.branch for one in chosen])
+    _take_out(graph, chosen, {})
+    after = _amounts(graph)
+    left = {name: after[name] / before[name] if before[name] else 1.0 for name in ("macs", "params")}
+    taken = {one.branch for one in chosen}
+    declines += [
+        Decline(
+            branch.site,
+            f"the branch stays: others cost the outputs less for their {branch.macs / 1e6:.3g}M MACs",
+        )
+        for branch in branches(graph)
+        if branch not in taken
+    ]
+    return Outcome(
+        step="surgery",
+        reference=reference,
+        rewrites=[Rewrite(one.branch.site, _words(one.branch)) for one in chosen],
+        declines=declines,
+        facts={
+            **facts,
+            **left,
+            "branches": [
+                {"site": one.branch.site, "macs": one.branch.macs, "noise_db": _decibels(one.noise)}
+                for one in chosen
+            ],
+        },
+    )
+
+
+def _words(branch: Branch) -> str:
+    layers = f"{len(branch.sites)} layer{'s' * (len(branch.sites) > 1)}"
+    return f"the branch goes: {layers}, {branch.macs / 1e6:.3g}M MACs"
+
+
+def _decibels(noise: float) -> float:
+    return round(-10 * math.log10(max(noise, 1e-30)), 2)
