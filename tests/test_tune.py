@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from nets import Net, conv
 from torch import nn
 from zoo import with_power
 
@@ -315,12 +316,17 @@ def test_the_default_space_suits_the_model(files):
 
     convolves = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 8, 8))
     multiplies = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))
-    for graph in (convolves, multiplies):
+    adds = capture(Net(lambda net, x: torch.relu(x + net.body(x)), body=conv(3, 3)), torch.randn(2, 3, 8, 8))
+    for graph in (convolves, multiplies, adds):
         for name in ("cpu", "gpu", "mobile"):
             for samples in (256, 0):
                 Space(default_space(graph, target(name), ("size_mb",), samples), passes())
     assert "scheme=dynamic" in default_space(multiplies, target("cpu"), ("latency_ms",), 0)
     assert "int8" not in default_space(convolves, target("cpu"), ("latency_ms",), 0)
+    shortened = [
+        "shorten" in default_space(g, target("cpu"), ("latency_ms",), 256) for g in (convolves, adds)
+    ]
+    assert shortened == [False, True]
     assert "int4" in default_space(multiplies, target("cpu"), ("size_mb",), 256)
     assert "fp16" in default_space(convolves, target("gpu"), ("latency_ms",), 256)
 

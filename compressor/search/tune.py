@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
+from ..branches import branches
 from ..delivery import sha256
 from ..errors import OutputError, UsageError
 from ..images import search_here
@@ -44,8 +45,11 @@ LESSON_SECONDS = 180.0  # of one worker, or a fifth of all the time there is
 LESSON_MACS = 16e9  # a second that one core learns with, roughly: ResNet-56 on AVX2
 LESSON_COST = 4  # times the MACs of the model: the teacher, the student, and its gradients
 LEAST_EPOCHS, MOST_EPOCHS = 5, 60  # fewer teach little, more is what `distill` does by itself
+SHORTEN = "shorten?(macs=0.4..0.9,reach=best)"
 PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (
+    {"shorten": "with", "shorten.macs": "0.7"},
+    {"shorten": "with", "shorten.macs": "0.5"},
     {"prune": "with", "prune.macs": "0.8"},
     {"prune": "with", "prune.macs": "0.6"},
     {"int8.rounding": "nearest", "int8.equalise": "false"},
@@ -136,7 +140,8 @@ def tune(
 def default_space(
     graph: Graph, target: Target, objectives: Sequence[str], samples: int, timeout: float | None = None
 ) -> str:
-    """What may pay for this model on this target: the recipe with integers first, then channels, ranks, halves.
+    """What may pay for this model on this target: the recipe with integers first, then branches, channels, ranks,
+    halves.
 
     samples: of the calibration data. timeout: seconds of the whole search.
     """
@@ -157,6 +162,7 @@ def default_space(
     ends.append("none")
     parts = ["merge"]
     if samples:
+        parts += [SHORTEN] if any(branches(graph)) else []
         parts += [PRUNE, "squeeze?(macs=0.6..0.95,measure=false,reach=best)"]
         epochs = _epochs(graph, samples, timeout)
         parts += [f"distill?(epochs={epochs},minutes=none)"] if epochs else []
