@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -26,17 +26,26 @@ from compressor.rebuild import Rebuilt, refit
 from compressor.verify import Outputs, compare, observe
 
 WORK = 1e12  # multiply-accumulates that ranking may take: half a minute or so
+STEP = 0.05  # share of the model that goes at once, or little more, where the budget is still to be found
 LEAST_SAMPLES, MOST_SAMPLES = 8, 64
 WORST = 1e6  # noise, relative to the outputs, of those that are not finite
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A branch, what the model costs once it and all before it are gone, and how much louder that makes the noise."""
+    """A branch, what is left of the model once it and all before it are gone, and how noisy the outputs are then."""
 
     branch: Branch
     left: Amounts
     noise: float
+
+
+class Judged(NamedTuple):
+    """A branch, the noise of the outputs were it gone, too, and what that saves."""
+
+    branch: Branch
+    noise: float
+    saved: Amounts
 
 
 @dataclass(frozen=True)
@@ -148,29 +157,25 @@ class Shorten(Pass):
         batches = list(ctx.calibration.limited(samples))
         expected = observe(graph, batches)
         weigh = "macs" if "macs" in goal or not goal else next(iter(goal))
+        step = STEP * _amounts(graph)[weigh]
         with ctx.progress("shorten: judging branches", None):
-            while candidates and not (goal and _met(_amounts(now), goal)):
-                judged = sorted(
-                    (self._judged(now, branch, batches, expected, weigh) for branch in candidates),
-                    key=lambda one: one[0],
-                )
-                for _, branch, noise in judged[:at_once]:
-                    if branch not in self._open(now):  # its sum went with another
-                        continue
-                    bypass(now, branch)
-                    found.append(Removal(branch, _amounts(now), noise))
-                candidates = self._open(now)
+            while candidates:
+                taken = len(found)
+                judged = [_judged(now, branch, batches, expected) for branch in candidates]
+                for _ in range(at_once):
+                    left = _amounts(now)
+                    if goal and _met(left, goal):
+                        return found
+                    wanted = left[weigh] - goal[weigh] if goal else step
+                    there = self._open(now)
+                    open_ = [one for one in judged if one.branch in there]
+                    best = _best(open_, found[-1].noise if found else 0.0, weigh, wanted)
+                    if best is None:
+                        break
+                    bypass(now, best.branch)
+                    found.append(Removal(best.branch, _amounts(now), best.noise))
+                candidates = self._open(now) if len(found) > taken else []
         return found
-
-    def _judged(
-        self, graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs], weigh: str
-    ) -> tuple[float, Branch, float]:
-        """Noise that it would leave for what it saves, the branch, and that noise."""
-        copy = graph.copy()
-        bypass(copy, branch)
-        saved = _amounts(graph)[weigh] - _amounts(copy)[weigh]
-        noise = _noise(graph, expected, observe(copy, batches))
-        return noise / max(saved, 1e-9), branch, noise
 
     def _repaired(self, graph: Graph, chosen: Sequence[Removal], ctx: Context) -> Rebuilt:
         """New weights for the layers behind what goes; `graph` still has it, and stays as it is."""
@@ -178,6 +183,27 @@ class Shorten(Pass):
             return Rebuilt([], {})
         gone = [graph.node(one.branch.total).args[one.branch.position] for one in chosen]
         return refit(graph, {}, ctx.calibration, ctx, dict.fromkeys(gone, torch.zeros_like))  # type: ignore[arg-type]
+
+
+def _judged(graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]) -> Judged:
+    copy = graph.copy()
+    bypass(copy, branch)
+    before, after = _amounts(graph), _amounts(copy)
+    noise = _noise(graph, expected, observe(copy, batches))
+    return Judged(branch, noise, {name: before[name] - after[name] for name in before})
+
+
+def _best(open_: Sequence[Judged], noise: float, name: str, wanted: float) -> Judged | None:
+    """The one that adds the least noise for what it saves, which is to be little more than what is wanted.
+
+    The branch round a whole network, of super-resolution for one, is no way to save a tenth of it.
+    """
+    if not any(one.saved[name] for one in open_):  # calls of shared weights: the last one saves them
+        name, wanted = "macs", math.inf
+    paying = [one for one in open_ if one.saved[name] > 0]
+    most = max(2 * wanted, min((1.5 * one.saved[name] for one in paying), default=0.0))
+    fitting = (one for one in paying if one.saved[name] <= most)
+    return min(fitting, key=lambda one: max(one.noise - noise, 0.0) / one.saved[name], default=None)
 
 
 def _amounts(graph: Graph) -> dict[str, float]:

@@ -234,6 +234,35 @@ def _without(graph: Graph, number: int) -> Graph:
     return copy
 
 
+def test_a_branch_round_all_of_it_is_no_way_to_save_a_tenth() -> None:
+    """Super-resolution: what the body adds to its input is little, and nearly all of the work."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        for block in net.body:
+            y = y + block(y)
+        return torch.relu(x + 0.01 * net.tail(y))
+
+    torch.manual_seed(0)
+    net = Net(forward, stem=conv(3, 8), body=nn.ModuleList(conv(8, 8) for _ in range(8)), tail=conv(8, 3))
+    graph = captured(net, X)
+    (_, row) = run(graph, "shorten(macs=0.9,repair=false)", X)
+    assert len(gone(row)) == 1 and 0.8 < row.facts["macs"] <= 0.9
+
+
+def test_shared_weights_go_with_their_last_call() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        for _ in range(3):
+            y = y + net.body(torch.relu(y))
+        return net.head(y).mean((2, 3))
+
+    torch.manual_seed(0)
+    graph = captured(Net(forward, stem=conv(3, 8), body=conv(8, 8), head=conv(8, 2)), X)
+    (_, row) = run(graph, "shorten(params=0.5)", X)
+    assert gone(row) == ["body"] * 3 and row.facts["params"] <= 0.5
+
+
 def test_what_is_ignored_stays() -> None:
     graph = captured(Residual(), X)
     (_, row) = run(graph, "shorten(macs=0.8,ignore=blocks.1,repair=false)", X)
