@@ -176,7 +176,7 @@ def watch(checkout: Path, file: str, found: Path) -> None:
     """Writes down the seconds of each test of one file, and which of them run which of its lines."""
     from coverage import Coverage
 
-    coverage = Coverage(data_file=None, include=[str(checkout / file)])
+    coverage = Coverage(data_file=None, config_file=False, include=[str(checkout / file)])
     recorder = Recorder(coverage)
     coverage.start()
     code = pytest_in(checkout, [f"tests/test_{name}.py" for name in TESTS[file]], recorder)
