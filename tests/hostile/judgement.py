@@ -55,6 +55,8 @@ SPECS: dict[str, str] = {
     "prune(macs=0.7,reach=best,repair=false,align=1,criterion=l2,scope=local),fold": "masked",
     "merge,prune(macs=0.7,reach=best,align=1)": "bounded",
     "prune(macs=0.8,reach=best,steps=2,align=2),fold": "bounded",
+    "shorten(macs=0.7,reach=best)": "bounded",
+    "shorten(macs=0.5,reach=best,repair=false),fold": "bounded",
     "squeeze(macs=0.7,reach=best,measure=false,align=1)": "bounded",
     "squeeze(energy=0.9,measure=false,align=1,repair=false),fold": "bounded",
     "fold,int8(measure=false)": "bounded",
@@ -72,6 +74,7 @@ TARGETS = ("cpu", "cpu", "cpu", "cpu-avx2", "mobile", "gpu", "web", "openvino", 
 
 _IN_ORDER = (
     ("merge",),
+    ("shorten(macs=0.8,reach=best)",),
     ("prune(macs=0.8,reach=best,align=2)", "prune(params=0.8,reach=best,align=1,criterion=l2)"),
     ("squeeze(macs=0.8,reach=best,measure=false,align=1)", "squeeze(energy=0.95,measure=false,align=1)"),
     ("fold",),
