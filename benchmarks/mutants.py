@@ -8,7 +8,7 @@
 Mutants are drawn with a seed from all that cosmic-ray makes of the channel algebra, the affine regions and the
 fold pass, those left out that Python reads as the same program (types are not run). Coverage says first which of the
 tests below run which line, and how long each takes. Each mutant then meets, in a copy of the checkout, the tests that
-run what it changes, quick ones first; where it is run by an import, all of them. *killed*: a test failed, or one
+run what it changes, quick ones first, and those that share a fixture with them; where it is run by an import, all of them. *killed*: a test failed, or one
 took several times as long. *survived* ones are listed with their change: each is either the same behaviour in
 other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
 """
@@ -73,6 +73,19 @@ EQUIVALENT = {
     "-@dataclass(frozen=True, eq=False) +@dataclass(frozen=False, eq=False)": "nobody writes to it",
     "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
     "+            mark[np.unique(classes)] += random.integers(1, 2** 64, dtype=np.uint64)": "marks, any of them",
+    "-        gone -= sum(graph.tensor(n.all_input_nodes[-1]).numel() for n in norms)  # a bias stays for each "
+    "+        gone -= sum(graph.tensor(n.all_input_nodes[- 2]).numel() for n in norms)  # a bias stays for each": (
+        "all tensors of a norm are equally long"
+    ),
+    "-        gone -= sum(graph.tensor(n.all_input_nodes[-1]).numel() for n in norms)  # a bias stays for each "
+    "+        gone -= sum(graph.tensor(n.all_input_nodes[~1]).numel() for n in norms)  # a bias stays for each": (
+        "all tensors of a norm are equally long"
+    ),
+    "-    if len(product.users) != 1 or product in graph.results or any(map(is_constant, operands.values())): "
+    "+    if len(product.users) > 1 or product in graph.results or any(map(is_constant, operands.values())):": (
+        "the number behind it reads it"
+    ),
+    "-    algebra: Algebra = field(repr=False) +    algebra: Algebra = field(repr=True)": "how it is printed",
     "-        steps.insert(0, (aten.add.Tensor, shift / scale)) "
     "+        steps.insert( -1, (aten.add.Tensor, shift / scale))": "in front of one step, or of none",
     "-        for (some, slices), key in zip(there, term.axes, strict=True): "
@@ -216,7 +229,8 @@ def apart(target: Any, *arguments: Any) -> int:
 
 
 def tests_of(text: str, other: str, known: dict[str, Any]) -> dict[str, float]:
-    """The tests that run what differs between two programs, quick ones first, with the seconds that they take."""
+    """The tests that run what differs between two programs, quick ones first, with the seconds that they take; then
+    those of the same functions."""
     matcher = difflib.SequenceMatcher(None, text.splitlines(), other.splitlines(), autojunk=False)
     differ = {n + 1 for tag, i, j, *_ in matcher.get_opcodes() if tag != "equal" for n in range(i, j)}
     statements = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)]
@@ -232,7 +246,8 @@ def tests_of(text: str, other: str, known: dict[str, Any]) -> dict[str, float]:
         test.partition("[")[0] for test in runs
     }  # what a fixture of all of them ran counts for the first
     wanted = seconds if not runs or "" in runs else [t for t in seconds if t.partition("[")[0] in families]
-    return {test: seconds[test] for test in sorted(wanted, key=lambda test: (seconds[test], test))}
+    ordered = sorted(wanted, key=lambda test: (test not in runs, seconds[test], test))
+    return {test: seconds[test] for test in ordered}
 
 
 def fate(checkout: Path, mutant: Mutant, text: str, known: dict[str, Any]) -> dict[str, object]:
