@@ -8,9 +8,10 @@
 Mutants are drawn with a seed from all that cosmic-ray makes of the channel algebra, the affine regions and the
 fold pass, those left out that Python reads as the same program (types are not run). Coverage says first which of the
 tests below run which line, and how long each takes. Each mutant then meets, in a copy of the checkout, the tests that
-run what it changes, quick ones first, and those that share a fixture with them; where it is run by an import, all of them. *killed*: a test failed, or one
-took several times as long. *survived* ones are listed with their change: each is either the same behaviour in
-other words, and then gets a line in EQUIVALENT, or lacks a test. Rows: `results/mutants.jsonl`.
+run what it changes, quick ones first, and those that share a fixture with them; where it is run by an import, all of
+them. *killed*: a test failed, or one took several times as long. *survived* ones are listed with their change: each is
+either the same behaviour in other words, and then gets a line in EQUIVALENT, or lacks a test. Rows:
+`results/mutants.jsonl`.
 """
 
 from __future__ import annotations
