@@ -31,13 +31,14 @@ from ..report import write_report, write_text
 from . import picture
 from . import trial as trials
 from .engines import Engine
-from .objectives import Constraint, distance
+from .objectives import QUALITIES, Constraint, distance
 from .space import Space
 from .trial import DONE, Outcome, Task
 
 ROUND = 4  # trials that are asked together, whatever the number of workers
 STUCK = 8  # specs in a row that were tried before: the rest of the round is drawn at random
 SAME = 50  # specs in a row that were tried before: the space is exhausted
+LESSONS = ROUND // 2  # of a round: they take minutes
 CHEAPER = 0.9  # times the MACs of the best model: what a lesson that takes minutes must promise
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
@@ -192,8 +193,8 @@ class Study:
         asked = [(Trial(study, t._trial_id), str(t.user_attrs["spec"])) for t in running]
         known = {outcome.spec for outcome in self.outcomes.values()} | {spec for _, spec in asked}
         study.sampler = self._sampler(len(self.outcomes))
-        if lessons and (lesson := self._lesson(study)) is not None:
-            study.enqueue_trial(lesson[0], user_attrs={_TAUGHT: lesson[1]})
+        for answers, number in self._lessons(study) if lessons else ():
+            study.enqueue_trial(answers, user_attrs={_TAUGHT: number})
         same = 0
         while len(asked) < count and same < SAME:
             one = study.ask()
@@ -211,29 +212,30 @@ class Study:
         return asked
 
     def _drawn(self, one: Trial) -> str:
-        """The spec that optuna's answers make. Passes that learn are in it where `_lesson` wants them."""
+        """The spec that optuna's answers make. Passes that learn are in it where `_lessons` wants them."""
         spared = () if _TAUGHT in one.user_attrs else self.space.lessons
         return self.space.spec(lambda name, words: words[0] if name in spared else _choice(one, name, words))
 
-    def _lesson(self, study: optuna.Study) -> tuple[dict[str, Any], int] | None:
-        """Answers that give a trial which lost too much the passes that learn, and its number; minutes well spent.
+    def _lessons(self, study: optuna.Study) -> list[tuple[dict[str, Any], int]]:
+        """Answers that give trials which lost too much the passes that learn, and their numbers; minutes well spent.
 
-        Of those that would be cheaper than the best so far, the one that lost the least and had none yet.
+        Of those that would be cheaper than the best so far and miss nothing else, `LESSONS` that lost the least and
+        had none yet.
         """
+        learned = [one for one in self.constraints if one.name in QUALITIES]
+        other = [one for one in self.constraints if one.name not in QUALITIES]
         before = {one.number: one for one in study.get_trials(deepcopy=False)}
         had = {one.user_attrs.get(_TAUGHT) for one in before.values()}
         most = CHEAPER * min((one.values["macs"] for one in self.feasible), default=math.inf)
         lost = [
             (missed, one.number)
             for one in self.outcomes.values()
-            if 0 < (missed := distance(self.constraints, one.values)) < math.inf
+            if 0 < (missed := distance(learned, one.values)) < math.inf
+            and not distance([c for c in other if c.name in one.values], one.values)
             and one.values["macs"] <= most
         ]
-        for _, number in sorted(lost):
-            answers = before[number].params | dict.fromkeys(self.space.lessons, "with")
-            if number not in had and answers != before[number].params:
-                return answers, number
-        return None
+        found = [(before[n].params | dict.fromkeys(self.space.lessons, "with"), n) for _, n in sorted(lost)]
+        return [(a, n) for a, n in found if n not in had and a != before[n].params][:LESSONS]
 
     def _is_doomed(self, spec: str) -> bool:
         """Whether a spec begins like one that lost too much, and no pass behind that wins it back."""

@@ -42,14 +42,14 @@ INT8 = (
     "sqnr={none,20,25,30})"
 )
 LESSON_SECONDS = 180.0  # of one worker, or a fifth of all the time there is
-LESSON_MACS = 16e9  # a second that one core learns with, roughly: ResNet-56 on AVX2
-LESSON_COST = 4  # times the MACs of the model: the teacher, the student, and its gradients
+LESSON_MACS = 32e9  # a second that one core learns with, roughly: ResNet-56 on AVX2
+LESSON_COST = 3  # times the MACs of the model: the teacher, the student, which is smaller, and its gradients
 LEAST_EPOCHS, MOST_EPOCHS = 5, 60  # fewer teach little, more is what `distill` does by itself
 SHORTEN = "shorten?(macs=0.4..0.9,reach=best)"
 PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (
     {"shorten": "with", "shorten.macs": "0.7"},
-    {"shorten": "with", "shorten.macs": "0.5"},
+    {"shorten": "with", "shorten.macs": "0.6", "prune": "with", "prune.macs": "0.75"},
     {"prune": "with", "prune.macs": "0.8"},
     {"prune": "with", "prune.macs": "0.6"},
     {"int8.rounding": "nearest", "int8.equalise": "false"},
