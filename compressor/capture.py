@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from . import detectors
 from .composites import spell_out
 from .constants import constant_value
+from .edges import beyond
 from .errors import ContractError, UnsupportedError, UsageError, nearest
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
@@ -61,6 +62,7 @@ def capture(
                 f"the {axis} axis of the exported program cannot be dynamic: {why}; export it with the size that it "
                 "will have"
             )
+        graph.notices += _ranges(graph)
         return graph
     if isinstance(model, Trainable):
         return _graph_of_trainable(model, args, kwargs, inputs)
@@ -271,6 +273,17 @@ def _static_notice(program: ExportedProgram, dynamic: bool) -> list[str]:
     if dynamic and not program.range_constraints:
         return ["the exported program is static: every axis keeps the size it was exported with"]
     return []
+
+
+def _ranges(graph: Graph) -> list[str]:
+    """Notices of axes that the program was exported for a part of the sizes of."""
+    axes = {label for spec in graph.inputs for label in spec.shape if isinstance(label, str)}
+    return [
+        f"the {axis} axis was not exported for {' or '.join(map(str, ends))} and beyond: the file takes such sizes, "
+        "and may give other numbers than the model"
+        for axis in sorted(axes)
+        if (ends := beyond(graph, axis))
+    ]
 
 
 def _example(program: ExportedProgram) -> list[Tensor]:

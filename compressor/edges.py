@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 
 from .batches import Batch
@@ -12,7 +17,7 @@ from .ir import Graph, Input, terms
 
 
 def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
-    """The batches, and the first one with every dynamic axis cut to 1 and to one less.
+    """The batches, and the first one with every dynamic axis cut to 1 and to one less, or what the model takes instead.
 
     Where an axis has no size in them (a cache that is still empty), also the example.
     """
@@ -22,11 +27,24 @@ def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...
         yield batch.inputs
     have = _sizes(graph, first)
     for name in sorted(have):
-        for size in {1, have[name] - 1}:
-            if 0 < size < have[name] and len(terms(name)) == 1 and possible(graph, name, size):
-                yield cut(graph, first, name, size)
+        if len(terms(name)) > 1:
+            continue
+        less = (have[name] - 1, have[name] - 2, have[name] // 2, have[name] - 4)  # some take even sizes only
+        for sizes in ((1,), less):
+            fitting = (size for size in sizes if 0 < size < have[name] and possible(graph, name, size))
+            samples = (resized(graph, first, name, size) for size in fitting)
+            yield from islice((sample for sample in samples if runs(graph, sample)), 1)
     if 0 in have.values():
         yield graph.example
+
+
+def runs(graph: Graph, inputs: Sequence[Tensor]) -> bool:
+    """Whether the model takes these sizes: a pool or an unpadded convolution needs more than its window."""
+    try:
+        graph.run(*inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return True
 
 
 def few(graph: Graph, samples: Iterable[Sequence[Tensor]], count: int) -> Iterator[tuple[Tensor, ...]]:
@@ -37,27 +55,39 @@ def few(graph: Graph, samples: Iterable[Sequence[Tensor]], count: int) -> Iterat
             return
         size = _sizes(graph, inputs).get(str(name), 1)
         if count < size and len(terms(str(name))) == 1 and possible(graph, str(name), count):
-            inputs = cut(graph, inputs, str(name), count)
+            inputs = resized(graph, inputs, str(name), count)
         yield tuple(inputs)
         count -= size
 
 
 def possible(graph: Graph, name: str, size: int) -> bool:
     """False where the model was exported for other sizes of this axis: multiples, or a range that it is not in."""
+    for expr, low, high in _extents(graph, name):
+        if not low <= size <= high:
+            return False
+        if not expr.is_symbol and not any(r.is_integer for r in sympy.solve(expr - size)):
+            return False
+    return True
+
+
+def beyond(graph: Graph, name: str) -> list[int]:
+    """The sizes just outside the range that an axis was exported for; none where it may have any."""
+    found = []
+    for _, low, high in _extents(graph, name):
+        found += [int(low) - 1] if low > 1 else []
+        found += [int(high) + 1] if high.is_Integer and high < sys.maxsize - 1 else []
+    return list(dict.fromkeys(found))
+
+
+def _extents(graph: Graph, name: str) -> Iterator[tuple[Any, Any, Any]]:
+    """Every size of that name: its expression, and the least and the most that it was exported for."""
     for spec, node in zip(graph.inputs, graph.placeholders, strict=True):
         for label, extent in zip(spec.shape, node.meta["val"].shape, strict=True):
-            if label != name or isinstance(extent, int):
-                continue
-            expr = extent.node.expr
-            bounds = extent.node.shape_env.bound_sympy(expr)
-            low = (
-                1 if bounds.lower == 2 else bounds.lower
-            )  # every exported axis starts at 2; 1 works nearly always
-            if not low <= size <= bounds.upper:
-                return False
-            if not expr.is_symbol and not any(r.is_integer for r in sympy.solve(expr - size)):
-                return False
-    return True
+            if label == name and not isinstance(extent, int):
+                expr = extent.node.expr
+                bounds = extent.node.shape_env.bound_sympy(expr)
+                # every exported axis starts at 2; 1 works nearly always
+                yield expr, 1 if bounds.lower == 2 else bounds.lower, bounds.upper
 
 
 def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
@@ -70,16 +100,19 @@ def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
     }
 
 
-def cut(graph: Graph, inputs: Sequence[Tensor], name: str, size: int) -> tuple[Tensor, ...]:
-    """The beginning of every axis called `name`, and of those that follow from it."""
+def resized(graph: Graph, inputs: Sequence[Tensor], name: str, size: int) -> tuple[Tensor, ...]:
+    """The beginning of every axis called `name`, and of those that follow from it, or more of the same."""
     have = _sizes(graph, inputs)
     sizes = have | {name: size}
     sizes |= {one: sum(sizes[t] for t in terms(one)) for one in have if len(terms(one)) > 1}
-    return tuple(_shortened(t, spec, sizes) for t, spec in zip(inputs, graph.inputs, strict=True))
+    return tuple(_resized(t, spec, sizes) for t, spec in zip(inputs, graph.inputs, strict=True))
 
 
-def _shortened(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
+def _resized(tensor: Tensor, spec: Input, sizes: Mapping[str, int]) -> Tensor:
     for axis, label in enumerate(spec.shape):
-        if isinstance(label, str):
+        have = tensor.shape[axis]
+        if isinstance(label, str) and have:
+            times = math.ceil(sizes[label] / have)
+            tensor = torch.cat([tensor] * times, axis) if times > 1 else tensor
             tensor = tensor.narrow(axis, 0, min(sizes[label], tensor.shape[axis]))
     return tensor.contiguous()

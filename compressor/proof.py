@@ -1,7 +1,8 @@
-"""A captured graph against the model itself: on the example, and where its dynamic axes are 1 long.
+"""A captured graph against the model itself: on the example, and at other sizes of its dynamic axes.
 
-The exporter takes one size from 2 on for all sizes. A model that squeezes, or asks whether there is one sample, is
-another one then, and nothing but running it says so.
+The exporter takes one size from 2 on for all sizes, and a branch on a size for the side that the example takes. A model
+that squeezes, or asks whether there is one sample, or computes a size in floats, is another one then, and nothing but
+running it says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .edges import cut, possible
+from .edges import beyond, possible, resized
 from .errors import UnsupportedError
 from .ir import Graph, terms
 
@@ -37,32 +38,49 @@ def answer(model: nn.Module, called: Any, inputs: Sequence[Tensor]) -> list[Tens
 
 
 def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -> tuple[str, str] | None:
-    """A dynamic axis at whose size of 1 the model, which `run` runs, is not the graph, and why; None if there is none.
+    """A dynamic axis at one of whose sizes the model, which `run` runs, is not the graph, and why; None if none is.
 
     An output of the same numbers that lacks the axis counts as the same, and gets a notice.
     """
     batch = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
     for name in dict.fromkeys(label for spec in graph.inputs for label in spec.shape):
-        if not isinstance(name, str) or len(terms(name)) > 1 or not possible(graph, name, 1):
+        if not isinstance(name, str) or len(terms(name)) > 1:
             continue
-        sample = cut(graph, graph.example, name, 1)
-        try:
-            expected = run(sample)
-        except Exception:  # whatever the user's code raises
-            if name == batch:
-                return name, "the model does not take one sample"
-            continue
-        try:
-            made = _outputs(graph, sample)
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            return name, "at 1 the model does something else, which no longer fits together"
-        if differs := _difference(graph, made, expected, shapes=False):
-            return name, f"at 1 the model does something else, which changes the {differs}"
-        if any(ours.shape != theirs.shape for ours, theirs in zip(made, expected, strict=True)):
-            graph.notices.append(
-                f"where {name} is 1 the model drops that axis of its output; the file keeps it"
-            )
+        for size in _tried(graph, name, name == batch):
+            sample = resized(graph, graph.example, name, size)
+            try:
+                expected = run(sample)
+            except Exception:  # whatever the user's code raises
+                if name == batch and size == 1:
+                    return name, "the model does not take one sample"
+                continue
+            try:
+                made = _outputs(graph, sample)
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                return name, f"at {size} the model does something else, which no longer fits together"
+            if differs := _difference(graph, made, expected, shapes=False):
+                return name, f"at {size} the model does something else, which changes the {differs}"
+            if any(ours.shape != theirs.shape for ours, theirs in zip(made, expected, strict=True)):
+                graph.notices.append(
+                    f"where {name} is {size} the model drops that axis of its output; the file keeps it"
+                )
     return None
+
+
+def _tried(graph: Graph, name: str, batch: bool) -> list[int]:
+    """Sizes of an axis beside that of the example: the least, its neighbour, far more, and where a branch was taken.
+
+    A size that the model computes in floats (`int(0.6 * n)`) is a number of the example in the graph, and may agree
+    with its neighbour.
+    """
+    have = next(
+        tensor.shape[spec.shape.index(name)]
+        for tensor, spec in zip(graph.example, graph.inputs, strict=True)
+        if name in spec.shape
+    )
+    sizes = [1, have + 1] if batch else [1, have - 1, have // 2, 2 * have, 2 * have + 1]
+    inside = [size for size in sizes if 0 < size != have and possible(graph, name, size)]
+    return list(dict.fromkeys(inside + beyond(graph, name))) if have else []
 
 
 def _outputs(graph: Graph, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor import runtime
 from compressor.api import compress
 from compressor.capture import capture
+from compressor.data import parse_input
 from compressor.errors import UnsupportedError
 from compressor.ops import kind
 
@@ -61,6 +62,69 @@ def test_where_one_sample_is_another_model_the_batch_is_fixed(body, samples, tmp
     session = runtime.session(made.onnx)
     (seen,) = runtime.run(session, [x.numpy()])
     torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def longer(m: Model, y: Tensor) -> Tensor:
+    return y * 2 if y.shape[1] > 8 else y * 3
+
+
+def windowed(m: Model, y: Tensor) -> Tensor:
+    scores, steps = y @ y.mT, torch.arange(y.shape[1])
+    if y.shape[1] > 16:
+        scores = scores.masked_fill((steps[:, None] - steps).abs() > 8, -torch.inf)
+    return scores.softmax(-1) @ y
+
+
+def a_share(m: Model, y: Tensor) -> Tensor:
+    return y[:, : int(y.shape[1] * 0.6) + 1].mean(1)
+
+
+@pytest.mark.parametrize(("body", "size"), [(longer, 8), (windowed, 17), (a_share, 11)])
+def test_where_other_lengths_are_another_model_the_length_is_fixed(body, size):
+    """The exporter takes the side of a branch that the example takes, and numbers that floats were in the way of."""
+    model, x = Model(body).eval(), torch.randn(2, 12, 8)
+    graph = capture(model, (x,), inputs=[parse_input("x:f32[?,T,8]")])
+    assert graph.inputs[0].shape == ("batch", 12, 8)
+    words = f"the T axis is fixed to 12, as in the example: at {size} the model does something else"
+    assert any(words in notice for notice in graph.notices)
+
+
+def test_a_program_says_for_which_sizes_it_was_exported():
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("T", min=4, max=64)},)
+    program = torch.export.export(Model(a_plain).eval(), (torch.randn(2, 12, 8),), dynamic_shapes=sizes)
+    (notice,) = capture(program).notices
+    assert "not exported for 3 or 65 and beyond" in notice
+
+
+def a_plain(m: Model, y: Tensor) -> Tensor:
+    return y * 2
+
+
+class Ladder(nn.Module):
+    """Down and up again, as in a U-Net: sizes must be even, and a pool takes no single pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        up = nn.functional.interpolate(self.b(nn.functional.max_pool2d(x, 2)), scale_factor=2.0)
+        return self.out(torch.cat([x, up], 1))
+
+
+@pytest.mark.parametrize("passes", ["fold", "fold,int8(rounding=nearest,measure=false)"])
+def test_sizes_that_a_model_does_not_take_are_no_reason_to_refuse_it(passes, tmp_path: Path):
+    model = Ladder().eval()
+    made = compress(
+        model, (torch.randn(2, 3, 16, 16),), passes=passes, inputs=["x:f32[?,3,?,?]"], output=tmp_path / "out",
+        calibration=[(torch.randn(32, 3, 16, 16),)], measure=False,
+    )  # fmt: skip
+    assert [isinstance(size, str) for size in made.graph.inputs[0].shape] == [True, False, True, True]
+    x = torch.randn(3, 3, 24, 8)
+    (seen,) = runtime.run(runtime.session(made.onnx, threads=1, exact=True), [x.numpy()])
+    assert float((torch.from_numpy(seen) - model(x)).detach().abs().max()) < (1e-5 if passes == "fold" else 0.1)
 
 
 def test_a_batch_that_is_only_dropped_stays_dynamic_and_is_kept():
