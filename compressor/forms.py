@@ -57,10 +57,12 @@ def pools(graph: Graph, spec: QuantSpec, data: Data | None = None) -> Iterator[M
 
 
 def _pooled(node: Node) -> tuple[Node | None, tuple[int, int]]:
-    """The 4-D value that a node averages over space, and the size that is left of its two axes."""
+    """The 4-D value in single precision that a node averages over space, and the size that is left of its two axes."""
     bound = arguments(node) if node.op == "call_function" else {}
     source: Any = node.args[0] if node.args else None
     if not is_tensor(source) or len(shape(source)) != 4 or not is_tensor(node):
+        return None, (1, 1)
+    if source.meta["val"].dtype != torch.float32:  # ONNX Runtime pools nothing wider
         return None, (1, 1)
     if operator_name(node) == "aten.mean.dim":
         over = sorted(d % 4 for d in bound["dim"] or ())

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .ir import Graph, Input
 from .names import operator_name, unsupported
-from .ops import arguments, attention_scale, is_tensor, kind
+from .ops import arguments, attention_scale, is_static, is_tensor, kind, shape
 
 aten = torch.ops.aten
 
@@ -52,6 +52,13 @@ def _require_faithful(node: Node) -> None:
             raise unsupported(node, "ONNX has no LSTM whose output is projected (proj_size)")
     if name == "aten.scatter_reduce.two" and bound["reduce"] == "mean":
         raise unsupported(node, "ONNX has no scatter that averages")
+    if kind(node) == "adaptive_pool":
+        wanted = bound["output_size"]
+        inner = shape(bound["self"])[-len(wanted) :]
+        if any(not is_static(i) and is_static(o) and o != 1 for i, o in zip(inner, wanted, strict=True)):
+            raise unsupported(
+                node, "ONNX has no pool to a size from one that is not known: give its input fixed sizes"
+            )
     if name == "aten.special_log_ndtr.default":
         raise unsupported(node, "its translation to ONNX is -inf where the argument is far below 0")
 

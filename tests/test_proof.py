@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net, noise
 from torch import Tensor, nn
 
 from compressor import runtime
@@ -124,7 +125,31 @@ def test_sizes_that_a_model_does_not_take_are_no_reason_to_refuse_it(passes, tmp
     assert [isinstance(size, str) for size in made.graph.inputs[0].shape] == [True, False, True, True]
     x = torch.randn(3, 3, 24, 8)
     (seen,) = runtime.run(runtime.session(made.onnx, threads=1, exact=True), [x.numpy()])
-    assert float((torch.from_numpy(seen) - model(x)).detach().abs().max()) < (1e-5 if passes == "fold" else 0.1)
+    assert float((torch.from_numpy(seen) - model(x)).detach().abs().max()) < (
+        1e-5 if passes == "fold" else 0.1
+    )
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d((3, 2)), nn.AdaptiveMaxPool2d((3, 2))])
+def test_a_pool_to_a_size_from_any_is_refused_by_name(pool, tmp_path: Path):
+    x = torch.randn(2, 3, 12, 12)
+    with pytest.raises(UnsupportedError, match=r"adaptive_\w+_pool2d.* at pool .*give its input fixed sizes"):
+        net = Net(lambda net, x: net.pool(x.relu()), pool=pool).eval()
+        compress(net, (x,), passes="fold", inputs=["x:f32[?,3,?,?]"], output=tmp_path, measure=False)
+
+
+def test_means_in_double_precision_stay_so_between_integers(tmp_path: Path):
+    def body(net: Net, x: Tensor) -> Tensor:
+        return net.head(torch.relu(net.stem(x)).double().mean((2, 3)).float())
+
+    torch.manual_seed(0)
+    net, x = Net(body, stem=nn.Conv2d(3, 16, 3), head=nn.Linear(16, 4)).eval(), torch.randn(32, 3, 12, 12)
+    made = compress(
+        net, (x[:2],), passes="int8(rounding=nearest,measure=false)", calibration=[(x,)], output=tmp_path / "out",
+        measure=False,
+    )  # fmt: skip
+    (seen,) = runtime.run(runtime.session(made.onnx, threads=1, exact=True), [x.numpy()])
+    assert noise(net(x), torch.from_numpy(seen)) > 25
 
 
 def test_a_batch_that_is_only_dropped_stays_dynamic_and_is_kept():
