@@ -100,6 +100,7 @@ def test_constraints_say_by_how_much_they_are_missed():
     drop, size = constraint("drop<=1.0"), constraint(" size_mb <= 4 ")
     assert str(drop) == "drop<=1" and (drop.missed({"drop": 0.5}), drop.missed({"drop": 3.0})) == (0.0, 2.0)
     assert constraint("sqnr>=20").missed({"sqnr": 15.0}) == 0.25
+    assert 100 * (0.93 - 0.92) > 1 and drop.missed({"drop": 100 * (0.93 - 0.92)}) == 0.0
     assert distance([drop, size], {"drop": 2.0, "size_mb": 5.0}) == 1.25
     assert distance([drop], {}) == distance([drop], {"drop": math.nan}) == math.inf
 

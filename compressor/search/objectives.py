@@ -18,6 +18,7 @@ OBJECTIVES = {"latency": "latency_ms", "size": "size_mb", "macs": "macs", "param
 LOWER = ("latency_ms", "size_mb", "macs", "params", "drop")  # is better; of all others, higher
 HIGHER = ("speedup", "metric", "sqnr", "cosine", "agreement")
 QUALITIES = ("drop", "metric", "sqnr", "cosine", "agreement")
+ROUNDING = 1e-9  # 100 (0.93 - 0.92) is one point of top-1, and a little more than 1
 GIVEN_UP = 3.0  # times the allowed loss: what passes to come will not mend
 
 
@@ -41,7 +42,8 @@ class Constraint:
         if math.isnan(value):
             return math.inf
         over = value - self.limit if self.most else self.limit - value
-        return max(0.0, over) / max(abs(self.limit), 1e-3)
+        missed = over / max(abs(self.limit), 1e-3)
+        return missed if missed > ROUNDING else 0.0
 
 
 def constraint(text: str) -> Constraint:
