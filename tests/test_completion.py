@@ -45,7 +45,7 @@ def offered(tmp_path: Path) -> Callable[..., list[str]]:
 def test_options_passes_and_targets(offered: Callable[..., list[str]]) -> None:
     assert offered("net.pt2", "--pas") == ["plain,--passes"]
     assert offered("--pas") == ["plain,--passes"], "also where no model stands in front"
-    assert offered("net.pt2", "--passes", "s") == ["plain,squeeze"]
+    assert offered("net.pt2", "--passes", "s") == ["plain,shorten", "plain,squeeze"]
     assert offered("net.pt2", "--passes", "merge,pru") == ["plain,merge,prune"]
     assert offered("--passes", "merge", "--target", "qnn") == ["plain,qnn", "plain,qnn-a16"]
     assert offered("verify", "net.pt2", "x.onnx", "--aga") == ["plain,--against"]

@@ -242,7 +242,7 @@ def test_lessons_are_as_long_as_there_is_time(files):
     from compressor.capture import capture
 
     small = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 8, 8))
-    large = capture(nn.Sequential(nn.Conv2d(3, 512, 7), nn.ReLU()), torch.randn(2, 3, 224, 224))
+    large = capture(nn.Sequential(nn.Conv2d(256, 256, 3), nn.ReLU()), torch.randn(2, 256, 64, 64))
     texts = [
         default_space(graph, registry.target("cpu"), ("latency_ms",), 256, timeout)
         for graph, timeout in ((small, None), (small, 0.001), (large, None))
