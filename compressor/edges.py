@@ -26,6 +26,7 @@ def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...
         first = first or batch.inputs
         yield batch.inputs
     have = _sizes(graph, first)
+    rows = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
     for name in sorted(have):
         if len(terms(name)) > 1:
             continue
@@ -33,7 +34,7 @@ def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...
         for sizes in ((1,), less):
             fitting = (size for size in sizes if 0 < size < have[name] and possible(graph, name, size))
             samples = (resized(graph, first, name, size) for size in fitting)
-            yield from islice((sample for sample in samples if runs(graph, sample)), 1)
+            yield from islice((sample for sample in samples if name == rows or runs(graph, sample)), 1)
     if 0 in have.values():
         yield graph.example
 

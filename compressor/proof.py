@@ -7,7 +7,7 @@ running it says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,10 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
     for name in dict.fromkeys(label for spec in graph.inputs for label in spec.shape):
         if not isinstance(name, str) or len(terms(name)) > 1:
             continue
-        for size in _tried(graph, name, name == batch):
+        ran = 0
+        for size, once in _tried(graph, name, name == batch):
+            if once and ran:
+                continue
             sample = resized(graph, graph.example, name, size)
             try:
                 expected = run(sample)
@@ -54,6 +57,7 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
                 if name == batch and size == 1:
                     return name, "the model does not take one sample"
                 continue
+            ran += size != 1
             try:
                 made = _outputs(graph, sample)
             except (RuntimeError, ValueError, IndexError, TypeError):
@@ -67,20 +71,22 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
     return None
 
 
-def _tried(graph: Graph, name: str, batch: bool) -> list[int]:
+def _tried(graph: Graph, name: str, batch: bool) -> Iterator[tuple[int, bool]]:
     """Sizes of an axis beside that of the example: the least, its neighbour, far more, and where a branch was taken.
 
     A size that the model computes in floats (`int(0.6 * n)`) is a number of the example in the graph, and may agree
-    with its neighbour.
+    with its neighbour. With True: for models that took none of the others but 1, which may want even sizes.
     """
-    have = next(
+    have: int = next(
         tensor.shape[spec.shape.index(name)]
         for tensor, spec in zip(graph.example, graph.inputs, strict=True)
         if name in spec.shape
     )
-    sizes = [1, have + 1] if batch else [1, have - 1, have // 2, 2 * have, 2 * have + 1]
-    inside = [size for size in sizes if 0 < size != have and possible(graph, name, size)]
-    return list(dict.fromkeys(inside + beyond(graph, name))) if have else []
+    outside = beyond(graph, name) if have else []
+    often = [1, have + 1] if batch else [1, have - 1, 2 * have + 1]
+    inside = [(size, False) for size in often] + [(size, True) for size in (have // 2, 2 * have)]
+    yield from ((size, last) for size, last in inside if 0 < size != have and possible(graph, name, size))
+    yield from ((size, False) for size in outside)
 
 
 def _outputs(graph: Graph, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
