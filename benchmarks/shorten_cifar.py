@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), str(SH
 import compressor  # noqa: E402
 from compressor import measure, runtime  # noqa: E402
 
-CALIBRATION, SECONDS = 256, 10.0
-SHARES = (0.8, 0.7, 0.6, 0.5)
-SPECS = ("prune(macs={})", "shorten(macs={},repair=false)", "shorten(macs={})")
+CALIBRATION, SECONDS = 256, 4.0
+SHARES = (0.7, 0.6)
+SPECS = ("prune(macs={})", "shorten(macs={})")
 INT8 = "int8(rounding=nearest,measure=false)"
 
 
