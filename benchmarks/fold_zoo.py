@@ -14,7 +14,6 @@ slower than it by over 5 %.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
@@ -225,12 +224,7 @@ def summary(rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", help="names or patterns")
-    parser.add_argument("--no-onnx", action="store_true", help="do not emit")
-    options = parser.parse_args()
+    options = harness.asked(__doc__)
     warnings.simplefilter("ignore")
     print(f"{harness.conditions()}; fold, target {CPU.name}\n")
 

@@ -13,7 +13,6 @@ result is wrong.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
@@ -242,12 +241,7 @@ def summary(rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", help="names or patterns")
-    parser.add_argument("--no-onnx", action="store_true", help="do not emit")
-    options = parser.parse_args()
+    options = harness.asked(__doc__)
     warnings.simplefilter("ignore")
     print(f"{harness.conditions()}; prune(macs={SHARE},criterion=l2,reach=best), target {CPU.name}\n")
     rows = harness.table(COLUMNS, options.models, partial(measure, emits=not options.no_onnx))

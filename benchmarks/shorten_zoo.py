@@ -11,7 +11,6 @@ file against the graph. A process for each model. Exit code 1 where an error is 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -108,12 +107,7 @@ def summary(rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", help="names or patterns")
-    parser.add_argument("--no-onnx", action="store_true", help="do not emit")
-    options = parser.parse_args()
+    options = harness.asked(__doc__)
     warnings.simplefilter("ignore")
     print(f"{harness.conditions()}; branches to {SHARE} of the MACs\n")
     rows = harness.table(COLUMNS, options.models, lambda make: measured(make, not options.no_onnx))

@@ -13,10 +13,11 @@ from itertools import takewhile
 import torch
 from torch.fx import Node
 
-from .identities import loosen_views
+from .constants import DataFree
+from .identities import alike, loosen_views
 from .ir import Graph
 from .names import site
-from .ops import extents, is_tensor, kind, node_macs
+from .ops import is_tensor, kind, node_macs
 
 aten = torch.ops.aten
 
@@ -37,16 +38,16 @@ class Branch:
 
 def branches(graph: Graph) -> Iterator[Branch]:
     """Every addend with multiplications of its own, whose sum is as large as both and stays one of the inputs."""
-    varying = _varying(graph)
+    free = DataFree(graph)
     for total in graph.nodes:
         if kind(total) != "add" or total.kwargs or len(total.args) != 2:  # alpha would stay with the other
             continue
-        addends = [n for n in total.args if isinstance(n, Node) and is_tensor(n) and _alike(n, total)]
+        addends = [n for n in total.args if isinstance(n, Node) and is_tensor(n) and alike(n, total)]
         if len(addends) != 2:
             continue
         for position, gone in enumerate(addends):
             kept = addends[1 - position]
-            if gone is kept or kept not in varying or (total in graph.results and kept.op != "call_function"):
+            if gone is kept or kept in free or (total in graph.results and kept.op != "call_function"):
                 continue
             dead = [n for n in _alone(gone, total) if node_macs(n)]
             if dead:
@@ -73,20 +74,6 @@ def masked(graph: Graph, gone: Iterable[Branch]) -> Graph:
         args[branch.position] = twin.insert(aten.mul.Tensor, (args[branch.position], 0.0), before=total)
         twin.set_args(total, tuple(args))
     return twin
-
-
-def _alike(one: Node, other: Node) -> bool:
-    a, b = one.meta["val"], other.meta["val"]
-    return a.dtype == b.dtype and extents(a) == extents(b)
-
-
-def _varying(graph: Graph) -> set[Node]:
-    """Values that depend on an input."""
-    found = set(graph.placeholders)
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _alone(value: Node, reader: Node) -> list[Node]:

@@ -44,7 +44,7 @@ def identities(graph: Graph, moved: set[Node]) -> Iterator[Rewrite | Decline]:
             yield Decline.at(node, "is in training mode: it is random, and stays")
             continue
         source = _handed_through(graph, node)
-        if source is None or not _alike(source, node):
+        if source is None or not alike(source, node):
             continue
         restrided = str(source.meta["val"].stride()) != str(node.meta["val"].stride())
         if restrided and node in strided:
@@ -70,7 +70,7 @@ def _handed_through(graph: Graph, node: Node) -> Node | None:
         return None
     if which == "cast":
         return _before(
-            node, frozenset({"cast"}), lambda source: _alike(source, node) and _only_widened(node, source)
+            node, frozenset({"cast"}), lambda source: alike(source, node) and _only_widened(node, source)
         )
     if which == "identity":
         return None if is_random(node) else first
@@ -84,7 +84,7 @@ def _handed_through(graph: Graph, node: Node) -> Node | None:
     if which in ("slice_scatter", "copy"):
         return bound["src"]
     if which in _RESHAPES:
-        return _before(node, _RESHAPES, lambda source: _alike(source, node))
+        return _before(node, _RESHAPES, lambda source: alike(source, node))
     if which in _PERMUTES:
         return _before(
             node,
@@ -160,7 +160,7 @@ def _is_all(graph: Graph, value: Any, number: int) -> bool:
     return bool((graph.tensor(value) == number).all())
 
 
-def _alike(a: Node, b: Node) -> bool:
+def alike(a: Node, b: Node) -> bool:
     """Same dtype, device and sizes: what neither promotion nor broadcasting has touched."""
     x, y = a.meta["val"], b.meta["val"]
     return x.dtype == y.dtype and x.device == y.device and extents(x) == extents(y)

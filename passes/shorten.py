@@ -115,8 +115,11 @@ class Shorten(Pass):
         chosen = _chosen(order, goal.amounts)[: ctx.limit]
         original = graph.copy()
         rebuilt = self._repaired(graph, chosen, ctx)
-        declines = [Decline(place, why) for place, why in goal.short]
-        yield _surgery(graph, chosen, before, declines, goal.facts)
+        outcome = _surgery(graph, chosen, before, goal.facts)
+        outcome.declines += [Decline(place, why) for place, why in goal.short]
+        stays = "the budget is met at less loss elsewhere" if chosen else "no branch can go within the budget"
+        outcome.declines += [Decline(one.site, self._ignored(one) or stays) for one in branches(graph)]
+        yield outcome
         if rebuilt.tensors:
             _take_out(graph, [], rebuilt.tensors)
             yield Outcome(
@@ -136,7 +139,11 @@ class Shorten(Pass):
             )
 
     def _open(self, graph: Graph) -> list[Branch]:
-        return [b for b in branches(graph) if not any(fnmatchcase(b.site, p) for p in self.ignore)]
+        return [branch for branch in branches(graph) if not self._ignored(branch)]
+
+    def _ignored(self, branch: Branch) -> str:
+        pattern = next((p for p in self.ignore if fnmatchcase(branch.site, p)), None)
+        return f"ignored by '{pattern}'" if pattern is not None else ""
 
     def _least(self, graph: Graph) -> Amounts:
         """What is left when all is gone that can go."""
@@ -160,8 +167,8 @@ class Shorten(Pass):
         step = STEP * _amounts(graph)[weigh]
         with ctx.progress("shorten: judging branches", None):
             while candidates:
-                taken = len(found)
-                judged = [_judged(now, branch, batches, expected) for branch in candidates]
+                taken, before = len(found), _amounts(now)
+                judged = [_judged(now, before, branch, batches, expected) for branch in candidates]
                 for _ in range(at_once):
                     left = _amounts(now)
                     if goal and _met(left, goal):
@@ -185,10 +192,12 @@ class Shorten(Pass):
         return refit(graph, {}, ctx.calibration, ctx, dict.fromkeys(gone, torch.zeros_like))  # type: ignore[arg-type]
 
 
-def _judged(graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]) -> Judged:
+def _judged(
+    graph: Graph, before: Amounts, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]
+) -> Judged:
     copy = graph.copy()
     bypass(copy, branch)
-    before, after = _amounts(graph), _amounts(copy)
+    after = _amounts(copy)
     noise = _noise(graph, expected, observe(copy, batches))
     return Judged(branch, noise, {name: before[name] - after[name] for name in before})
 
@@ -240,40 +249,20 @@ def _take_out(graph: Graph, chosen: Sequence[Removal], tensors: Mapping[str, Any
             graph.set_tensor(node, tensors[str(node.target)])
 
 
-def _surgery(
-    graph: Graph,
-    chosen: Sequence[Removal],
-    before: Amounts,
-    declines: list[Decline],
-    facts: Mapping[str, Any],
-) -> Outcome:
+def _surgery(graph: Graph, chosen: Sequence[Removal], before: Amounts, facts: Mapping[str, Any]) -> Outcome:
     """Takes the branches out; the reference is the graph as it was, with these branches times zero."""
     reference = masked(graph, [one.branch for one in chosen])
     _take_out(graph, chosen, {})
     after = _amounts(graph)
     left = {name: after[name] / before[name] if before[name] else 1.0 for name in ("macs", "params")}
-    taken = {one.branch for one in chosen}
-    declines += [
-        Decline(
-            branch.site,
-            f"the branch stays: others cost the outputs less for their {branch.macs / 1e6:.3g}M MACs",
-        )
-        for branch in branches(graph)
-        if branch not in taken
+    gone = [
+        {"site": one.branch.site, "macs": one.branch.macs, "noise_db": _decibels(one.noise)} for one in chosen
     ]
     return Outcome(
         step="surgery",
         reference=reference,
         rewrites=[Rewrite(one.branch.site, _words(one.branch)) for one in chosen],
-        declines=declines,
-        facts={
-            **facts,
-            **left,
-            "branches": [
-                {"site": one.branch.site, "macs": one.branch.macs, "noise_db": _decibels(one.noise)}
-                for one in chosen
-            ],
-        },
+        facts={**facts, **left, "branches": gone},
     )
 
 

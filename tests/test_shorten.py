@@ -153,7 +153,9 @@ def test_what_is_left_is_the_model_without_its_least_branches() -> None:
     torch.testing.assert_close(graph.run(FRESH)[0], model(FRESH, zero=(1, 3)), rtol=1e-5, atol=1e-6)
     assert float((model(FRESH) - model(FRESH, zero=(1, 3))).detach().abs().max()) > 1e-3
     assert row.facts["macs"] == macs(graph) / macs(captured(model, X)) <= 0.6
-    assert {d.site for d in row.declines} == {"blocks.0", "blocks.2"}
+    assert {(d.site, d.reason) for d in row.declines} == {
+        (f"blocks.{i}", "the budget is met at less loss elsewhere") for i in (0, 2)
+    }
 
 
 def test_the_layers_behind_make_up_for_it() -> None:
@@ -267,6 +269,7 @@ def test_what_is_ignored_stays() -> None:
     graph = captured(Residual(), X)
     (_, row) = run(graph, "shorten(macs=0.8,ignore=blocks.1,repair=false)", X)
     assert gone(row) == ["blocks.3"]
+    assert ("blocks.1", "ignored by 'blocks.1'") in {(d.site, d.reason) for d in row.declines}
 
 
 def test_it_judges_on_data() -> None:

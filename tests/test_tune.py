@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import optuna
 import pytest
 import torch
 from nets import Net, conv
@@ -21,6 +22,7 @@ from zoo import with_power
 
 from compressor import cli, registry
 from compressor.errors import CompressorError, DataError, UsageError
+from compressor.search.objectives import constraint
 from compressor.search.space import Space
 from compressor.search.study import Study
 from compressor.search.trial import Outcome
@@ -236,6 +238,23 @@ def test_what_lost_too_much_is_taught_once(files, tmp_path):
         assert one.state == "done" and one.values["sqnr"] >= before.values["sqnr"]
     study = search(files, tmp_path / "none", passes=space, constraints=["sqnr>=1"], trials=5)
     assert len(study.outcomes) == 3 and study.stopped.startswith("every spec")
+
+
+def test_who_learns_misses_nothing_else_and_has_not_lost_it_all():
+    study, asked = object.__new__(Study), optuna.create_study()
+    study.space = Space("prune(macs={0.9,0.5}),distill?(epochs=2,minutes=none)", registry.passes())
+    study.constraints = (constraint("drop<=1.0"), constraint("size_mb<=1"))
+    words = optuna.distributions.CategoricalDistribution(["without", "with"])
+    study.outcomes = {}
+    for drop, size in ((3.0, 0.9), (2.0, 1.2), (13.0, 0.8), (0.5, 0.9), (2.5, 0.9), (4.0, 0.9)):
+        asked.add_trial(
+            optuna.create_trial(params={"distill": "without"}, distributions={"distill": words}, value=1.0)
+        )
+        number = len(study.outcomes)
+        values = {"drop": drop, "size_mb": size, "macs": 1.0 if drop == 0.5 else 0.5}
+        study.outcomes[number] = Outcome(number, "prune(macs=0.5)", "done", values=values)
+    assert [number for _, number in study._lessons(asked)] == [4, 0]
+    assert all(answers == {"distill": "with"} for answers, _ in study._lessons(asked))
 
 
 def test_lessons_are_as_long_as_there_is_time(files):

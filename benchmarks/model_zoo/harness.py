@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fnmatch
@@ -51,6 +52,14 @@ def chosen(patterns: Sequence[str]) -> dict[str, Any]:
     if not picked:
         sys.exit(f"no model is called {', '.join(patterns)}; there are {', '.join(everything)}")
     return picked
+
+
+def asked(words: str) -> argparse.Namespace:
+    """The command line of a benchmark that can emit: `models`, names or patterns, and `no_onnx`. words: its help."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="names or patterns")
+    parser.add_argument("--no-onnx", action="store_true", help="do not emit")
+    return parser.parse_args()
 
 
 def conditions() -> str:
