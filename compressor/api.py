@@ -273,7 +273,7 @@ def verify(
         inputs = sessions.inputs_of(session, graph.inputs)
         names = [output.name for output in session.get_outputs()]
         sizes = _fixed(graph.inputs, inputs)
-        source, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
+        source, _, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
         shown = (source or held_out).limited(opt.calib_limit)
         count = sum(shown.sizes)
 

@@ -39,14 +39,17 @@ class Reader:
     """Reads sources as batches that fit the inputs, and notes in `facts` what it did to them.
 
     batched: which inputs have the batch axis: those whose axis 0 is that of the first dynamic one. The others
-    are handed over whole. fixed: size of a static batch axis, else None.
+    are handed over whole. What is another axis of some input, as edges of a graph are, counts no samples.
+    fixed: size of a static batch axis, else None.
     """
 
     def __init__(self, inputs: Sequence[Input], preprocess: Preprocessing | None = None) -> None:
         self.inputs = tuple(inputs)
         self.facts: dict[str, Any] = {}
         axes = [spec.shape[0] for spec in self.inputs if spec.shape]
-        axis = next((a for a in axes if isinstance(a, str)), axes[0] if axes else None)
+        inner = {axis for spec in self.inputs for axis in spec.shape[1:]}
+        named = [axis for axis in axes if isinstance(axis, str)]
+        axis = next((axis for axis in named if axis not in inner), None) if named else next(iter(axes), None)
         self.fixed = axis if isinstance(axis, int) else None
         self.batched = tuple(bool(spec.shape) and spec.shape[0] == axis for spec in self.inputs)
         self.transform: images.Preprocess | images.Custom | Camera | None = None
@@ -131,8 +134,8 @@ class Reader:
             column.blocks(rows) if batched else _forever(column.whole())
             for column, batched in zip(chosen, self.batched, strict=True)
         ]
-        if not any(self.batched):
-            readers[:1] = [chosen[0].blocks(1)] if readers else []
+        if not any(self.batched):  # one sample is all that a table can hold
+            readers[:1] = [iter([chosen[0].whole()])] if readers else []
         labels = columns[label].blocks(rows) if label is not None else _forever(None)
         for *tensors, one in zip(*readers, labels, strict=False):
             yield self._batch(tensors, one, where)

@@ -217,7 +217,7 @@ class _Again:
             why = f"it had {had['description']}; give these data with --data"
             yield _unknown("loss against the model, dB", self.report["rows"][-1]["total_db"], why)
         else:
-            _, _, held_out = streams(self.graph, calibration, self.opt, self.loaded, None, fixed)
+            held_out = streams(self.graph, calibration, self.opt, self.loaded, None, fixed).held_out
             yield from self._loss(held_out)
             yield from self._simulation(held_out)
         yield from self._metrics(held_out, fixed)
@@ -299,7 +299,7 @@ class _Again:
         data = (
             held_out
             if held_out is not None
-            else streams(self.graph, None, self.opt, self.loaded, None, fixed)[2]
+            else streams(self.graph, None, self.opt, self.loaded, None, fixed).held_out
         )
         evaluator, _ = metrics.of_rows(self.graph, self.loaded, data, self.run.plan, self.opt, fixed)
         assert evaluator is not None

@@ -107,6 +107,14 @@ class Data:
                 sizes.append(min(size, samples - sum(sizes)))
         return self._like(lambda: first(self, samples, self.batched), sizes, self.description)
 
+    def spread(self, samples: int) -> Data:
+        """About so many samples, in whole batches from all over the stream."""
+        share = samples / max(self.samples, 1)
+        if share >= 1:
+            return self
+        what = f"{share:.0%} of the batches"
+        return self.select(lambda i: i == 0 or int((i + 1) * share) > int(i * share), what)
+
     def rebatched(self, size: int) -> Data:
         """The same samples in batches of `size` (dynamic batches only)."""
 

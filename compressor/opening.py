@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .trainable import Trainable
 SAMPLES = 8  # generated held-out samples where the user gave no data
 FORMATS = ("onnx", "pt2")  # what --emit takes; onnx is always written
 CHECKED = 64  # held-out samples that every contract is checked on, at most
+MOST_HELD_OUT = 256  # or little more: what would be idle is better learned from
+SEEN = 512  # samples that statistics are taken of, at most; a pass that learns sees all
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,26 @@ def given(loaded: Loaded, example: Any) -> bool:
     return example is not None or loaded.example is not None
 
 
+class Streams(NamedTuple):
+    """What was given, all of it: what is held out, and the rest, of which `statistics` are a share, evenly drawn."""
+
+    source: Data | None
+    rest: Data | None
+    statistics: Data | None
+    held_out: Data
+
+
 def streams(
     graph: Graph, source: Any, opt: Options, loaded: Loaded, example: Any, sizes: Mapping[str, int]
-) -> tuple[Data | None, Data | None, Data]:
-    """All data, the part for statistics, the part that is held out; generated held-out samples without data.
+) -> Streams:
+    """The user's data, in their parts; without data, held-out samples are generated.
 
     sizes: of dynamic axes that the emitted model fixes.
     """
     if source is None:
         sizes = {} if given(loaded, example) else data.table_sizes(graph)
         made = data.synthetic(graph.inputs, graph.example, samples=SAMPLES, seed=opt.seed, table_sizes=sizes)
-        return None, None, made
+        return Streams(None, None, None, made)
     text = reading(graph, loaded, opt, sizes)
     opened = data.open_data(
         source,
@@ -195,8 +206,8 @@ def streams(
         batch_size=data.batch_for(graph),
     )
     _check_indices(opened, graph)
-    statistics, held_out = data.split(opened, seed=opt.seed)
-    return opened, statistics, held_out.limited(CHECKED)
+    rest, held_out = data.split(opened, every=max(5, opened.samples // MOST_HELD_OUT), seed=opt.seed)
+    return Streams(opened, rest, rest.spread(SEEN), held_out.limited(CHECKED))
 
 
 def reading(

@@ -87,8 +87,9 @@ class Outcome:
 class Context:
     """Everything a pass may know besides the graph. Nothing ambient: no globals, no environment.
 
-    calibration: stream of batches for statistics, None if the user gave none. held_out: batches that no statistic
-    may see. limit: apply at most so many rewrites. progress: called with a title and a total, a context manager that
+    calibration: stream of batches for statistics, None if the user gave none. lessons: all that may be learned from,
+    which can be many times more. held_out: batches that neither statistics nor lessons may see. limit: apply at most
+    so many rewrites. progress: called with a title and a total, a context manager that
     yields `advance(n)`. measure: called with graphs, median milliseconds of one run of each, in turns; None where
     measuring is switched off, or the target is elsewhere and nobody said how to measure there.
     latency: the same for a budget that the user gave in time, which is taken here if it must be. timed_on: where.
@@ -109,6 +110,7 @@ class Context:
     progress: Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]] = (
         lambda title, total: nullcontext(lambda n: None)
     )
+    lessons: Data | None = None
 
 
 @dataclass(frozen=True)

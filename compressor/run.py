@@ -40,7 +40,7 @@ from .layers import SAMPLES
 from .layers import layers as layers_of
 from .load import Loaded
 from .names import size_of
-from .opening import Options, capture_model, require_finite, streams, take_pixels
+from .opening import Options, Streams, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Memory, Pipeline, Row, parse
 from .progress import Watch
 from .spill import spilling, trim
@@ -142,8 +142,9 @@ class Run:
         self.notices += [*loaded.notes, *graph.notices]
         if self.plan is not None:
             self.notices += self.plan.doubts(graph)
-        source, statistics, held_out = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
-        self.facts = source.facts if source is not None else {}
+        given = streams(graph, calibration, opt, loaded, example, self.fixed(graph))
+        held_out = given.held_out
+        self.facts = given.source.facts if given.source is not None else {}
         said = ("renamed", "guessed", "unmasked", "segments")
         self.notices += [self.facts[key] for key in said if key in self.facts]
         self.evaluator, words = metrics.of_rows(graph, loaded, held_out, self.plan, opt, self.fixed(graph))
@@ -157,18 +158,19 @@ class Run:
             ctx = Context(
                 self.target,
                 held_out,
-                statistics,
+                given.statistics,
                 opt.seed,
                 measure=self.measure if opt.measure and not self.stopwatch.elsewhere else None,
                 latency=self.measure if opt.measure else None,
                 timed_on=self.stopwatch.place,
                 evaluate=self.evaluate if self.evaluator is not None else None,
                 progress=self.progress,
+                lessons=given.rest,
             )
             rows, layers = self.passed(graph, ctx)
             self.notices += notices.of_passes(rows)
             shipped = self.shipped(graph)
-            made = self.describe(loaded, shipped, rows, (source, statistics, held_out))
+            made = self.describe(loaded, shipped, rows, given)
             made["model"] |= came
             made["layers"] = layers
             if loaded.continued is not None:
@@ -342,10 +344,7 @@ class Run:
         (stage / handover.USAGE).write_text(text, encoding="utf-8")
         handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
 
-    def describe(
-        self, loaded: Loaded, graph: Graph, rows: list[Row], streams: tuple[Data | None, Data | None, Data]
-    ) -> dict[str, Any]:
-        source, statistics, held_out = streams
+    def describe(self, loaded: Loaded, graph: Graph, rows: list[Row], given: Streams) -> dict[str, Any]:
         axes = graph.axis_names()
         return {
             "schema": report.SCHEMA,
@@ -375,9 +374,9 @@ class Run:
                 for name, node in zip(graph.outputs, graph.results, strict=True)
             ],
             "data": {
-                "calibration": _stream(statistics),
-                "held_out": {**(_stream(held_out) or {}), "sha256": held_out.digest()},
-                "facts": source.facts if source is not None else {},
+                "calibration": _stream(given.statistics),
+                "held_out": {**(_stream(given.held_out) or {}), "sha256": given.held_out.digest()},
+                "facts": given.source.facts if given.source is not None else {},
             },
             "rows": [row.to_dict() for row in rows],
         }

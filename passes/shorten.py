@@ -26,8 +26,10 @@ from compressor.rebuild import Rebuilt, refit
 from compressor.verify import Outputs, compare, observe
 
 WORK = 1e12  # multiply-accumulates that ranking may take: half a minute or so
+JUDGED = 3  # times that a branch is judged, about
 STEP = 0.05  # share of the model that goes at once, or little more, where the budget is still to be found
-LEAST_SAMPLES, MOST_SAMPLES = 8, 64
+LARGE = 0.2  # share of the model in one branch
+LEAST_SAMPLES, MOST_SAMPLES = 8, 128
 WORST = 1e6  # noise, relative to the outputs, of those that are not finite
 
 
@@ -41,11 +43,12 @@ class Removal:
 
 
 class Judged(NamedTuple):
-    """A branch, the noise of the outputs were it gone, too, and what that saves."""
+    """A branch, what its going adds to the noise of the outputs and what it saves, when `gone` others are gone."""
 
     branch: Branch
-    noise: float
+    added: float
     saved: Amounts
+    gone: int
 
 
 @dataclass(frozen=True)
@@ -153,36 +156,41 @@ class Shorten(Pass):
         return _amounts(copy)
 
     def _order(self, graph: Graph, ctx: Context, goal: Amounts) -> list[Removal]:
-        """Branches in the order in which they go, until the goal is met; all of them where it is still to be found."""
+        """Branches in the order in which they go, until the goal is met; all of them where it is still to be found.
+
+        As branches go, the others are judged anew, lazily (Minoux, 1978): what one adds to the noise grows, so that
+        the best by its old judgement, if it is still the best by its new one, is the best of all.
+        """
         assert ctx.calibration is not None
-        now, found = graph.copy(), list[Removal]()
-        candidates = self._open(now)
-        cost = max(macs(graph) * len(candidates), 1)  # of one sample
-        samples = int(min(max(WORK / cost, LEAST_SAMPLES), MOST_SAMPLES))
-        rounds = min(max(round(WORK / (cost * samples)), 1), max(len(candidates), 1))
-        at_once = math.ceil(len(candidates) / rounds)
-        batches = list(ctx.calibration.limited(samples))
-        expected = observe(graph, batches)
-        weigh = "macs" if "macs" in goal or not goal else next(iter(goal))
-        step = STEP * _amounts(graph)[weigh]
+        now, found, judged = graph.copy(), list[Removal](), dict[Branch, Judged]()
+        all_of_it = _amounts(graph)
+        large = {name: LARGE * amount for name, amount in all_of_it.items()}
+        cost = max(all_of_it["macs"], 1)  # of one sample
+        samples = int(WORK / (cost * JUDGED * max(len(self._open(now)), 1)))
+        batches = list(ctx.calibration.limited(min(max(samples, LEAST_SAMPLES), MOST_SAMPLES)))
+        cost *= sum(batch.samples for batch in batches)
+        expected, spent, noise = observe(graph, batches), 0.0, 0.0
         with ctx.progress("shorten: judging branches", None):
-            while candidates:
-                taken, before = len(found), _amounts(now)
-                judged = [_judged(now, before, branch, batches, expected) for branch in candidates]
-                for _ in range(at_once):
-                    left = _amounts(now)
-                    if goal and _met(left, goal):
-                        return found
-                    wanted = left[weigh] - goal[weigh] if goal else step
-                    there = self._open(now)
-                    open_ = [one for one in judged if one.branch in there]
-                    best = _best(open_, found[-1].noise if found else 0.0, weigh, wanted)
-                    if best is None:
-                        break
-                    bypass(now, best.branch)
-                    found.append(Removal(best.branch, _amounts(now), best.noise))
-                candidates = self._open(now) if len(found) > taken else []
-        return found
+            while True:
+                left = _amounts(now)
+                if goal and _met(left, goal):
+                    return found
+                there = self._open(now)
+                for branch in there:
+                    if branch not in judged:
+                        judged[branch] = _judged(now, noise, branch, batches, expected, len(found))
+                        spent += cost
+                wanted = {name: left[name] - goal[name] for name in goal if left[name] > goal[name]}
+                wanted, most = (wanted, 1.0) if goal else ({"macs": STEP * all_of_it["macs"]}, math.inf)
+                best = _best([judged[branch] for branch in there], wanted, most, large)
+                if best is None:
+                    return found
+                if best.gone < len(found) and spent < WORK:
+                    del judged[best.branch]
+                    continue
+                bypass(now, best.branch)
+                noise += best.added
+                found.append(Removal(best.branch, _amounts(now), noise))
 
     def _repaired(self, graph: Graph, chosen: Sequence[Removal], ctx: Context) -> Rebuilt:
         """New weights for the layers behind what goes; `graph` still has it, and stays as it is."""
@@ -193,26 +201,40 @@ class Shorten(Pass):
 
 
 def _judged(
-    graph: Graph, before: Amounts, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]
+    graph: Graph,
+    noise: float,
+    branch: Branch,
+    batches: Sequence[Batch],
+    expected: Sequence[Outputs],
+    gone: int,
 ) -> Judged:
     copy = graph.copy()
     bypass(copy, branch)
-    after = _amounts(copy)
-    noise = _noise(graph, expected, observe(copy, batches))
-    return Judged(branch, noise, {name: before[name] - after[name] for name in before})
+    before, after = _amounts(graph), _amounts(copy)
+    added = max(_noise(graph, expected, observe(copy, batches)) - noise, 0.0)
+    return Judged(branch, added, {name: before[name] - after[name] for name in before}, gone)
 
 
-def _best(open_: Sequence[Judged], noise: float, name: str, wanted: float) -> Judged | None:
-    """The one that adds the least noise for what it saves, which is to be little more than what is wanted.
+def _best(open_: Sequence[Judged], wanted: Amounts, most: float, large: Amounts) -> Judged | None:
+    """The one that adds the least noise for what it saves: shares of all that is wanted, each counted up to `most`.
 
-    The branch round a whole network, of super-resolution for one, is no way to save a tenth of it.
+    What saves more than `large` of something, and than twice what is wanted of it, stays while there are others: the
+    branch round a whole network, of super-resolution for one, is no way to save a tenth of it.
     """
-    if not any(one.saved[name] for one in open_):  # calls of shared weights: the last one saves them
-        name, wanted = "macs", math.inf
-    paying = [one for one in open_ if one.saved[name] > 0]
-    most = max(2 * wanted, min((1.5 * one.saved[name] for one in paying), default=0.0))
-    fitting = (one for one in paying if one.saved[name] <= most)
-    return min(fitting, key=lambda one: max(one.noise - noise, 0.0) / one.saved[name], default=None)
+    aims = {name: amount for name, amount in wanted.items() if any(one.saved[name] > 0 for one in open_)}
+    if not aims:  # calls of shared weights: the last one saves them
+        aims = {"macs": max((one.saved["macs"] for one in open_), default=0.0)}
+
+    def fits(one: Judged, name: str) -> bool:
+        least = min((other.saved[name] for other in open_ if other.saved[name] > 0), default=0.0)
+        return 0 < one.saved[name] <= max(2 * aims[name], large[name], 1.5 * least)
+
+    def price(one: Judged) -> tuple[float, float]:
+        share = sum(min(one.saved[name] / amount, most) for name, amount in aims.items())
+        return one.added / share, -share
+
+    fitting = (one for one in open_ if any(fits(one, name) for name in aims))
+    return min(fitting, key=price, default=None)
 
 
 def _amounts(graph: Graph) -> dict[str, float]:

@@ -161,6 +161,32 @@ def test_an_input_without_the_batch_axis_is_handed_over_whole():
     assert open_data(other, inputs, batch_size=4).sizes == (3, 3)  # never joined: the scale differs
 
 
+def test_nodes_and_edges_of_a_graph_are_no_samples(tmp_path):
+    shapes = {"x": (20, 6), "edges": (2, "e"), "weights": ("e", 2)}
+    specs = [Input(name, torch.float32, shape) for name, shape in shapes.items()]
+    arrays = {"x": np.ones((20, 6)), "edges": np.ones((2, 60)), "weights": np.ones((60, 2))}
+    arrays = {name: array.astype("float32") for name, array in arrays.items()}
+    np.savez(tmp_path / "graph.npz", **arrays)
+    for source in (tmp_path / "graph.npz", [tuple(arrays.values())]):
+        (batch,) = open_data(source, specs)
+        assert [list(t.shape) for t in batch.inputs] == [[20, 6], [2, 60], [60, 2]]
+
+
+@pytest.mark.parametrize(
+    "shapes, batched",
+    [
+        ([("n", 6), ("n", "n")], (False, False)),  # an adjacency
+        ([("b", "s"), ("s",)], (True, False)),  # token ids and their places
+        ([("s", "b", 8), ("b", "s")], (False, False)),
+        ([(4, 3), ("e", 2), (5, "e")], (False, False, False)),
+        ([(4, 3), (2, 3)], (True, False)),
+    ],
+)
+def test_what_is_an_inner_axis_too_counts_no_samples(shapes, batched):
+    specs = [Input(f"in{i}", torch.float32, shape) for i, shape in enumerate(shapes)]
+    assert batching.Reader(specs).batched == batched
+
+
 def test_sequences_of_different_length_are_not_joined():
     parts = [
         torch.zeros(2, 5, dtype=torch.int64),
@@ -419,6 +445,15 @@ def test_limited_and_rebatched_keep_the_order():
     assert torch.cat([b.labels for b in again]).tolist() == list(range(20))
     static = open_data(rows(20), [Input("x", torch.float32, (4, 3))])
     assert static.limited(11).sizes == (4, 4) and static.limited(1).sizes == (4,)
+
+
+def test_a_spread_is_from_all_over_the_stream():
+    data = open_data(rows(320), [X], batch_size=10)
+    part = data.spread(100)
+    taken = [int(batch.inputs[0][0, 0]) // 30 for batch in part]
+    assert part.sizes == (10,) * len(taken) and 90 <= part.samples <= 110
+    assert all(b - a <= 4 for a, b in zip([0, *taken], [*taken, 32], strict=True))
+    assert data.spread(320) is data and data.spread(1).sizes == (10,)
 
 
 # ---------------------------------------------------------------- split

@@ -252,6 +252,33 @@ def test_a_branch_round_all_of_it_is_no_way_to_save_a_tenth() -> None:
     assert len(gone(row)) == 1 and 0.8 < row.facts["macs"] <= 0.9
 
 
+def test_two_budgets_are_met_together() -> None:
+    """Narrow blocks at a large size have the work, wide ones at a small size the weights."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        for block in net.early:
+            y = y + 0.3 * block(torch.relu(y))
+        y = net.down(y)
+        for block in net.late:
+            y = y + block(torch.relu(y))
+        return net.head(y.mean((2, 3)))
+
+    torch.manual_seed(0)
+    parts = {
+        "early": nn.ModuleList(conv(4, 4) for _ in range(6)),
+        "late": nn.ModuleList(conv(24, 24) for _ in range(6)),
+    }
+    net = Net(forward, stem=conv(3, 4), down=nn.Conv2d(4, 24, 10, 10), head=nn.Linear(24, 5), **parts)
+    shares = {}
+    for budget in ("macs=0.6", "params=0.6", "macs=0.6,params=0.6"):
+        (_, row) = run(captured(net, X), f"shorten({budget},repair=false)", X)
+        shares[budget] = row.facts["macs"], row.facts["params"], len(gone(row))
+    assert shares["macs=0.6"][1] > 0.6 and shares["params=0.6"][0] > 0.6
+    both = shares["macs=0.6,params=0.6"]
+    assert both[0] <= 0.6 and both[1] <= 0.6 and both[2] <= shares["macs=0.6"][2] + shares["params=0.6"][2]
+
+
 def test_shared_weights_go_with_their_last_call() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.stem(x)

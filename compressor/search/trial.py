@@ -209,7 +209,7 @@ def original(task: Task) -> dict[str, float]:
     whole = run.shipped(graph)
     emitted = delivery.deliver(whole.copy(), plain, task.original, {}, run.fixed(graph))
     values = {"size_mb": emitted.bytes / 1e6, "macs": 1.0, "params": 1.0}
-    _, _, held_out = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph))
+    held_out = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph)).held_out
     evaluator, _ = metrics.of_rows(graph, loaded, held_out, run.plan, run.opt, run.fixed(graph))
     if evaluator is not None:
         try:
@@ -233,9 +233,9 @@ def original(task: Task) -> dict[str, float]:
 
 
 def samples_of(task: Task, loaded: Loaded, graph: Graph) -> int:
-    """How many samples of the calibration data passes may see; 0 without data."""
+    """How many samples of the calibration data a pass may learn from; 0 without data."""
     run, graph = _as_shipped(task, loaded, graph)
-    _, seen, _ = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph))
+    seen = streams(graph, task.calibration, run.opt, loaded, None, run.fixed(graph)).rest
     return seen.samples if seen is not None else 0
 
 

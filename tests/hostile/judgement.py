@@ -173,7 +173,7 @@ def compiled(
     names = [one.name for one in graph.inputs]
     loaded = Loaded(nn.Identity(), Path("network"), "")
     options = Options.of({"measure": False})
-    _, statistics, held_out = opening.streams(
+    _, _, statistics, held_out = opening.streams(
         graph, dict(zip(names, seen, strict=True)), options, loaded, True, {}
     )
     return pipeline.run(graph, Context(target, held_out, statistics)), graph, left
