@@ -51,13 +51,7 @@ PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (
     {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "1"},
     {"shorten": "with", "shorten.macs": "0.6", "shorten.params": "0.55"},
-    {
-        "shorten": "with",
-        "shorten.macs": "0.7",
-        "shorten.params": "0.7",
-        "prune": "with",
-        "prune.macs": "0.75",
-    },
+    {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "0.7", "prune": "with", "prune.macs": "0.7"},
     {"prune": "with", "prune.macs": "0.8"},
     {"prune": "with", "prune.macs": "0.6"},
     {"int8.rounding": "nearest", "int8.equalise": "false"},
