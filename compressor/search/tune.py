@@ -48,10 +48,10 @@ LEAST_LOOKED_AT = 2500  # samples, the same ones again counted; fewer teach litt
 MOST_EPOCHS = 60  # what `distill` does by itself
 SHORTEN = "shorten?(macs=0.4..0.9,params=0.4..1,reach=best)"
 PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
-GUESSES: tuple[dict[str, str], ...] = (
+GUESSES: tuple[dict[str, str], ...] = (  # what may want a lesson comes first: lessons take long
+    {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "0.7", "prune": "with", "prune.macs": "0.7"},
     {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "1"},
     {"shorten": "with", "shorten.macs": "0.6", "shorten.params": "0.55"},
-    {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "0.7", "prune": "with", "prune.macs": "0.7"},
     {"prune": "with", "prune.macs": "0.8"},
     {"prune": "with", "prune.macs": "0.6"},
     {"int8.rounding": "nearest", "int8.equalise": "false"},
