@@ -7,20 +7,25 @@ import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from compressor import batches as batching
 from compressor import data as module
+from compressor.capture import capture
 from compressor.data import Batch, Data, open_data, parse_input, split, synthetic
 from compressor.errors import DataError, UsageError
 from compressor.evaluation import Evaluator, evaluator, metric
 from compressor.images import Custom, Preprocess, opened, preprocessing
 from compressor.ir import Input
+from compressor.load import Loaded
+from compressor.opening import Options, streams
 
 X = Input("x", torch.float32, ("batch", 3))
 IMAGE = Input("x", torch.float32, ("batch", 3, 8, 8))
@@ -475,6 +480,20 @@ def test_split_is_chosen_by_the_seed():
     held = [joined(split(data, seed=seed)[1]) for seed in (0, 0, 1)]
     assert torch.equal(held[0], held[1]) and not torch.equal(held[0], held[2])
     assert torch.equal(held[0], torch.from_numpy(np.concatenate([rows(50)[:5], rows(50)[25:30]])))
+
+
+@pytest.mark.parametrize(("count", "held", "seen"), [(1000, 200, 512), (4000, 256, 512), (400, 80, 320)])
+def test_statistics_are_of_a_share_of_what_may_be_learned_from(count, held, seen):
+    graph = capture(nn.Linear(3, 2), torch.ones(4, 3))
+    loaded, options = Loaded(nn.Identity(), Path("net"), ""), Options.of({"calib_limit": 4000})
+    parts = streams(graph, [(torch.from_numpy(rows(count)),)], options, loaded, True, {})
+    kinds = [
+        set(joined(one)[:, 0].tolist())
+        for one in (parts.source, parts.rest, parts.statistics, parts.held_out)
+    ]
+    assert len(kinds[0]) == count and abs(count - len(kinds[1]) - held) <= 48
+    assert kinds[2] <= kinds[1] and abs(len(kinds[2]) - seen) <= 32
+    assert len(kinds[3]) == 64 and not kinds[3] & kinds[1]
 
 
 def test_too_few_samples_are_in_sample_and_said_so():
