@@ -41,15 +41,28 @@ INT8 = (
     "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
     "sqnr={none,20,25,30})"
 )
-LESSON_SECONDS = 450.0  # of one worker, or half of all the time there is
+LESSON_SECONDS, LESSON_SHARE = 450.0, 0.6  # of one worker, and at most of all the time there is
 LESSON_MACS = 19e9  # a second that one core learns with: ResNet-56 on AVX2
-LESSON_COST = 3  # times the MACs of the model: the teacher, the student, which is smaller, and its gradients
+LESSON_COST = 2.5  # times the MACs of the model: the teacher, a student of half its size, and gradients
 LEAST_LOOKED_AT = 2500  # samples, the same ones again counted; fewer teach little
 MOST_EPOCHS = 60  # what `distill` does by itself
 SHORTEN = "shorten?(macs=0.4..0.9,params=0.4..1,reach=best)"
 PRUNE = "prune?(macs=0.4..0.95,criterion={auto,sensitivity,l2},reach=best)"
 GUESSES: tuple[dict[str, str], ...] = (  # what may want a lesson comes first: lessons take long
-    {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "0.7", "prune": "with", "prune.macs": "0.7"},
+    {
+        "shorten": "with",
+        "shorten.macs": "0.7",
+        "shorten.params": "0.7",
+        "prune": "with",
+        "prune.macs": "0.65",
+    },
+    {
+        "shorten": "with",
+        "shorten.macs": "0.75",
+        "shorten.params": "0.7",
+        "prune": "with",
+        "prune.macs": "0.7",
+    },
     {"shorten": "with", "shorten.macs": "0.7", "shorten.params": "1"},
     {"shorten": "with", "shorten.macs": "0.6", "shorten.params": "0.55"},
     {"prune": "with", "prune.macs": "0.8"},
@@ -177,7 +190,7 @@ def _epochs(graph: Graph, samples: int, timeout: float | None) -> int:
     """Of distillation that a trial has time for; 0 where it is too short to teach anything. Not by the clock, so that
     every machine teaches the same.
     """
-    seconds = LESSON_SECONDS if timeout is None else min(LESSON_SECONDS, timeout / 2)
+    seconds = LESSON_SECONDS if timeout is None else LESSON_SHARE * timeout
     looked_at = seconds * LESSON_MACS / (LESSON_COST * max(macs(graph), 1))
     return min(int(looked_at / samples), MOST_EPOCHS) if looked_at >= LEAST_LOOKED_AT else 0
 
