@@ -41,7 +41,7 @@ INT8 = (
     "int8(rounding={adaptive,nearest},equalise={true,false},calibration={auto,mse,minmax,percentile},"
     "sqnr={none,20,25,30})"
 )
-LESSON_SECONDS, LESSON_SHARE = 450.0, 0.6  # of one worker, and at most of all the time there is
+LESSON_SECONDS, LESSON_SHARE = 600.0, 0.6  # of one worker, and at most of all the time there is
 LESSON_MACS = 19e9  # a second that one core learns with: ResNet-56 on AVX2
 LESSON_COST = 2.5  # times the MACs of the model: the teacher, a student of half its size, and gradients
 LEAST_LOOKED_AT = 2500  # samples, the same ones again counted; fewer teach little
@@ -190,7 +190,7 @@ def _epochs(graph: Graph, samples: int, timeout: float | None) -> int:
     """Of distillation that a trial has time for; 0 where it is too short to teach anything. Not by the clock, so that
     every machine teaches the same.
     """
-    seconds = LESSON_SECONDS if timeout is None else LESSON_SHARE * timeout
+    seconds = min(LESSON_SECONDS, LESSON_SHARE * timeout) if timeout is not None else LESSON_SECONDS
     looked_at = seconds * LESSON_MACS / (LESSON_COST * max(macs(graph), 1))
     return min(int(looked_at / samples), MOST_EPOCHS) if looked_at >= LEAST_LOOKED_AT else 0
 
