@@ -257,6 +257,22 @@ def test_who_learns_misses_nothing_else_and_has_not_lost_it_all():
     assert all(answers == {"distill": "with"} for answers, _ in study._lessons(asked))
 
 
+def test_lessons_go_before_the_guesses_that_are_left():
+    study, asked = object.__new__(Study), optuna.create_study()
+    study.space = Space("prune?(macs={0.9,0.7,0.5}),distill?(epochs=2,minutes=none),fold", registry.passes())
+    study.constraints, study.outcomes, study.sampler, study.seed = (constraint("drop<=1.0"),), {}, "random", 0
+    study.guesses = [{"prune": "with", "prune.macs": macs} for macs in ("0.9", "0.7", "0.5")]
+    specs = []
+    for _ in range(2):
+        for trial, spec in study._asked(asked, 2, lessons=True):
+            specs.append(spec)
+            values = {"drop": 2.0, "macs": 0.8} if "prune" in spec else {"drop": 0.0, "macs": 1.0}
+            study.outcomes[trial.number] = Outcome(trial.number, spec, "done", values=values)
+            asked.tell(trial, 1.0)
+    taught = "prune(macs=0.9),distill(epochs=2,minutes=None),fold"
+    assert specs == ["fold", "prune(macs=0.9),fold", taught, "prune(macs=0.7),fold"]
+
+
 def test_lessons_are_as_long_as_there_is_time(files):
     from compressor.capture import capture
 

@@ -45,7 +45,7 @@ TAUGHT_BACK = (
 CHEAPER = 0.9  # times the MACs of the best model: what a lesson that takes minutes must promise
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
-_OUTCOME, _BEGUN, _TAUGHT = "outcome", "begun with", "once more with lessons"
+_OUTCOME, _BEGUN, _GUESS, _TAUGHT = "outcome", "begun with", "guess", "once more with lessons"
 _KEPT = "outcome.json"
 
 
@@ -152,9 +152,6 @@ class Study:
             known = {name: outcome.values[name] for name in ("latency_ms", "speedup")}
             self.first.setdefault("latency_ms", known["latency_ms"] * known["speedup"])
             self.table.setdefault(outcome.sha256, known)
-        if not study.get_trials(deepcopy=False):
-            for guess in ({}, *self.guesses):
-                study.enqueue_trial(self._params(guess))
         return study
 
     def _require_same(self, study: optuna.Study) -> None:
@@ -200,6 +197,8 @@ class Study:
             study.enqueue_trial(answers, user_attrs={_TAUGHT: number})
         same = 0
         while len(asked) < count and same < SAME:
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # lessons go first
+                self._guess(study)
             one = study.ask()
             spec = self.space.possible(self._drawn(one))
             if not spec or spec in known or self._is_doomed(spec):
@@ -213,6 +212,12 @@ class Study:
             known.add(spec)
             asked.append((one, spec))
         return asked
+
+    def _guess(self, study: optuna.Study) -> None:
+        """The next trial is the next guess, if one is left."""
+        made = sum(_GUESS in one.user_attrs for one in study.get_trials(deepcopy=False))
+        for guess in ({}, *self.guesses)[made : made + 1]:
+            study.enqueue_trial(self._params(guess), user_attrs={_GUESS: made})
 
     def _drawn(self, one: Trial) -> str:
         """The spec that optuna's answers make. Passes that learn are in it where `_lessons` wants them."""
