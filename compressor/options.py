@@ -75,7 +75,7 @@ _CALIB_LIMIT = click.option(
     "--calib-limit",
     type=click.IntRange(1),
     metavar="N",
-    help="Use at most N samples; default: 1024.",
+    help="Read at most N samples; default: 1024. Statistics are of some 512, `distill` learns from all.",
 )
 _EVAL = click.option(
     "--eval",
