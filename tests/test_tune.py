@@ -257,6 +257,17 @@ def test_who_learns_misses_nothing_else_and_has_not_lost_it_all():
     assert all(answers == {"distill": "with"} for answers, _ in study._lessons(asked))
 
 
+def test_of_equally_fast_models_the_best_is_the_one_that_lost_least():
+    study = object.__new__(Study)
+    study.objectives, study.constraints, study.outcomes = ("latency_ms",), (), {}
+    for number, (ms, db) in enumerate(((1.02, 30.0), (1.0, 20.0), (1.1, 50.0), (1.01, 29.0))):
+        values = {"latency_ms": ms, "size_mb": ms, "sqnr": db}
+        study.outcomes[number] = Outcome(number, "fold", "done", values=values)
+    assert study.best is study.outcomes[0]
+    study.objectives = ("size_mb",)  # which is no matter of chance
+    assert study.best is study.outcomes[1]
+
+
 def test_lessons_go_before_the_guesses_that_are_left():
     study, asked = object.__new__(Study), optuna.create_study()
     study.space = Space("prune?(macs={0.9,0.7,0.5}),distill?(epochs=2,minutes=none),fold", registry.passes())

@@ -43,6 +43,7 @@ TAUGHT_BACK = (
     5.0  # times what is allowed: who lost more learns in vain (ResNet-56: 13 points were 10 afterwards)
 )
 CHEAPER = 0.9  # times the MACs of the best model: what a lesson that takes minutes must promise
+TIMED = 0.03  # by which two times of one file may differ: what is nearer is equally fast
 SAMPLERS = ("tpe", "nsga2", "random")
 STATE, SUMMARY = "search.log", "tune.json"
 _OUTCOME, _BEGUN, _GUESS, _TAUGHT = "outcome", "begun with", "guess", "once more with lessons"
@@ -345,10 +346,14 @@ class Study:
 
     @property
     def best(self) -> Outcome | None:
-        """The feasible trial with the least of the first objective; else the one that is nearest to feasible."""
+        """The feasible trial with the least of the first objective, of equally fast ones the one that lost least; else
+        the one that is nearest to feasible.
+        """
         key = self.objectives[0]
         if self.feasible:
-            return min(self.feasible, key=lambda one: (one.values[key], one.number))
+            most = min(one.values[key] for one in self.feasible) * (1 + (TIMED if key == "latency_ms" else 0))
+            equal = [one for one in self.feasible if one.values[key] <= most]
+            return min(equal, key=lambda one: (_lost(one), one.values[key], one.number))
         return min(
             self.done, key=lambda one: (distance(self.constraints, one.values), one.number), default=None
         )
@@ -360,9 +365,7 @@ class Study:
         return [one for one, mine in candidates if not any(_beats(other, mine) for _, other in candidates)]
 
     def _costs(self, one: Outcome) -> tuple[float, ...]:
-        quality = one.values.get("drop", -one.values.get("sqnr", 0.0))
-        lost = math.inf if math.isnan(quality) else quality
-        return (*(one.values[name] for name in self.objectives), lost)
+        return (*(one.values[name] for name in self.objectives), _lost(one))
 
     def publish(self) -> None:
         """Writes `best/`, `pareto/` and the summary; models of other trials go."""
@@ -449,6 +452,12 @@ def _numeric(words: Sequence[str]) -> bool:
         return len(words) > 2 and sorted(words, key=float) == list(words)
     except ValueError:
         return False
+
+
+def _lost(one: Outcome) -> float:
+    """What its outputs have lost, by the metric or else in decibels; more is worse."""
+    quality = one.values.get("drop", -one.values.get("sqnr", 0.0))
+    return math.inf if math.isnan(quality) else quality
 
 
 def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
