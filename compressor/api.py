@@ -273,8 +273,8 @@ def verify(
         inputs = sessions.inputs_of(session, graph.inputs)
         names = [output.name for output in session.get_outputs()]
         sizes = _fixed(graph.inputs, inputs)
-        source, _, _, held_out = streams(graph, data, opt, loaded, example_inputs, sizes)
-        shown = (source or held_out).limited(opt.calib_limit)
+        given = streams(graph, data, opt, loaded, example_inputs, sizes)
+        shown = (given.source or given.held_out).limited(opt.calib_limit)
         count = sum(shown.sizes)
 
         def samples() -> Iterator[tuple[Tensor, ...]]:

@@ -88,10 +88,10 @@ class Context:
     """Everything a pass may know besides the graph. Nothing ambient: no globals, no environment.
 
     calibration: stream of batches for statistics, None if the user gave none. lessons: all that may be learned from,
-    which can be many times more. held_out: batches that neither statistics nor lessons may see. limit: apply at most
-    so many rewrites. progress: called with a title and a total, a context manager that
-    yields `advance(n)`. measure: called with graphs, median milliseconds of one run of each, in turns; None where
-    measuring is switched off, or the target is elsewhere and nobody said how to measure there.
+    which can be many times more; the same where it is None. held_out: batches that neither may see. limit: apply at
+    most so many rewrites. progress: called with a title and a total, a context manager that yields `advance(n)`.
+    measure: called with graphs, median milliseconds of one run of each, in turns; None where measuring is switched off,
+    or the target is elsewhere and nobody said how to measure there.
     latency: the same for a budget that the user gave in time, which is taken here if it must be. timed_on: where.
     evaluate: the user's metric of a graph, higher is better; None where the user named none.
     original: the graph before the first pass, to run and not to edit; for passes that say `learns`, else None.

@@ -78,15 +78,16 @@ class Distill(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Outcome:
         start = time.perf_counter()
-        if ctx.lessons is None:
+        data = ctx.lessons if ctx.lessons is not None else ctx.calibration
+        if data is None:
             raise UsageError(NO_DATA)
         obstacle = _obstacle(graph, ctx.original)
         if obstacle or ctx.original is None or ctx.limit == 0:
             return Outcome(declines=[Decline("graph", obstacle or "the limit allows no rewrite")])
-        samples = Samples(ctx.lessons, graph.inputs)
+        samples = Samples(data, graph.inputs)
         if len(samples.places()) < LEAST:
             raise DataError(
-                f"distill: {ctx.lessons.description}: too few to learn from; give it at least {LEAST} samples "
+                f"distill: {data.description}: too few to learn from; give it at least {LEAST} samples "
                 "beside those that are held out"
             )
         lesson = Lesson(ctx.original, graph, samples, self._recipe(ctx.seed))

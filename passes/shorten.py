@@ -169,28 +169,28 @@ class Shorten(Pass):
         samples = int(WORK / (cost * JUDGED * max(len(self._open(now)), 1)))
         batches = list(ctx.calibration.limited(min(max(samples, LEAST_SAMPLES), MOST_SAMPLES)))
         cost *= sum(batch.samples for batch in batches)
-        expected, spent, noise = observe(graph, batches), 0.0, 0.0
+        expected, spent, noise, left = observe(graph, batches), 0.0, 0.0, all_of_it
         with ctx.progress("shorten: judging branches", None):
-            while True:
-                left = _amounts(now)
-                if goal and _met(left, goal):
-                    return found
+            while not (goal and _met(left, goal)):
                 there = self._open(now)
                 for branch in there:
                     if branch not in judged:
-                        judged[branch] = _judged(now, noise, branch, batches, expected, len(found))
+                        louder, less = _without(now, branch, batches, expected)
+                        saved = {name: left[name] - less[name] for name in left}
+                        judged[branch] = Judged(branch, max(louder - noise, 0.0), saved, len(found))
                         spent += cost
                 wanted = {name: left[name] - goal[name] for name in goal if left[name] > goal[name]}
                 wanted, most = (wanted, 1.0) if goal else ({"macs": STEP * all_of_it["macs"]}, math.inf)
                 best = _best([judged[branch] for branch in there], wanted, most, large)
                 if best is None:
-                    return found
+                    break
                 if best.gone < len(found) and spent < WORK:
                     del judged[best.branch]
                     continue
                 bypass(now, best.branch)
-                noise += best.added
-                found.append(Removal(best.branch, _amounts(now), noise))
+                noise, left = noise + best.added, _amounts(now)
+                found.append(Removal(best.branch, left, noise))
+        return found
 
     def _repaired(self, graph: Graph, chosen: Sequence[Removal], ctx: Context) -> Rebuilt:
         """New weights for the layers behind what goes; `graph` still has it, and stays as it is."""
@@ -200,19 +200,13 @@ class Shorten(Pass):
         return refit(graph, {}, ctx.calibration, ctx, dict.fromkeys(gone, torch.zeros_like))  # type: ignore[arg-type]
 
 
-def _judged(
-    graph: Graph,
-    noise: float,
-    branch: Branch,
-    batches: Sequence[Batch],
-    expected: Sequence[Outputs],
-    gone: int,
-) -> Judged:
+def _without(
+    graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]
+) -> tuple[float, Amounts]:
+    """The noise of the outputs, and what is left of the model, without a branch."""
     copy = graph.copy()
     bypass(copy, branch)
-    before, after = _amounts(graph), _amounts(copy)
-    added = max(_noise(graph, expected, observe(copy, batches)) - noise, 0.0)
-    return Judged(branch, added, {name: before[name] - after[name] for name in before}, gone)
+    return _noise(graph, expected, observe(copy, batches)), _amounts(copy)
 
 
 def _best(open_: Sequence[Judged], wanted: Amounts, most: float, large: Amounts) -> Judged | None:

@@ -76,7 +76,7 @@ def images(count, seed=1):
 def context(graph, stream, seed=0, **more):
     """The stream's samples to learn from, others of the same kind to judge by."""
     calibration = data.open_data(stream, graph.inputs)
-    return Context(TARGET, calibration.limited(16), calibration, seed, lessons=calibration, **more)
+    return Context(TARGET, calibration.limited(16), calibration, seed, **more)
 
 
 def distilled(graph, original, stream, one=QUICK, **more):
@@ -560,16 +560,26 @@ def test_a_static_batch_is_filled_or_refused():
     assert outcome.rewrites and outcome.facts["judging"] == 4
     stream = data.open_data([(torch.randn(12, 6),)], graph.inputs)
     big = capture(perceptron(), (torch.randn(12, 6),), inputs=[data.parse_input("x:f32[12,6]")])
-    outcome = QUICK.run(noisy(big), Context(TARGET, stream, lessons=stream, original=big))
+    outcome = QUICK.run(noisy(big), Context(TARGET, stream, stream, original=big))
     assert "too few samples to fill the model's batches of 12" in outcome.declines[0].reason
 
 
 # -------------------------------------------------------------------- errors
 
 
+def test_it_learns_from_all_there_is_and_not_from_what_statistics_see():
+    graph = capture(perceptron(), (torch.randn(4, 6),))
+    draw = torch.Generator().manual_seed(3)
+    lessons = data.open_data([(torch.randn(96, 6, generator=draw),)], graph.inputs)
+    ctx = context(graph, [(torch.randn(32, 6, generator=draw),)], original=graph)
+    for given, count in ((ctx, 32), (replace(ctx, lessons=lessons), 96)):
+        facts = QUICK.run(noisy(graph), given).facts
+        assert facts["samples"] + facts["judging"] == count
+
+
 def test_no_data_says_what_to_pass():
     graph = capture(perceptron(), (torch.randn(2, 6),))
-    ctx = replace(context(graph, [(torch.randn(64, 6),)]), lessons=None, original=graph)
+    ctx = replace(context(graph, [(torch.randn(64, 6),)]), calibration=None, original=graph)
     with pytest.raises(UsageError, match=r"learns from data.*--calib FILE"):
         QUICK.run(noisy(graph), ctx)
 

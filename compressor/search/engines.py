@@ -147,7 +147,7 @@ def _workers() -> multiprocessing.context.BaseContext:
 def _prepare(threads: int, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver says when to stop
     threading.Thread(target=_follow, daemon=True).start()
-    os.environ.clear()
+    os.environ.clear()  # the process that is forked has the environment that it began with
     os.environ.update(environment)
     torch.set_num_threads(threads)
 
