@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from .constants import DataFree
+from .data import Batch
+from .elimination import ridged, trust
 from .identities import alike, loosen_views
 from .ir import Graph
 from .names import site
-from .ops import is_tensor, kind, node_macs
+from .ops import is_tensor, kind, node_macs, shape
+from .padding import Padding
+from .readers import channel_axis
+from .statistics import Gram
 
 aten = torch.ops.aten
 
@@ -65,15 +71,58 @@ def bypass(graph: Graph, branch: Branch) -> None:
     graph.clean()
 
 
+def imitate(graph: Graph, branch: Branch, batches: Iterable[Batch]) -> None:
+    """Puts in the place of a branch the affine map of the other addend that comes nearest to it, on these batches.
+
+    About so much can the layers behind make up for, which read that addend, too. Too few rows tell of means alone.
+    """
+    total = graph.node(branch.total)
+    gone, kept = total.args[branch.position], total.args[1 - branch.position]
+    assert isinstance(gone, Node) and isinstance(kept, Node)
+    axis = channel_axis(gone)
+    width, dtype = shape(total)[axis], total.meta["val"].dtype
+    if not (isinstance(width, int) and dtype.is_floating_point):
+        return bypass(graph, branch)
+    gram, padding = Gram(width, width), Padding(graph)
+    for batch in batches:
+        real, seen = padding.of(batch.inputs), dict[Node, Tensor]()
+        for node, value in graph.values(*batch.inputs):
+            if node is total:
+                break
+            if node in (gone, kept):
+                seen[node] = real.rows(node, value, axis)
+        gram.update(seen[kept], seen[gone])
+    count, belief = max(gram.count, 1), trust(gram.count, width)
+    mean, aim = gram.total / count, gram.target_total / count
+    weight = torch.zeros_like(gram.xx)
+    if belief:
+        spread = gram.xx / count - torch.outer(mean, mean)
+        weight = belief * torch.linalg.solve(ridged(spread), gram.xy / count - torch.outer(mean, aim)).T
+    given = [
+        graph.add_tensor(f"{branch.total}_{name}", tensor.to(dtype), before=total)
+        for name, tensor in (("slope", weight), ("shift", aim - weight @ mean))
+    ]
+    turned = graph.insert(aten.transpose.int, (kept, axis, -1), before=total)
+    mapped = graph.insert(aten.linear.default, (turned, *given), before=total)
+    _give(graph, branch, graph.insert(aten.transpose.int, (mapped, axis, -1), before=total))
+    graph.clean()
+
+
 def masked(graph: Graph, gone: Iterable[Branch]) -> Graph:
     """A copy of the graph that the branches were found in, or in what was left of it, with them times zero."""
     twin = graph.copy()
     for branch in gone:
         total = twin.node(branch.total)
-        args = list(total.args)
-        args[branch.position] = twin.insert(aten.mul.Tensor, (args[branch.position], 0.0), before=total)
-        twin.set_args(total, tuple(args))
+        _give(twin, branch, twin.insert(aten.mul.Tensor, (total.args[branch.position], 0.0), before=total))
     return twin
+
+
+def _give(graph: Graph, branch: Branch, addend: Node) -> None:
+    """Lets the sum of a branch read this in its place."""
+    total = graph.node(branch.total)
+    args = list(total.args)
+    args[branch.position] = addend
+    graph.set_args(total, tuple(args))
 
 
 def _alone(value: Node, reader: Node) -> list[Node]:

@@ -22,6 +22,7 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 RIDGE = 1e-4  # of the mean diagonal
 ROUNDS = 128  # an elimination takes about so many at most
+TRUSTED = 8
 
 
 @dataclass
@@ -52,6 +53,14 @@ def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     drawn = gram.clone()
     drawn.diagonal().add_(ridge * max(float(gram.diagonal().mean()), 1e-30))
     return drawn
+
+
+def trust(rows: int, columns: int) -> float:
+    """How much of a fit to errors to believe: all of it from `TRUSTED` rows a column on, nothing below one.
+
+    What other layers got wrong is no function of what this one reads: too few rows let it learn them by heart.
+    """
+    return min(1.0, max(0.0, (rows / columns - 1) / (TRUSTED - 1)))
 
 
 def eliminate(problems: Sequence[Problem], count: int, stop: int | None = None) -> Elimination:

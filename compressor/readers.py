@@ -202,6 +202,20 @@ def anchor(graph: Graph, layer: Layer) -> Anchor:
     return Anchor(node, axis, scale, tuple(steps))
 
 
+def channel_axis(value: Node) -> int:
+    """Where the channels of a value are, as the layer has them that it came from."""
+    moves, node = list[Node](), value
+    while (layer := layer_of(node)) is None and node.all_input_nodes:
+        if kind(node) in ("permute", "transpose"):
+            moves.append(node)
+        node = node.all_input_nodes[0]
+    axis = 1 if layer is not None and layer.kernel else -1
+    for move in reversed(moves):
+        order = _order(move)
+        axis = order.index(axis % len(order))
+    return axis % len(shape(value))
+
+
 def _gain(graph: Graph, user: Node, node: Node, axis: int) -> Tensor | None:
     """What an operator multiplies every channel of `node` by; None where it does anything else to its error."""
     which, one = kind(user), torch.ones((), dtype=torch.float64)

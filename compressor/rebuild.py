@@ -26,7 +26,7 @@ from torch.fx import Node
 
 from .channels import Algebra, Group
 from .data import Batch, Data
-from .elimination import RIDGE, eliminate, ridged
+from .elimination import RIDGE, eliminate, ridged, trust
 from .ir import Graph, as_declared, last_uses
 from .masked_norms import Removed, mask_norms
 from .names import site
@@ -38,7 +38,6 @@ from .survey import Moments, Readers, Reading, Sampler, Spread, reading_of
 
 Change = Callable[[Any], Any]
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
-TRUSTED = 8
 SHRINKAGE = 0.1
 HELD = 1 << 28  # bytes of values between two layers that stay in memory; more lie in mapped files
 
@@ -284,10 +283,10 @@ class _Repair:
         for i in range(reading.blocks):
             gram, aim = moments.block(i)
             grams.append(gram)
-            trust = _trust(moments.grams[i].count, reading.columns) if self.heal else 0.0
-            learns = aim.shape[1] and trust
+            belief = trust(moments.grams[i].count, reading.columns) if self.heal else 0.0
+            learns = aim.shape[1] and belief
             wanted.append(
-                matrices[i] + torch.linalg.solve(ridged(gram), trust * aim).T if learns else matrices[i]
+                matrices[i] + torch.linalg.solve(ridged(gram), belief * aim).T if learns else matrices[i]
             )
         if node in self.fits:
             ridge = RIDGE if self.heal else _ridge(moments.grams[0].count, reading.columns)
@@ -363,14 +362,6 @@ class _Repair:
             gain = norm_gain(self.twin.graph, reading.anchor.steps[0])
             total = total * gain if gain is not None else total
         self.twin.set_tensor(reading.shift, self.twin.now(reading.shift).double() + total)
-
-
-def _trust(rows: int, columns: int) -> float:
-    """How much of a fit to errors to believe: all of it from `TRUSTED` rows a column on, nothing below one.
-
-    What other layers got wrong is no function of what this one reads: too few rows let it learn them by heart.
-    """
-    return min(1.0, max(0.0, (rows / columns - 1) / (TRUSTED - 1)))
 
 
 def _ridge(rows: int, columns: int) -> float:

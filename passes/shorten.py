@@ -7,16 +7,16 @@ without it, on calibration data. The result must equal the original with those b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from compressor.branches import Branch, branches, bypass, masked
+from compressor.branches import Branch, branches, bypass, imitate, masked
 from compressor.budgets import Amounts, Budget
-from compressor.data import Batch
 from compressor.errors import UsageError
 from compressor.ir import Graph
 from compressor.measure import bytes_of, parameters
@@ -29,7 +29,7 @@ WORK = 1e12  # multiply-accumulates that ranking may take: half a minute or so
 JUDGED = 3  # times that a branch is judged, about
 STEP = 0.05  # share of the model that goes at once, or little more, where the budget is still to be found
 LARGE = 0.2  # share of the model in one branch
-LEAST_SAMPLES, MOST_SAMPLES = 8, 128
+LEAST_SAMPLES, MOST_SAMPLES = 8, 64
 WORST = 1e6  # noise, relative to the outputs, of those that are not finite
 
 
@@ -159,10 +159,11 @@ class Shorten(Pass):
         """Branches in the order in which they go, until the goal is met; all of them where it is still to be found.
 
         As branches go, the others are judged anew, lazily (Minoux, 1978): what one adds to the noise grows, so that
-        the best by its old judgement, if it is still the best by its new one, is the best of all.
+        the best by its old judgement, if it is still the best by its new one, is the best of all. Where layers are to
+        make up for them, they are judged with what can be made up for in their place.
         """
         assert ctx.calibration is not None
-        now, found, judged = graph.copy(), list[Removal](), dict[Branch, Judged]()
+        now, likely, found, judged = graph.copy(), graph.copy(), list[Removal](), dict[Branch, Judged]()
         all_of_it = _amounts(graph)
         large = {name: LARGE * amount for name, amount in all_of_it.items()}
         cost = max(all_of_it["macs"], 1)  # of one sample
@@ -170,12 +171,15 @@ class Shorten(Pass):
         batches = list(ctx.calibration.limited(min(max(samples, LEAST_SAMPLES), MOST_SAMPLES)))
         cost *= sum(batch.samples for batch in batches)
         expected, spent, noise, left = observe(graph, batches), 0.0, 0.0, all_of_it
+        replace = partial(imitate, batches=batches) if self.repair else bypass
         with ctx.progress("shorten: judging branches", None):
             while not (goal and _met(left, goal)):
                 there = self._open(now)
                 for branch in there:
                     if branch not in judged:
-                        louder, less = _without(now, branch, batches, expected)
+                        twin = _with(likely, branch, replace)
+                        louder = _noise(graph, expected, observe(twin, batches))
+                        less = _amounts(_with(now, branch, bypass))
                         saved = {name: left[name] - less[name] for name in left}
                         judged[branch] = Judged(branch, max(louder - noise, 0.0), saved, len(found))
                         spent += cost
@@ -188,6 +192,7 @@ class Shorten(Pass):
                     del judged[best.branch]
                     continue
                 bypass(now, best.branch)
+                replace(likely, best.branch)
                 noise, left = noise + best.added, _amounts(now)
                 found.append(Removal(best.branch, left, noise))
         return found
@@ -200,13 +205,11 @@ class Shorten(Pass):
         return refit(graph, {}, ctx.calibration, ctx, dict.fromkeys(gone, torch.zeros_like))  # type: ignore[arg-type]
 
 
-def _without(
-    graph: Graph, branch: Branch, batches: Sequence[Batch], expected: Sequence[Outputs]
-) -> tuple[float, Amounts]:
-    """The noise of the outputs, and what is left of the model, without a branch."""
+def _with(graph: Graph, branch: Branch, change: Callable[[Graph, Branch], None]) -> Graph:
+    """A copy, changed at this branch."""
     copy = graph.copy()
-    bypass(copy, branch)
-    return _noise(graph, expected, observe(copy, batches)), _amounts(copy)
+    change(copy, branch)
+    return copy
 
 
 def _best(open_: Sequence[Judged], wanted: Amounts, most: float, large: Amounts) -> Judged | None:
