@@ -205,10 +205,13 @@ def anchor(graph: Graph, layer: Layer) -> Anchor:
 def channel_axis(value: Node) -> int:
     """Where the channels of a value are, as the layer has them that it came from."""
     moves, node = list[Node](), value
-    while (layer := layer_of(node)) is None and node.all_input_nodes:
+    while (layer := layer_of(node)) is None:
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        if not inputs:
+            break
         if kind(node) in ("permute", "transpose"):
             moves.append(node)
-        node = node.all_input_nodes[0]
+        node = inputs[0]
     axis = 1 if layer is not None and layer.kernel else -1
     for move in reversed(moves):
         order = _order(move)

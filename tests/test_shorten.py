@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor import data
-from compressor.branches import branches, bypass, masked
+from compressor.branches import branches, bypass, imitate, masked
 from compressor.capture import capture
 from compressor.ir import Graph
 from compressor.ops import macs
@@ -195,6 +195,95 @@ def test_relus_that_meet_are_one() -> None:
     graph = captured(Residual(), X)
     run(graph, "shorten(macs=0.01,reach=best,repair=false),fold", X)
     assert sum("relu" in str(node.target) for node in graph.nodes) == 1
+
+
+# ---------------------------------------------------------------- what can be made up for
+
+
+def _mixed(net: Net, x: Tensor) -> Tensor:
+    return torch.relu(x + net.body(x))
+
+
+def _straight(net: Net, x: Tensor) -> Tensor:
+    return 2 * (x + net.body(x))
+
+
+def _turned(net: Net, x: Tensor) -> Tensor:
+    """Channels last within the branch, as ConvNeXt has them."""
+    return torch.relu(x + net.scale * net.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def _tokens(net: Net, x: Tensor) -> Tensor:
+    x = x.flatten(2).transpose(1, 2)
+    return torch.relu(x + net.body(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        (_mixed, {"body": conv(3, 3, 1)}),
+        (_mixed, {"body": nn.Sequential(conv(3, 3, 1), nn.BatchNorm2d(3), conv(3, 3, 1))}),
+        (_turned, {"body": nn.Linear(3, 3), "scale": torch.full((3, 1, 1), 0.5)}),
+        (_tokens, {"body": nn.Linear(3, 3)}),
+    ],
+)
+def test_an_affine_branch_is_imitated_whatever_its_axis(forward: Any, parts: dict[str, Any]) -> None:
+    graph = captured(Net(forward, **parts), X)
+    (branch,) = branches(graph)
+    twin, cut = graph.copy(), graph.copy()
+    imitate(twin, branch, data.open_data([(X,)], graph.inputs))
+    bypass(cut, branch)
+    twin.check()
+    (expected,) = graph.run(FRESH)
+    assert noise(expected, twin.run(FRESH)[0]) > 60 > 30 > noise(expected, cut.run(FRESH)[0])
+
+
+def test_few_rows_tell_of_means_alone() -> None:
+    torch.manual_seed(0)
+    graph = captured(Net(_straight, body=nn.Linear(32, 32)), torch.randn(20, 32))
+    (branch,) = branches(graph)
+    for rows, decibels in ((20, (0, 20)), (2000, (60, math.inf))):
+        twin, x = graph.copy(), torch.randn(rows, 32)
+        imitate(twin, branch, data.open_data([(x,)], graph.inputs))
+        fresh = torch.randn(500, 32)
+        assert decibels[0] < noise(graph.run(fresh)[0], twin.run(fresh)[0]) < decibels[1]
+        missed = graph.run(x)[0] - twin.run(x)[0]
+        assert float(missed.mean(0).abs().max()) < 1e-4
+
+
+def test_padding_tells_nothing() -> None:
+    def forward(net: Net, x: Tensor, attention_mask: Tensor) -> Tensor:
+        y = torch.relu(x + net.body(x))
+        return (y * attention_mask[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(64, 6, 4), torch.ones(64, 6, dtype=torch.int64)
+    mask[:, 3:] = 0
+    net = Net(forward, body=nn.Sequential(nn.Linear(4, 4), nn.Tanh())).eval()
+    graph = capture(net, (x[:4], mask[:4]))
+    (branch,) = branches(graph)
+    loud = torch.where(mask[..., None] == 1, x, 100 * x)
+    first, second = graph.copy(), graph.copy()
+    imitate(first, branch, data.open_data([(x, mask)], graph.inputs))
+    imitate(second, branch, data.open_data([(loud, mask)], graph.inputs))
+    torch.testing.assert_close(first.run(x, mask)[0], second.run(x, mask)[0])
+
+
+def test_what_can_be_made_up_for_goes_first() -> None:
+    """A loud branch that is affine, and a quiet one that is not: which of them goes is decided by who is to mend it."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.stem(x)
+        y = y + net.affine(y)
+        y = y + 0.3 * torch.relu(net.bent(y))
+        return net.head(torch.relu(net.last(y))).mean((2, 3))
+
+    torch.manual_seed(0)
+    parts = {name: conv(8, 8, 1) for name in ("affine", "bent", "last", "head")}
+    net = Net(forward, stem=conv(3, 8), **parts)
+    for spec, first in (("shorten(macs=0.9)", "affine"), ("shorten(macs=0.9,repair=false)", "bent")):
+        (_, row) = run(captured(net, X), spec, X)
+        assert gone(row) == [first]
 
 
 # ---------------------------------------------------------------- budgets
