@@ -3,8 +3,9 @@
     python benchmarks/shorten_cifar.py [resnet20] [resnet56]      Markdown
 
 Models and images of the shared folder: 256 training images calibrate, without labels, the 400 test images score (one is
-0.25 points). Agreement: how many of 1,500 other training images, which the model knows, still get its answer. Speed: ONNX Runtime, batch 1, one thread, in turns with the float file of the model as it came. Without
-VNNI integers have weights of 7 bits (cpu-avx2).
+0.25 points). Agreement: how many of 1,500 other training images, which the model knows, still get its answer. Speed:
+ONNX Runtime, batch 1, one thread, in turns with the float file of the model as it came. Without VNNI integers have
+weights of 7 bits (cpu-avx2).
 """
 
 from __future__ import annotations

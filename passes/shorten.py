@@ -1,7 +1,8 @@
 """Depth pruning: residual branches that matter least go as a whole, and the sums that added them go with them.
 
 Which addends can go is read from the graph (`compressor/branches.py`); what each is worth is what the outputs lose
-without it, on calibration data. The result must equal the original with those branches times zero.
+without it, on calibration data, once the layers behind have made up for it. The result must equal the original with
+those branches times zero.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Shorten(Pass):
 
     A branch is worth what the outputs lose without it, on calibration samples, for what it costs; as branches go, the
     others are judged anew. repair: the layers behind are solved anew, to give what they gave before: a step of its own,
-    which states the loss. ignore: module paths to leave alone, as in `ignore=layer4.*`.
+    which states the loss. Branches are then judged with what those layers can make up for, about: an affine map of the
+    stream that a branch joins stands in its place. ignore: module paths to leave alone, as in `ignore=layer4.*`.
 
     `distill` behind it wins back much of what is lost.
     """
