@@ -36,7 +36,10 @@ WORST = 1e6  # noise, relative to the outputs, of those that are not finite
 
 @dataclass(frozen=True)
 class Removal:
-    """A branch, what is left of the model once it and all before it are gone, and how noisy the outputs are then."""
+    """A branch, what is left of the model once it and all before it are gone, and how noisy the outputs are then.
+
+    Where layers are to make up for them, about as noisy as the outputs will be.
+    """
 
     branch: Branch
     left: Amounts
