@@ -171,7 +171,8 @@ class Shorten(Pass):
         now, likely, found, judged = graph.copy(), graph.copy(), list[Removal](), dict[Branch, Judged]()
         all_of_it = _amounts(graph)
         large = {name: LARGE * amount for name, amount in all_of_it.items()}
-        cost = max(all_of_it["macs"], 1)  # of one sample
+        runs = 1.5 if self.repair else 1.0  # what is to be imitated is seen first, in half a run or so
+        cost = runs * max(all_of_it["macs"], 1)  # of one sample
         samples = int(WORK / (cost * JUDGED * max(len(self._open(now)), 1)))
         batches = list(ctx.calibration.limited(min(max(samples, LEAST_SAMPLES), MOST_SAMPLES)))
         cost *= sum(batch.samples for batch in batches)
