@@ -79,8 +79,9 @@ def imitate(graph: Graph, branch: Branch, batches: Iterable[Batch]) -> None:
     total = graph.node(branch.total)
     gone, kept = total.args[branch.position], total.args[1 - branch.position]
     assert isinstance(gone, Node) and isinstance(kept, Node)
-    axis = channel_axis(gone)
-    width, dtype = shape(total)[axis], total.meta["val"].dtype
+    sizes, dtype = shape(total), total.meta["val"].dtype
+    axis = channel_axis(gone) if sizes else 0
+    width = sizes[axis] if sizes else None
     if not (isinstance(width, int) and dtype.is_floating_point):
         return bypass(graph, branch)
     gram, padding = Gram(width, width), Padding(graph)
@@ -90,7 +91,7 @@ def imitate(graph: Graph, branch: Branch, batches: Iterable[Batch]) -> None:
             if node is total:
                 break
             if node in (gone, kept):
-                seen[node] = real.rows(node, value, axis)
+                seen[node] = real.rows(total, value, axis)
         gram.update(seen[kept], seen[gone])
     count, belief = max(gram.count, 1), trust(gram.count, width)
     mean, aim = gram.total / count, gram.target_total / count

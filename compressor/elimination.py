@@ -22,7 +22,7 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 RIDGE = 1e-4  # of the mean diagonal
 ROUNDS = 128  # an elimination takes about so many at most
-TRUSTED = 8
+TRUSTED = 8  # rows a column
 
 
 @dataclass

@@ -269,6 +269,18 @@ def test_padding_tells_nothing() -> None:
     torch.testing.assert_close(first.run(x, mask)[0], second.run(x, mask)[0])
 
 
+def test_a_branch_without_axes_goes_all_the_same() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return torch.relu(net.stem(x).sum() + net.body(x).sum())
+
+    graph = captured(Net(forward, stem=conv(3, 3), body=conv(3, 3)), X[:4])
+    branch = next(iter(branches(graph)))
+    twin, cut = graph.copy(), graph.copy()
+    imitate(twin, branch, data.open_data([(X[:4],)], graph.inputs))
+    bypass(cut, branch)
+    assert torch.equal(twin.run(X[:4])[0], cut.run(X[:4])[0])
+
+
 def test_what_can_be_made_up_for_goes_first() -> None:
     """A loud branch that is affine, and a quiet one that is not: which of them goes is decided by who is to mend it."""
 
