@@ -15,7 +15,7 @@ from . import images
 from .camera import Camera, Preprocessing
 from .decoding import is_cached
 from .errors import DataError
-from .ir import Input
+from .ir import Input, batch_axis
 from .names import DTYPE_NAMES
 from .sources import LABELS, Column, Key, Source, as_tensor
 
@@ -38,18 +38,14 @@ class Batch:
 class Reader:
     """Reads sources as batches that fit the inputs, and notes in `facts` what it did to them.
 
-    batched: which inputs have the batch axis: those whose axis 0 is that of the first dynamic one. The others
-    are handed over whole. What is another axis of some input, as edges of a graph are, counts no samples.
+    batched: which inputs have the batch axis as their first. The others are handed over whole.
     fixed: size of a static batch axis, else None.
     """
 
     def __init__(self, inputs: Sequence[Input], preprocess: Preprocessing | None = None) -> None:
         self.inputs = tuple(inputs)
         self.facts: dict[str, Any] = {}
-        axes = [spec.shape[0] for spec in self.inputs if spec.shape]
-        inner = {axis for spec in self.inputs for axis in spec.shape[1:]}
-        named = [axis for axis in axes if isinstance(axis, str)]
-        axis = next((axis for axis in named if axis not in inner), None) if named else next(iter(axes), None)
+        axis = batch_axis(self.inputs)
         self.fixed = axis if isinstance(axis, int) else None
         self.batched = tuple(bool(spec.shape) and spec.shape[0] == axis for spec in self.inputs)
         self.transform: images.Preprocess | images.Custom | Camera | None = None

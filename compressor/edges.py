@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from .ir import Graph, Input, terms
+from .ir import Graph, Input, batch_axis, terms
 
 
 def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
@@ -26,7 +26,7 @@ def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...
         first = first or batch.inputs
         yield batch.inputs
     have = _sizes(graph, first)
-    rows = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
+    rows = batch_axis(graph.inputs)
     for name in sorted(have):
         if len(terms(name)) > 1:
             continue
@@ -50,7 +50,7 @@ def runs(graph: Graph, inputs: Sequence[Tensor]) -> bool:
 
 def few(graph: Graph, samples: Iterable[Sequence[Tensor]], count: int) -> Iterator[tuple[Tensor, ...]]:
     """About the first `count` of the samples; whole batches where the model does not take smaller ones."""
-    name = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
+    name = batch_axis(graph.inputs)
     for inputs in samples:
         if count <= 0:
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +40,17 @@ class Input:
 
     def __str__(self) -> str:
         return f"{self.name}:{DTYPE_NAMES.get(self.dtype, self.dtype)}[{','.join(map(str, self.shape))}]"
+
+
+def batch_axis(inputs: Iterable[Input]) -> int | str | None:
+    """What counts samples: the first dynamic axis 0 that is no other axis of an input, as edges of a graph are; the
+    size of the first axis 0 where none is dynamic. None where nothing counts them."""
+    shapes = [spec.shape for spec in inputs if spec.shape]
+    named = [shape[0] for shape in shapes if isinstance(shape[0], str)]
+    inner = {axis for shape in shapes for axis in shape[1:]}
+    if named:
+        return next((axis for axis in named if axis not in inner), None)
+    return shapes[0][0] if shapes else None
 
 
 def terms(axis: str) -> list[str]:

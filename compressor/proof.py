@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .edges import beyond, possible, resized
 from .errors import UnsupportedError
-from .ir import Graph, terms
+from .ir import Graph, batch_axis, terms
 
 
 def prove(graph: Graph, expected: Sequence[Tensor]) -> None:
@@ -42,7 +42,7 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
 
     An output of the same numbers that lacks the axis counts as the same, and gets a notice.
     """
-    batch = next((spec.shape[0] for spec in graph.inputs if spec.shape), None)
+    batch = batch_axis(graph.inputs)
     for name in dict.fromkeys(label for spec in graph.inputs for label in spec.shape):
         if not isinstance(name, str) or len(terms(name)) > 1:
             continue

@@ -65,6 +65,19 @@ def test_where_one_sample_is_another_model_the_batch_is_fixed(body, samples, tmp
     torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_batch_need_not_be_an_axis_of_the_first_input(tmp_path: Path):
+    class Rows(nn.Module):
+        def forward(self, table: Tensor, x: Tensor) -> Tensor:
+            if x.shape[0] == 1:
+                raise ValueError("no statistics of one sample")
+            return (x - x.mean(0)) @ table
+
+    example = torch.randn(8, 5), torch.randn(3, 8)
+    graph = capture(Rows().eval(), example, inputs=[parse_input("table:f32[8,5]"), parse_input("x:f32[?,8]")])
+    assert [spec.shape for spec in graph.inputs] == [(8, 5), (3, 8)]
+    assert any("the model does not take one sample" in notice for notice in graph.notices)
+
+
 def longer(m: Model, y: Tensor) -> Tensor:
     return y * 2 if y.shape[1] > 8 else y * 3
 
