@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,15 +24,25 @@ BATCH = 32  # samples in a batch at most
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: tensors in the order of the model's inputs. labels: [n, ...] or None."""
+    """inputs: tensors in the order of the model's inputs. labels: [n, ...] or None. batched: which inputs have a row
+    for each sample; all that have axes, if it is not said.
+    """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
+    batched: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batched", self.batched or tuple(t.dim() > 0 for t in self.inputs))
 
     @property
     def samples(self) -> int:
-        """As many as the first input says that has axes."""
-        return next((len(t) for t in self.inputs if t.dim()), 1)
+        """1 where no input has a batch axis."""
+        return rows_of(self.inputs, self.batched)
+
+    def cut(self, rows: slice) -> Batch:
+        inputs = (t[rows] if one else t for t, one in zip(self.inputs, self.batched, strict=True))
+        return replace(self, inputs=tuple(inputs), labels=None if self.labels is None else self.labels[rows])
 
 
 class Reader:
@@ -158,7 +168,7 @@ class Reader:
             count = rows_of(values, self.batched)
             if len(labels.shape) == 0 or len(labels) != count:
                 raise DataError(f"{where}: {count} samples, but labels of shape {list(labels.shape)}")
-        return Batch(tuple(values), labels)
+        return Batch(tuple(values), labels, self.batched)
 
     def _cast(self, value: Tensor, spec: Input, seen: str) -> Tensor:
         """The value in the input's dtype: floats of another width, integers that fit. No more is guessed."""
@@ -225,18 +235,17 @@ def rows_of(values: Sequence[Tensor], batched: Sequence[bool]) -> int:
     return next((len(value) for value, one in zip(values, batched, strict=True) if one), 1)
 
 
-def first(stream: Iterable[Batch], samples: int, batched: Sequence[bool]) -> Iterator[Batch]:
+def first(stream: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """The first samples of a stream, which is read no further."""
     left = samples
     for batch in stream:
-        rows = rows_of(batch.inputs, batched)
-        yield batch if rows <= left else _cut(batch, slice(0, left), batched)
-        left -= rows
+        yield batch if batch.samples <= left else batch.cut(slice(0, left))
+        left -= batch.samples
         if left <= 0:
             return
 
 
-def rebatch(stream: Iterable[Batch], size: int, batched: Sequence[bool], *, drop: bool) -> Iterator[Batch]:
+def rebatch(stream: Iterable[Batch], size: int, *, drop: bool) -> Iterator[Batch]:
     """The same samples in batches of `size`. drop: leave out what does not fill a batch.
 
     Only what fits together is joined: batches that differ in another axis, in an input without a batch axis,
@@ -245,21 +254,24 @@ def rebatch(stream: Iterable[Batch], size: int, batched: Sequence[bool], *, drop
     held: list[Batch] = []
     count = 0
     for batch in stream:
-        if held and not _joins(held[-1], batch, batched):
+        if held and not _joins(held[-1], batch):
             if not drop:
-                yield _joined(held, batched)
+                yield _joined(held)
             held, count = [], 0
         held.append(batch)
-        count += rows_of(batch.inputs, batched)
+        count += batch.samples
         if count < size:
             continue
-        whole = _joined(held, batched)
+        whole = _joined(held)
         for start in range(0, count - size + 1, size):
-            yield whole if count == size else _cut(whole, slice(start, start + size), batched)
+            yield whole if count == size else whole.cut(slice(start, start + size))
         count %= size
-        held = [_cut(whole, slice(-count, None), batched)] if count else []
+        held = [whole.cut(slice(-count, None))] if count else []
     if held and not drop:
-        yield _joined(held, batched)
+        yield _joined(held)
+
+
+_Stored = tuple[int, torch.dtype, torch.Size]  # a tensor, and where it begins
 
 
 class Spool:
@@ -268,11 +280,11 @@ class Spool:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="compressor-")  # noqa: SIM115 (lives as long as this object)
         weakref.finalize(self, self._file.close)
-        self._index: list[list[tuple[int, torch.dtype, torch.Size] | None]] = []
+        self._index: list[tuple[list[_Stored | None], tuple[bool, ...]]] = []
 
     def add(self, batch: Batch) -> None:
         """DataError where the temporary folder is full."""
-        entry: list[tuple[int, torch.dtype, torch.Size] | None] = []
+        entry: list[_Stored | None] = []
         try:
             for tensor in (*batch.inputs, batch.labels):
                 if tensor is None:
@@ -288,12 +300,12 @@ class Spool:
                 f"calibration data do not fit into {folder} ({error.strerror}); point TMPDIR to a larger "
                 "disk, or lower --calib-limit"
             ) from error
-        self._index.append(entry)
+        self._index.append((entry, batch.batched))
 
     def batches(self) -> Iterator[Batch]:
-        for entry in self._index:
+        for entry, batched in self._index:
             *inputs, labels = [None if one is None else self._read(*one) for one in entry]
-            yield Batch(tuple(one for one in inputs if one is not None), labels)
+            yield Batch(tuple(one for one in inputs if one is not None), labels, batched)
 
     def _read(self, place: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         data = bytearray(shape.numel() * dtype.itemsize)
@@ -302,29 +314,23 @@ class Spool:
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-def _cut(batch: Batch, rows: slice, batched: Sequence[bool]) -> Batch:
-    inputs = tuple(t[rows] if b else t for t, b in zip(batch.inputs, batched, strict=True))
-    return Batch(inputs, None if batch.labels is None else batch.labels[rows])
-
-
-def _joins(a: Batch, b: Batch, batched: Sequence[bool]) -> bool:
-    if (a.labels is None) != (b.labels is None) or not any(batched):
+def _joins(a: Batch, b: Batch) -> bool:
+    if (a.labels is None) != (b.labels is None) or not any(a.batched):
         return False
     return all(
         x.shape[1:] == y.shape[1:] if one else torch.equal(x, y)
-        for x, y, one in zip(a.inputs, b.inputs, batched, strict=True)
+        for x, y, one in zip(a.inputs, b.inputs, a.batched, strict=True)
     )
 
 
-def _joined(parts: Sequence[Batch], batched: Sequence[bool]) -> Batch:
+def _joined(parts: Sequence[Batch]) -> Batch:
+    one = parts[0]
     if len(parts) == 1:
-        return parts[0]
+        return one
     columns = zip(*(part.inputs for part in parts), strict=True)
-    inputs = tuple(
-        torch.cat(column) if one else column[0] for column, one in zip(columns, batched, strict=True)
-    )
+    inputs = (torch.cat(c) if rows else c[0] for c, rows in zip(columns, one.batched, strict=True))
     labels = [part.labels for part in parts if part.labels is not None]
-    return Batch(inputs, torch.cat(labels) if labels else None)
+    return Batch(tuple(inputs), torch.cat(labels) if labels else None, one.batched)
 
 
 def _forever(value: Any) -> Iterator[Any]:

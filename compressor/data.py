@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import sources, texts
-from .batches import BATCH, Batch, Reader, Spool, first, rebatch, rows_of
+from .batches import BATCH, Batch, Reader, Spool, first, rebatch
 from .camera import Preprocessing
 from .errors import DataError, UsageError
 from .ir import Graph, Input
@@ -55,14 +55,12 @@ class Data:
         description: str,
         facts: Mapping[str, Any] | None = None,
         *,
-        batched: tuple[bool, ...] = (),
         fixed: int | None = None,
     ) -> None:
         self._batches = batches
         self.sizes = tuple(sizes)
         self.description = description
         self.facts = dict(facts or {})
-        self.batched = batched
         self.fixed = fixed
 
     def __iter__(self) -> Iterator[Batch]:
@@ -105,7 +103,7 @@ class Data:
         for size in self.sizes:
             if samples > sum(sizes):
                 sizes.append(min(size, samples - sum(sizes)))
-        return self._like(lambda: first(self, samples, self.batched), sizes, self.description)
+        return self._like(lambda: first(self, samples), sizes, self.description)
 
     def spread(self, samples: int) -> Data:
         """About so many samples, in whole batches from all over the stream."""
@@ -119,12 +117,12 @@ class Data:
         """The same samples in batches of `size` (dynamic batches only)."""
 
         def batches() -> Iterator[Batch]:
-            return rebatch(self, size, self.batched, drop=False)
+            return rebatch(self, size, drop=False)
 
-        return self._like(batches, [rows_of(b.inputs, self.batched) for b in batches()], self.description)
+        return self._like(batches, [batch.samples for batch in batches()], self.description)
 
     def _like(self, batches: Callable[[], Iterable[Batch]], sizes: Sequence[int], description: str) -> Data:
-        return Data(batches, sizes, description, self.facts, batched=self.batched, fixed=self.fixed)
+        return Data(batches, sizes, description, self.facts, fixed=self.fixed)
 
 
 # -------------------------------------------------------------------- opening
@@ -162,11 +160,11 @@ def open_data(
         nonlocal taken
         taken = 0
         for batch in _limited(parts, reader, size, limit):
-            taken += rows_of(batch.inputs, reader.batched)
+            taken += batch.samples
             yield batch
 
     def stream() -> Iterator[Batch]:
-        return rebatch(batches(), size, reader.batched, drop=reader.fixed is not None)
+        return rebatch(batches(), size, drop=reader.fixed is not None)
 
     where = str(source) if isinstance(source, (str, Path)) else parts[0].where
     again: Callable[[], Iterable[Batch]] = stream
@@ -177,7 +175,7 @@ def open_data(
         spool = None if all(part.repeatable for part in parts) else Spool()
         sizes = []
         for batch in stream():
-            sizes.append(rows_of(batch.inputs, reader.batched))
+            sizes.append(batch.samples)
             if spool is not None:
                 spool.add(batch)
         again = stream if spool is None else spool.batches
@@ -191,7 +189,7 @@ def open_data(
         facts["dropped_samples"] = taken - sum(sizes)
     shown = parts[0].where if parts[0].pictures else where
     description = f"{shown}, {'first ' if taken == limit else ''}{sum(sizes):,} samples"
-    return Data(again, sizes, description, facts, batched=reader.batched, fixed=reader.fixed)
+    return Data(again, sizes, description, facts, fixed=reader.fixed)
 
 
 def batch_for(graph: Graph) -> int:
@@ -254,10 +252,10 @@ def synthetic(
             for spec, one, batched in zip(inputs, example, reader.batched, strict=True):
                 shape = (rows, *one.shape[1:]) if batched else tuple(one.shape)
                 made.append(_imitate(spec, one.detach(), shape, draw, (table_sizes or {}).get(spec.name)))
-            yield Batch(tuple(made))
+            yield Batch(tuple(made), None, reader.batched)
 
     description = f"generated to look like the example input, {sum(sizes):,} samples, seed {seed}"
-    return Data(batches, sizes, description, {"generated": True}, batched=reader.batched, fixed=reader.fixed)
+    return Data(batches, sizes, description, {"generated": True}, fixed=reader.fixed)
 
 
 def table_sizes(graph: Graph) -> dict[str, int]:
@@ -311,11 +309,11 @@ def _open_texts(paths: Sequence[Path], reader: Reader, how: texts.Reading, limit
     def batches() -> Iterator[Batch]:
         return reader.batches(source, 1)
 
-    sizes = [rows_of(batch.inputs, reader.batched) for batch in batches()]
+    sizes = [batch.samples for batch in batches()]
     shown = "first " if len(corpus.tokens["input_ids"]) == limit else ""
     description = f"{corpus.where}, {shown}{sum(sizes):,} samples"
     facts = {**reader.facts, **corpus.facts, "batch": max(sizes)}
-    return Data(batches, sizes, description, facts, batched=reader.batched, fixed=reader.fixed)
+    return Data(batches, sizes, description, facts, fixed=reader.fixed)
 
 
 def _sources(source: Any, reader: Reader, limit: int, batch_size: int) -> list[Source]:
@@ -335,7 +333,7 @@ def _sources(source: Any, reader: Reader, limit: int, batch_size: int) -> list[S
 
 def _limited(parts: Sequence[Source], reader: Reader, rows: int, limit: int) -> Iterator[Batch]:
     every = chain.from_iterable(reader.batches(part, rows) for part in parts)
-    return first(every, limit, reader.batched)
+    return first(every, limit)
 
 
 def _decoded_bytes(source: Source, batches: Iterator[Batch]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -70,7 +70,7 @@ def rebuild(
     decided = [group for i, groups in losses.items() if i not in open_ for group in groups]
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         store = _Store(folder)
-        batches = [Batch(tuple(map(store.put, map(as_declared, b.inputs, graph.inputs)))) for b in data]
+        batches = store.batches(graph, data)
         twin = _Twin(graph, algebra.removed(decided), batches, store)
         work = _Repair(twin, readers, losses, open_, Sampler(graph, data.samples, ctx.seed))
         with ctx.progress("prune: solving layers for what is left", len(graph.nodes)) as advance:
@@ -110,7 +110,7 @@ def refit(
     """
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         store = _Store(folder)
-        batches = [Batch(tuple(map(store.put, map(as_declared, b.inputs, graph.inputs)))) for b in data]
+        batches = store.batches(graph, data)
         twin = _Twin(graph, {}, batches, store, changes)
         work = _Repair(twin, None, {}, set(), Sampler(graph, data.samples, ctx.seed), fits, heal)
         with ctx.progress("solving layers for their new form", len(graph.nodes)) as advance:
@@ -126,6 +126,12 @@ class _Store:
 
     def __init__(self, folder: str) -> None:
         self._spill, self._held = spilling(folder), 0  # type: ignore[arg-type]
+
+    def batches(self, graph: Graph, data: Data) -> list[Batch]:
+        """The data, as the graph declares its inputs."""
+        return [
+            replace(b, inputs=tuple(map(self.put, map(as_declared, b.inputs, graph.inputs)))) for b in data
+        ]
 
     def put(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

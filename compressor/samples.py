@@ -39,7 +39,7 @@ class Samples:
         self._shapes = [self._shape(batch, i) for i, batch in enumerate(self.batches)]
 
     def places(self) -> list[Place]:
-        rows = [rows_of(batch, self.batched) if any(self.batched) else 1 for batch in self.batches]
+        rows = [rows_of(batch, self.batched) for batch in self.batches]
         return [(i, row) for i, count in enumerate(rows) for row in range(count)]
 
     def fingerprint(self) -> str:

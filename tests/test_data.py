@@ -166,6 +166,21 @@ def test_an_input_without_the_batch_axis_is_handed_over_whole():
     assert open_data(other, inputs, batch_size=4).sizes == (3, 3)  # never joined: the scale differs
 
 
+@pytest.mark.parametrize("again", [list, iter])
+def test_samples_are_those_of_the_batch_axis_and_not_the_rows_of_a_table(again):
+    inputs = (Input("table", torch.float32, (7, 2)), X)
+    table = np.ones((7, 2), dtype=np.float32)
+    data = open_data(again([(table, rows(4)), (table, rows(2))]), inputs, batch_size=4)
+    for one in (
+        data,
+        data.rebatched(3),
+        data.limited(5),
+        synthetic(inputs, (torch.ones(7, 2), torch.ones(1, 3))),
+    ):
+        assert [batch.samples for batch in one] == list(one.sizes)
+        assert all(batch.inputs[0].shape == (7, 2) for batch in one)
+
+
 def test_nodes_and_edges_of_a_graph_are_no_samples(tmp_path):
     shapes = {"x": (20, 6), "edges": (2, "e"), "weights": ("e", 2)}
     specs = [Input(name, torch.float32, shape) for name, shape in shapes.items()]
