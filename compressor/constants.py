@@ -101,7 +101,7 @@ def is_random(node: Node) -> bool:
         return bool(bound["train"]) and bound["p"] != 0
     if kind(node) == "attention":
         return bound["dropout_p"] != 0
-    return True
+    return bool(bound.get("training", True))
 
 
 def is_uninitialised(node: Node) -> bool:

@@ -357,6 +357,15 @@ def _mean_without_axes(graph: Graph, node: Node, moved: set[Node]) -> str:
     return f"mean and {short_name(node)} into one mean"
 
 
+def _one_slope(graph: Graph, node: Node, moved: set[Node]) -> str:
+    if node.target is not aten.rrelu.default or is_random(node):
+        return ""
+    bound = arguments(node)
+    slope = (bound["lower"] + bound["upper"]) / 2
+    graph.replace_uses(node, graph.insert(aten.leaky_relu.default, (node.args[0], slope), before=node))
+    return f"{short_name(node)} as a leaky_relu of the slope in the middle"
+
+
 def _no_bias(graph: Graph, node: Node, moved: set[Node]) -> str:
     if kind(node) not in ("conv", "conv_transpose", "linear"):
         return ""
@@ -397,5 +406,6 @@ _RULES = (
     _one_cat,
     _one_mean,
     _mean_without_axes,
+    _one_slope,
     _no_bias,
 )

@@ -40,7 +40,8 @@ _ROWS: dict[str, str] = {
         sigmoid.default tanh.default log_sigmoid.default clamp.default clamp_min.default clamp_max.default
         threshold.default exp.default log.default sqrt.default rsqrt.default abs.default square.default
         sin.default cos.default erf.default reciprocal.default sign.default floor.default round.default
-        pow.Tensor_Scalar logical_not.default bitwise_not.default isnan.default log1p.default expm1.default""",
+        pow.Tensor_Scalar logical_not.default bitwise_not.default isnan.default log1p.default expm1.default
+        rrelu.default""",
     "prelu": "prelu.default",
     "add": "add.Tensor add.Scalar",
     "sub": "sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor",

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.fx import Node
 
 from .edges import beyond, possible, resized
 from .errors import UnsupportedError
 from .ir import Graph, batch_axis, terms
+from .names import operator_name, site
+from .ops import arguments
 
 
 def prove(graph: Graph, expected: Sequence[Tensor]) -> None:
@@ -42,6 +45,8 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
 
     An output of the same numbers that lacks the axis counts as the same, and gets a notice.
     """
+    if found := _held_as_number(graph):
+        return found
     batch = batch_axis(graph.inputs)
     for name in dict.fromkeys(label for spec in graph.inputs for label in spec.shape):
         if not isinstance(name, str) or len(terms(name)) > 1:
@@ -68,6 +73,20 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
                 graph.notices.append(
                     f"where {name} is {size} the model drops that axis of its output; the file keeps it"
                 )
+    return None
+
+
+def _held_as_number(graph: Graph) -> tuple[str, str] | None:
+    """A dynamic axis that decides what a file holds as a number: as many groups as samples, a roll by half a side."""
+    labels = graph.axis_names()
+    for node in graph.nodes:
+        bound = arguments(node) if node.op == "call_function" else {}
+        for argument in ("groups", "shifts"):
+            for value in pytree.tree_leaves(bound.get(argument)):
+                if isinstance(value, Node):
+                    symbols = map(str, value.meta["val"].node.expr.free_symbols)
+                    if known := sorted(labels[symbol] for symbol in symbols if symbol in labels):
+                        return known[0], f"{argument} of {operator_name(node)} at {site(node)} follow from it"
     return None
 
 

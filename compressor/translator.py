@@ -53,7 +53,7 @@ def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
 
 def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
     module = graph.module
-    words = {**translations(), **nms.translations(), **stable.translations(), **_views()}
+    words = {**translations(), **nms.translations(), **stable.translations(), **_words()}
     exact = _exact() if optimize else nullcontext()
     with quiet(), torch.no_grad(), how(module, words, opset) as program_of, exact:
         program = torch.onnx.export(
@@ -69,11 +69,25 @@ def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool)
     return program.model
 
 
-def _views() -> dict[Any, Callable[..., Any]]:
-    """A reshape needs no strides, as a view does, which are others in every trace; and sizes of 0 are sizes."""
-    from onnxscript.function_libs.torch_lib.ops.core import aten_view
+def _words() -> dict[Any, Callable[..., Any]]:
+    """A reshape needs no strides, as a view does, which are others in every trace; and sizes of 0 are sizes.
 
-    return {torch.ops.aten.reshape.default: aten_view}
+    A slope that training draws is the middle of its range. What stretches a picture stretches a line: torch spells the
+    latter out, with an index that is none where a line has one point.
+    """
+    from onnxscript import opset18
+    from onnxscript.function_libs.torch_lib.ops.core import aten_view
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_upsample_bilinear2d_vec
+
+    def rrelu(x: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Any:
+        return opset18.LeakyRelu(x, alpha=(lower + upper) / 2)  # type: ignore[no-untyped-call]
+
+    aten = torch.ops.aten
+    return {
+        aten.reshape.default: aten_view,
+        aten.rrelu.default: rrelu,
+        aten.upsample_linear1d.vec: aten_upsample_bilinear2d_vec,
+    }
 
 
 def _explain(graph: Graph, error: Exception) -> UnsupportedError:

@@ -432,6 +432,32 @@ def test_views_that_the_exporter_has_never_used_words_for(view, tmp_path):
     torch.testing.assert_close(torch.from_numpy(seen), *graph.run(x))
 
 
+@pytest.mark.parametrize(
+    "how", [{"size": "2T - 1", "align_corners": True}, {"scale_factor": 1.7}, {"scale_factor": 0.5}]
+)
+def test_a_line_of_any_length_is_stretched_by_one_operator(how, tmp_path):
+    class Stretched(nn.Module):
+        def forward(self, x):
+            size = {"size": 2 * x.shape[2] - 1} if "size" in how else {}
+            return F.interpolate(x, mode="linear", **{**how, **size})
+
+    model = Stretched()
+    graph = capture(model, (torch.randn(2, 3, 9),), inputs=[Input("x", torch.float32, ("batch", 3, "T"))])
+    emitted = emit(graph, tmp_path / "m.onnx")
+    assert [n.op_type for n in onnx.load(emitted.path).graph.node].count("Resize") == 1
+    session = runtime.session(emitted.path)
+    for length in (1, 2, 9, 40) if "size" in how else (2, 9, 40):
+        x = torch.randn(1, 3, length)
+        (seen,) = runtime.run(session, [x.numpy()])
+        torch.testing.assert_close(torch.from_numpy(seen), model(x), rtol=1e-4, atol=2e-5)
+
+
+def test_a_slope_that_only_training_draws(tmp_path):
+    graph = capture(nn.RReLU(0.1, 0.4), (x := torch.randn(2, 6),))
+    (seen,) = runtime.run(runtime.session(emit(graph, tmp_path / "m.onnx").path), [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), F.leaky_relu(x, 0.25))
+
+
 TINY = {
     "add": lambda x: x / (x.sum(-1, keepdim=True) + 1e-8),
     "constant": lambda x: x / (x.sum(-1, keepdim=True) + torch.tensor(1e-9)),

@@ -249,6 +249,12 @@ def test_equal_maps_on_one_layer_all_count(body: Callable[[Any, Tensor], Any]) -
     assert error(before, after, torch.randn(5, 4, 8, 8)) < TOLERANCE
 
 
+def test_a_slope_that_only_training_draws_is_one_slope() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.RReLU(), nn.Conv2d(6, 2, 3))
+    after, _ = fold(captured(model, torch.randn(3, 4, 8, 8)))
+    assert [str(n.target) for n in after.nodes if kind(n) == "activation"] == ["aten.leaky_relu.default"]
+
+
 def test_attention_scaled_by_nothing_stays_so() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

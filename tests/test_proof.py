@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,34 @@ def test_the_batch_need_not_be_an_axis_of_the_first_input(tmp_path: Path):
     graph = capture(Rows().eval(), example, inputs=[parse_input("table:f32[8,5]"), parse_input("x:f32[?,8]")])
     assert [spec.shape for spec in graph.inputs] == [(8, 5), (3, 8)]
     assert any("the model does not take one sample" in notice for notice in graph.notices)
+
+
+def kernels_of_each(net: Net, x: Tensor) -> Tensor:
+    weight = net.kernels(x.mean((2, 3))).view(-1, 2, 3, 3)
+    flat = nn.functional.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, groups=x.shape[0])
+    return flat.view(x.shape[0], 4, *flat.shape[2:])
+
+
+def half_a_turn(net: Net, x: Tensor) -> Tensor:
+    return net.head(x.roll(x.shape[2] // 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (kernels_of_each, "the batch axis is fixed to 3, .* groups of"),
+        (half_a_turn, "the x_2 axis .* shifts of"),
+    ],
+)
+def test_numbers_that_a_file_must_hold_fix_the_axis_that_they_follow_from(body, words, tmp_path: Path):
+    net, x = Net(body, kernels=nn.Linear(2, 72), head=nn.Conv2d(2, 3, 3)).eval(), torch.randn(3, 2, 8, 6)
+    made = compress(
+        net, (x,), passes="fold", inputs=["x:f32[?,2,?,6]"], output=tmp_path / "out", measure=False
+    )
+    assert any(re.match(words, notice) for notice in made.report["notices"])
+    assert [isinstance(s, str) for s in made.graph.inputs[0].shape].count(True) == 1
+    (seen,) = runtime.run(runtime.session(made.onnx), [x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(seen), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def longer(m: Model, y: Tensor) -> Tensor:
