@@ -86,6 +86,10 @@ EQUIVALENT = {
     "+    if len(product.users) > 1 or product in graph.results or any(map(is_constant, operands.values())):": (
         "the number behind it reads it"
     ),
+    "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
+    "+            mark[np.unique(classes)] += random.integers(1, 2** 62, dtype=np.uint64)": "marks, any of them",
+    "-            if given_up.get(choice.key, 0) + 1 < choice.candidates "
+    "+            if given_up.get(choice.key, 0) + 1 <= choice.candidates": "the last candidate is read again, alike",
     "-    algebra: Algebra = field(repr=False) +    algebra: Algebra = field(repr=True)": "how it is printed",
     "-        steps.insert(0, (aten.add.Tensor, shift / scale)) "
     "+        steps.insert( -1, (aten.add.Tensor, shift / scale))": "in front of one step, or of none",

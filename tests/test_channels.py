@@ -577,6 +577,23 @@ def test_inputs_and_every_output_are_frozen():
     }
 
 
+def test_what_is_frozen_stands_where_it_is_computed_first():
+    graph, _ = graph_of(Net(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(5, 8), b=nn.Linear(5, 8)), 5)
+    sites = [group.sites for group in analyse(graph).groups if group.reason.startswith("it reaches")]
+    assert set(sites) == {("a", "b")}
+    assert [where for where, reason, _ in analyse(graph).frozen() if "output" in reason] == ["a"]
+
+
+def test_a_single_number_costs_no_channel_anything():
+    def body(m, x):
+        return m.b(F.relu(m.a(x * m.scale)))
+
+    parts = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 3)}
+    graph, _ = graph_of(Net(body, scale=torch.tensor(2.0), **parts), 5)
+    assert next(iter(graph.tensors.values())).dim() == 0
+    assert {(group.parameters, group.macs) for group in analyse(graph).families[0]} == {(5 + 1 + 3, 5 + 3)}
+
+
 def test_a_class_is_the_same_whichever_way_it_is_reached():
     """The residual stream of two blocks is one family: four convolutions write it, four read it."""
 

@@ -255,6 +255,15 @@ def test_a_slope_that_only_training_draws_is_one_slope() -> None:
     assert [str(n.target) for n in after.nodes if kind(n) == "activation"] == ["aten.leaky_relu.default"]
 
 
+def test_numbers_that_multiply_one_after_the_other_are_one_number() -> None:
+    class Numbers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(torch.sin(x) * 2.0 * 3.0)
+
+    after, _ = fold(captured(Numbers(), torch.randn(3, 4)))
+    assert [n.args[1] for n in after.nodes if kind(n) == "mul"] == [6.0] and not after.tensors
+
+
 def test_attention_scaled_by_nothing_stays_so() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
