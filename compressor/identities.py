@@ -238,16 +238,18 @@ def _size_name(node: Node) -> str:
     return list(arguments(node))[1]
 
 
+def _own_source(graph: Graph, node: Node, kinds: frozenset[str]) -> Node | None:
+    """What a node of these kinds reads, if it is of them, too, and nobody else reads it."""
+    if kind(node) not in kinds or not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    alone = len(source.users) == 1 and source not in graph.results
+    return source if alone and kind(source) in kinds else None
+
+
 def _one_reshape(graph: Graph, node: Node, moved: set[Node]) -> str:
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    if (
-        kind(node) not in _RESHAPES
-        or source is None
-        or kind(source) not in _RESHAPES
-        or len(source.users) != 1
-    ):
-        return ""
-    if operator_name(node).split(".")[1] in ("view_as", "reshape_as") or source in graph.results:
+    source = _own_source(graph, node, _RESHAPES)
+    if source is None or operator_name(node).split(".")[1] in ("view_as", "reshape_as"):
         return ""
     sizes: Any = [s if is_static(s) else -1 for s in shape(node)]
     if sizes.count(-1) > 1 or 0 in sizes:
@@ -262,15 +264,8 @@ def _one_reshape(graph: Graph, node: Node, moved: set[Node]) -> str:
 
 
 def _one_permute(graph: Graph, node: Node, moved: set[Node]) -> str:
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    if (
-        kind(node) not in _PERMUTES
-        or source is None
-        or kind(source) not in _PERMUTES
-        or len(source.users) != 1
-    ):
-        return ""
-    if source in graph.results:
+    source = _own_source(graph, node, _PERMUTES)
+    if source is None:
         return ""
     first = source.all_input_nodes[0]
     made = graph.insert(aten.permute.default, (first, _permutation(node, first)), before=node)
