@@ -88,6 +88,8 @@ EQUIVALENT = {
     ),
     "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
     "+            mark[np.unique(classes)] += random.integers(1, 2** 62, dtype=np.uint64)": "marks, any of them",
+    "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
+    "+            mark[np.unique(classes)] += random.integers( 2, 2**63, dtype=np.uint64)": "marks, any of them",
     "-            if given_up.get(choice.key, 0) + 1 < choice.candidates "
     "+            if given_up.get(choice.key, 0) + 1 <= choice.candidates": "the last candidate is read again, alike",
     "-    algebra: Algebra = field(repr=False) +    algebra: Algebra = field(repr=True)": "how it is printed",

@@ -594,6 +594,19 @@ def test_a_single_number_costs_no_channel_anything():
     assert {(group.parameters, group.macs) for group in analyse(graph).families[0]} == {(5 + 1 + 3, 5 + 3)}
 
 
+def test_attention_costs_queries_their_scores_and_values_their_sums():
+    def body(m, x):
+        return m.out(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)))
+
+    parts = {"q": nn.Linear(5, 8), "k": nn.Linear(5, 8), "v": nn.Linear(5, 6), "out": nn.Linear(6, 3)}
+    graph, _ = graph_of(Net(body, **parts), 4, 5)
+    found = {family[0].sites: {group.macs for group in family} for family in analyse(graph).families}
+    assert found == {
+        ("q", "k"): {4 * (5 + 5) + 4 * 4},
+        ("v", "scaled_dot_product_attention"): {4 * (5 + 3) + 4 * 4},
+    }
+
+
 def test_a_class_is_the_same_whichever_way_it_is_reached():
     """The residual stream of two blocks is one family: four convolutions write it, four read it."""
 

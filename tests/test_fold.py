@@ -255,6 +255,25 @@ def test_a_slope_that_only_training_draws_is_one_slope() -> None:
     assert [str(n.target) for n in after.nodes if kind(n) == "activation"] == ["aten.leaky_relu.default"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, p: torch.sin(p + 3.0),
+        lambda m, p: torch.sin(p * m.row),
+        lambda m, p: torch.sin(p * 0.5) + torch.cos(p),
+        lambda m, p: (torch.sin(p * 0.5), p),
+    ],
+)
+def test_only_a_number_that_a_product_is_read_with_goes_into_what_it_multiplies(body: Any) -> None:
+    def attends(m: Net, x: Tensor) -> Any:
+        return body(m, m.q(x) @ m.k(x).mT)
+
+    net = Net(attends, q=nn.Linear(8, 8), k=nn.Linear(8, 8), row=torch.randn(5))
+    before = captured(net, torch.randn(2, 5, 8))
+    after, outcome = fold(before)
+    assert operators(after)["matmul"] == 1 and not [r for r in outcome.rewrites if "matmul" in r.what]
+
+
 def test_numbers_that_multiply_one_after_the_other_are_one_number() -> None:
     class Numbers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
