@@ -42,15 +42,21 @@ def translations() -> dict[Any, Callable[..., Any]]:
         made = op.Where(op.Equal(kept, x), op.Log(sum_), op.Mul(op.Log(sum_), op.Div(x, kept)))
         return op.Where(op.Equal(kept, 0.0), x, made)
 
-    def logcumsumexp(x: Any, dim: int) -> Any:
-        size, step = x.shape[dim], 1
+    def running(name: str, x: Any, dim: int, joined: Callable[[Any, Any], Any]) -> Any:
+        size, step = x.shape[dim] if len(x.shape) else 1, 1
         if not isinstance(size, int):
-            raise ValueError("logcumsumexp along a dynamic axis has no translation")
-        while step < size:  # sums of 2, of 4, of 8
+            raise ValueError(f"{name} along a dynamic axis has no translation")
+        while step < size:  # of 2, of 4, of 8
             first = op.Slice(x, [0], [step], [dim])
             later, earlier = op.Slice(x, [step], [size], [dim]), op.Slice(x, [0], [size - step], [dim])
-            x, step = op.Concat(first, logaddexp(later, earlier), axis=dim), 2 * step
+            x, step = op.Concat(first, joined(later, earlier), axis=dim), 2 * step
         return x
+
+    def logcumsumexp(x: Any, dim: int) -> Any:
+        return running("logcumsumexp", x, dim, logaddexp)
+
+    def cumprod(x: Any, dim: int, dtype: Any = None) -> Any:  # x is of that type: the exporter has cast it
+        return running("cumprod", x, dim, op.Mul)
 
     def exact(a: Any, b: Any) -> bool:
         """Whether both are integers."""
@@ -127,4 +133,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         aten.expm1.default: expm1,
         aten.log1p.default: log1p,
         aten.logcumsumexp.default: logcumsumexp,
+        aten.cumprod.default: cumprod,
     }

@@ -56,9 +56,21 @@ def test_infinities_are_added(tmp_path):
     np.testing.assert_allclose(emitted(lambda x: torch.logaddexp(x, y), x, tmp_path), expected, rtol=1e-6)
 
 
-def test_a_sum_along_a_dynamic_axis_is_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match="logcumsumexp"):
-        emitted(lambda x: torch.logcumsumexp(x, 0), torch.randn(4, 3), tmp_path)
+@pytest.mark.parametrize("function", [torch.logcumsumexp, torch.cumprod])
+def test_what_runs_along_a_dynamic_axis_is_refused(function, tmp_path):
+    with pytest.raises(UnsupportedError, match=function.__name__):
+        emitted(lambda x: function(x, 0), torch.randn(4, 3), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.bool])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_products_run_along_an_axis(dtype, options, axis, tmp_path):
+    x = torch.randint(-3, 4, (2, 5, 6)).to(dtype)
+    found = emitted(lambda x: torch.cumprod(x, axis, **options), x, tmp_path)
+    expected = torch.cumprod(x, axis, **options).numpy()
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
 
 
 NUMBERS = [-1e4, -88.8, -3.5, -0.7, -1e-8, -0.0, 0.0, 1e-8, 0.7, 3.5, 88.8, 1e4, torch.inf, -torch.inf]
