@@ -90,6 +90,20 @@ EQUIVALENT = {
     "+            mark[np.unique(classes)] += random.integers(1, 2** 62, dtype=np.uint64)": "marks, any of them",
     "-            mark[np.unique(classes)] += random.integers(1, 2**63, dtype=np.uint64) "
     "+            mark[np.unique(classes)] += random.integers( 2, 2**63, dtype=np.uint64)": "marks, any of them",
+    "-    alone = Map(last.node, chain[0].source, scale.expand_as(scale "
+    "+ shift), torch.zeros_like(scale + shift)) +    alone = Map(last.node, chain[ -1].source, "
+    "scale.expand_as(scale + shift), torch.zeros_like(scale + shift))": "a front asks for no source",
+    '-            what += f"; {before[0].target} is shared with {site(others[0])}, this site now has its own copy"'
+    "  # type: ignore[union-attr] "
+    '+            what += f"; {before[0].target} is shared with {site(others[ -1])}, this site now has its own copy"'
+    "  # type: ignore[union-attr]": "any",
+    "-            if given_up.get(choice.key, 0) + 1 < choice.candidates "
+    "+            if given_up.get(choice.key, 0) ** 1 < choice.candidates": "the last candidate is read again, alike",
+    "-            if len(exits) > 1 and (found.form is FEATURES or all(state == states[0] for state in states)): "
+    "+            if len(exits) > 1 and (found.form is FEATURES or all(state == states[ 1] for state in "
+    "states)):": "all equal to one are equal to another",
+    '-        return "" if stays[c] == len(atoms.frozen) else atoms.frozen[stays[c]][1] '
+    '+        return "" if stays[c] >= len(atoms.frozen) else atoms.frozen[stays[c]][1]': "no index is larger",
     "-            if given_up.get(choice.key, 0) + 1 < choice.candidates "
     "+            if given_up.get(choice.key, 0) + 1 <= choice.candidates": "the last candidate is read again, alike",
     "-    algebra: Algebra = field(repr=False) +    algebra: Algebra = field(repr=True)": "how it is printed",

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from merging import Merged
+from merging import Merged, captured, merge, operators
+from nets import Net, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -306,6 +307,16 @@ def test_borders_are_exact_on_images_of_every_size() -> None:
     found = Merged(table, *inputs, inputs=dynamic)
     assert all(found.operators(name) == {"conv": 1} for name in table)
     assert max(found.excess.values()) <= 1 < 100 < min(found.broken.values())
+
+
+def test_halves_of_a_convolution_that_are_read_apart_are_those_of_one() -> None:
+    def body(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = m.base(x).chunk(2, 1)
+        return torch.relu(first + m.up(m.down(x))), torch.sigmoid(second)
+
+    net = Net(body, base=conv(6, 8), down=conv(6, 2), up=conv(2, 4, 1))
+    after, _ = merge(captured(net, torch.randn(2, 6, SIZE, SIZE)))
+    assert operators(after)["conv"] == 1
 
 
 # ------------------------------------------------------------------------- what stays

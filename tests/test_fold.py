@@ -274,6 +274,39 @@ def test_only_a_number_that_a_product_is_read_with_goes_into_what_it_multiplies(
     assert operators(after)["matmul"] == 1 and not [r for r in outcome.rewrites if "matmul" in r.what]
 
 
+def test_a_scale_in_front_of_a_layer_that_is_applied_twice_stays() -> None:
+    net = Net(lambda m, x: m.a(m.norm(x)) + m.a(torch.sin(x)), a=nn.Linear(6, 4), norm=nn.BatchNorm1d(6))
+    assert declined(captured(net, torch.randn(3, 6))) == "the weight of a is shared with a"
+
+
+def test_channels_that_a_scale_takes_out_leave_what_is_added_finite() -> None:
+    def body(m: Net, x: Tensor) -> Tensor:
+        return m.conv((torch.sin(x) * m.scale + m.shift) * 2.0 + m.shift)
+
+    scale = torch.tensor([2.0, 0.0, 0.5])[:, None, None]
+    net = Net(body, conv=nn.Conv2d(3, 4, 3, padding=1), scale=scale, shift=torch.randn(3, 1, 1))
+    after, outcome = fold(captured(net, torch.randn(2, 3, 6, 6)))
+    assert outcome.rewrites and operators(after)["add"] == 1
+    assert all(bool(t.isfinite().all()) for t in after.tensors.values())
+
+
+def test_a_bias_that_folding_makes_is_called_after_its_weight() -> None:
+    net = Net(
+        lambda m, x: m.norm(F.conv2d(x, m.kernel)), norm=nn.BatchNorm2d(4), kernel=torch.randn(4, 3, 3, 3)
+    )
+    after, _ = fold(captured(net, torch.randn(2, 3, 6, 6)))
+    assert set(after.tensors) == {"kernel", "kernel_bias"}
+
+
+def test_what_no_output_needs_is_counted() -> None:
+    graph = captured(Net(lambda m, x: x.exp()), torch.randn(2, 3))
+    value = graph.placeholders[0]
+    for target in (aten.sin.default, aten.cos.default):
+        value = graph.insert(target, (value,), before=graph.output)
+    _, outcome = fold(graph)
+    assert [r.what for r in outcome.rewrites] == ["2 operators that no output needs"]
+
+
 def test_numbers_that_multiply_one_after_the_other_are_one_number() -> None:
     class Numbers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -694,6 +727,27 @@ def test_the_plan_leaves_a_bias_for_each_norm() -> None:
     left, _ = Fold().plan(size, graph, False)
     assert size.params == 112 + 16 + 14
     assert (left.params, left.macs, left.bytes) == pytest.approx((112 + 4 + 14, 1000, 4 * (112 + 4 + 14)))
+
+
+def test_the_plan_of_a_model_without_numbers() -> None:
+    graph = captured(nn.Sequential(nn.ReLU()), torch.randn(2, 3))
+    assert Fold().plan(Size(0, 0, 0), graph, False)[0] == Size(0, 0, 0)
+
+
+@pytest.mark.parametrize("body", [lambda x: x.softmax(1), lambda x: x.view(-1, 2, 2), lambda x: x.amax(1)])
+def test_what_is_said_twice_is_said_once(body: Callable[[Tensor], Tensor]) -> None:
+    before = captured(Net(lambda m, x: body(x).sin() + body(x).cos()), torch.randn(3, 4))
+    after, _ = fold(before)
+    assert len([n for n in before.nodes if n.op == "call_function"]) == 5
+    assert len([n for n in after.nodes if n.op == "call_function"]) == 4
+
+
+def test_values_do_not_take_the_scale_of_scores() -> None:
+    before = captured(
+        Net(lambda m, x: F.scaled_dot_product_attention(x.sin(), x.cos(), m.v(x)), v=nn.Linear(8, 8)),
+        torch.randn(2, 5, 8),
+    )
+    assert fold(before)[1].rewrites == []
 
 
 def test_the_limit_counts_over_rounds() -> None:
