@@ -28,7 +28,7 @@ from .ir import Graph
 from .labels import FIXED, ZERO, Labels, labels_of, spread
 from .names import site
 from .noise import Slopes, slopes
-from .ops import shape
+from .ops import kind, shape
 from .pipeline import EXACT, Context, Decline, Outcome, Rewrite
 from .place import Placement, operands, place
 from .quantize import LEVELS, is_bytes, redirect, tapped
@@ -41,6 +41,7 @@ WIDEST = math.log(64)  # scales lie between 1/64 and 64
 ROWS = 128  # of a weight that stand for all of them
 LOUD = 0.1  # share of the outputs' energy: where the slopes foresee more noise, they are no guide
 SMOOTHS = "smooths"  # in `meta` of such a product
+_PRODUCTS = frozenset({"linear", "matmul", "addmm"})  # read their features along the last axis
 GAIN = 0.005  # share of all noise that a product in front of a matrix product must take away
 
 
@@ -169,9 +170,14 @@ def smooth(graph: Graph, plan: Placement) -> list[Node]:
     made = []
     for value in list(plan.owner):
         readers = [user for user in value.users if user in plan.operators]
-        plain = readers and all(user in plan.floating for user in readers) and not plan.is_integer(value)
+        plain = readers and all(user in plan.floating and kind(user) in _PRODUCTS for user in readers)
         one = labels.of.get(value)
-        if not plain or not isinstance(one, Tensor) or bool((classes[one.clamp(min=0)] != FIXED).any()):
+        if (
+            not plain
+            or plan.is_integer(value)
+            or not isinstance(one, Tensor)
+            or bool((classes[one.clamp(min=0)] != FIXED).any())
+        ):
             continue
         ones = graph.add_tensor(f"{value.name}_smoothing", torch.ones(shape(value)[-1]))
         first = next(n for n in graph.nodes if n in readers)

@@ -41,6 +41,7 @@ from compressor.quantize import (
     Method,
     calibrate,
     calibrate_each,
+    held,
     insert_dynamic,
     insert_pairs,
     mse,
@@ -234,7 +235,7 @@ class Int8(Pass):
         methods = self.methods(spec, data.samples)
         with ctx.progress("calibrating int8", data.samples) as advance:
             found = {
-                name: ranges | some
+                name: held(ranges | some, owner, spec)
                 for name, some in calibrate_each(graph, wanted, data, methods, advance).items()
             }
         name = self._quietest(graph, spec, found, given, data, left) if len(found) > 1 else next(iter(found))

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from nets import Net, conv
+from nets import Net, conv, noise
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import compressor
 from compressor import conditions, delivery
 from compressor.accelerators import COREML_MLPROGRAM, COREML_NEURALNETWORK, NNAPI, PROVIDERS, named
-from compressor.ops import macs
+from compressor.data import parse_input
+from compressor.ops import kind, macs
 from compressor.partitions import partitioned, pieces_of
 from compressor.units import Unit, units_of
 
@@ -493,6 +494,44 @@ def test_the_htp_gets_integers_from_the_first_quantiser_to_the_last(tmp_path, ta
         and file.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     )
     assert made.report["rows"][-1]["total_db"] > (25 if activation == TensorProto.UINT8 else 40)
+
+
+def test_shares_that_are_nearly_equal_stay_what_they_are_in_integers(tmp_path):
+    """ONNX Runtime's softmax of integers overflows where its scale is much finer than one over the entries of a row."""
+
+    def pooled(net, x):
+        hidden = F.relu(net.a(x))
+        return net.head((hidden * net.scores(hidden).softmax(2)).sum(2))
+
+    torch.manual_seed(0)
+    net = Net(pooled, a=nn.Conv1d(8, 16, 1), scores=nn.Conv1d(16, 16, 1), head=nn.Linear(16, 6)).eval()
+    nn.init.normal_(net.scores.weight, std=0.01)
+    x = torch.randn(64, 8, 12)
+    made = compressor.compress(
+        net, x[:2], passes=INT8, calibration=[x], target="qnn", output=tmp_path / "out", measure=False
+    )
+    session = compressor.runtime.session(made.onnx, exact=True)
+    seen = torch.cat(
+        [torch.from_numpy(*compressor.runtime.run(session, [one.numpy()])) for one in x.split(1)]
+    )
+    assert noise(net(x), seen) > 28
+    shares = next(n for n in made.graph.nodes if kind(n) == "softmax")
+    (pair,) = shares.users
+    assert 1 / 255 > float(pair.args[1]) > 1 / (128 * 12)  # finer than of 0 to 1
+
+
+@pytest.mark.parametrize("target", ["gpu", "openvino"])
+@pytest.mark.parametrize("size", ["T", "12"])
+def test_convolutions_along_an_axis_of_any_size(tmp_path, target, size):
+    torch.manual_seed(0)
+    layers = nn.Conv1d(8, 16, 1), nn.ReLU(), nn.Conv1d(16, 16, 1), nn.Tanh(), nn.Conv1d(16, 16, 1)
+    net, x = nn.Sequential(*layers).eval(), torch.randn(64, 8, 12)
+    made = compressor.compress(
+        net, x[:2], passes=INT8, calibration=[x], inputs=[parse_input(f"input:f32[?,8,{size}]")], target=target,
+        output=tmp_path / "out", measure=False,
+    )  # fmt: skip
+    assert made.report["rows"][-1]["total_db"] > 30
+    assert sum(kind(n) == "quantize" for n in made.graph.nodes) == 3
 
 
 def test_other_targets_end_in_floats(folders):
