@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Node
 
-from .constants import is_uninitialised
+from .constants import ancestors, is_uninitialised
 from .data import Batch
 from .errors import ContractError
 from .ir import Graph
@@ -187,7 +187,7 @@ class _Sums:
         if discrete:
             tolerance = flips
         elif tolerance is None:
-            tolerance = TOLERANCE.get(self.dtype, 0.0)
+            tolerance = max(TOLERANCE.get(self.dtype, 0.0), flips)
         return Check(
             output=name,
             slice=region,
@@ -213,7 +213,11 @@ def _same_infinities(a: Tensor, b: Tensor) -> bool:
 
 
 class Observer:
-    """Outputs of a graph, plus the floats that feed each output that a discretising operator made (argmax, >)."""
+    """Outputs of a graph, plus the floats that feed each output that a discretising operator made (argmax, >).
+
+    flips: of whole numbers, the share that may differ; of floats that were computed with less precision than they are
+    handed over with, what that precision rounds.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -226,12 +230,20 @@ class Observer:
                 self.flips[i] = FLIPS if feeders else 0.0
                 self.nodes += feeders
                 self.names += [f"{name} (from {site(f)})" for f in feeders]
+            elif is_tensor(node) and node.meta["val"].dtype == torch.float64:
+                rounded = any(_is_coarse(n) for n in ancestors(node))
+                self.flips[i] = TOLERANCE[torch.float32] if rounded else 0.0
         self.regions = [regions(n) for n in self.nodes]
 
     def run(self, inputs: Sequence[Tensor]) -> Outputs:
         wanted = set(self.nodes)
         found = {node: value for node, value in self.graph.values(*inputs) if node in wanted}
         return tuple(found[n] for n in self.nodes)
+
+
+def _is_coarse(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def observe(graph: Graph, batches: Iterable[Batch]) -> list[Outputs]:

@@ -99,9 +99,9 @@ def graph():
     return capture(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), (torch.randn(2, 5),))
 
 
-def context():
+def context(dtype=torch.float32):
     torch.manual_seed(1)
-    batches = [Batch((torch.randn(4, 5),)) for _ in range(2)]
+    batches = [Batch((torch.randn(4, 5, dtype=dtype),)) for _ in range(2)]
     return Context(Target("cpu", "", ("CPUExecutionProvider",)), Data(lambda: batches, [4, 4], "random"))
 
 
@@ -277,6 +277,27 @@ def test_what_float32_rounds_away_is_judged_in_float64():
     assert "float64" in row.facts["checked_in"]
     with pytest.raises(ContractError, match="pass simplify: output output differs by .*e-05"):
         Pipeline([Simplify(off=1e-4)], {}).run(graph.copy(), context())
+
+
+@pytest.mark.parametrize(("inside", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_doubles_that_floats_were_made_into_are_as_exact_as_floats(inside, tolerance):
+    class Widened(nn.Module):
+        def forward(self, x):
+            return (x.to(inside) * 3).double()
+
+    @dataclass(frozen=True)
+    class Thirds(Simplify):
+        def run(self, graph, ctx):
+            product = next(n for n in graph.nodes if n.target == aten.mul.Tensor)
+            third = graph.insert(aten.div.Tensor, (product.args[0], 1 / 3 * (1 + self.off)), before=product)
+            graph.replace_uses(product, third)
+            return Outcome([Rewrite("", "divided")])
+
+    graph = capture(Widened(), (torch.randn(2, 5, dtype=inside),))
+    row = Pipeline([Thirds()], {}).run(graph.copy(), context(inside))[-1]
+    assert row.status == "proved" and row.checks[0].tolerance == tolerance
+    with pytest.raises(ContractError, match="differs by"):
+        Pipeline([Thirds(off=3 * tolerance)], {}).run(graph.copy(), context(inside))
 
 
 def test_an_exact_pass_on_a_dead_value_is_not_proved():
