@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from . import detectors
 from .composites import spell_out
 from .constants import constant_value
-from .edges import beyond
+from .edges import beyond, longest
 from .errors import ContractError, UnsupportedError, UsageError, nearest
 from .export import bind, blank, explain, export, quiet
 from .flatten import flatten, refuse_complex
@@ -62,7 +62,7 @@ def capture(
                 f"the {axis} axis of the exported program cannot be dynamic: {why}; export it with the size that it "
                 "will have"
             )
-        graph.notices += _ranges(graph)
+        graph.notices += _ranges(graph, tried=False)
         return graph
     if isinstance(model, Trainable):
         return _graph_of_trainable(model, args, kwargs, inputs)
@@ -100,6 +100,7 @@ def _graph_of_module(
     found = not_dynamic(graph, run)
     prove(graph, run(graph.example))  # whatever ran before
     if found is None:
+        graph.notices += _ranges(graph, tried=True)
         return graph
     axis, why = found
     given = [leaf for _, leaf in leaves(called) if isinstance(leaf, Tensor)]
@@ -275,14 +276,14 @@ def _static_notice(program: ExportedProgram, dynamic: bool) -> list[str]:
     return []
 
 
-def _ranges(graph: Graph) -> list[str]:
-    """Notices of axes that the program was exported for a part of the sizes of."""
+def _ranges(graph: Graph, tried: bool) -> list[str]:
+    """Notices of axes that were exported for a part of the sizes of. tried: ends were, but for those out of reach."""
     axes = {label for spec in graph.inputs for label in spec.shape if isinstance(label, str)}
     return [
         f"the {axis} axis was not exported for {' or '.join(map(str, ends))} and beyond: the file takes such sizes, "
         "and may give other numbers than the model"
         for axis in sorted(axes)
-        if (ends := beyond(graph, axis))
+        if (ends := [e for e in beyond(graph, axis) if not tried or e > longest(graph, axis)])
     ]
 
 

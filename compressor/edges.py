@@ -15,6 +15,8 @@ from torch import Tensor
 from .batches import Batch
 from .ir import Graph, Input, batch_axis, terms
 
+LONGEST = 2048
+
 
 def varied(graph: Graph, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, ...]]:
     """The batches, and the first one with every dynamic axis cut to 1 and to one less, or what the model takes instead.
@@ -78,6 +80,17 @@ def beyond(graph: Graph, name: str) -> list[int]:
         found += [int(low) - 1] if low > 1 else []
         found += [int(high) + 1] if high.is_Integer and high < sys.maxsize - 1 else []
     return list(dict.fromkeys(found))
+
+
+def length(graph: Graph, name: str) -> int:
+    """Of an axis in the example."""
+    return _sizes(graph, graph.example)[name]
+
+
+def longest(graph: Graph, name: str) -> int:
+    """The largest size of an axis that a model is run with unasked: some operators take millions, and attention costs
+    the square."""
+    return max(LONGEST, 4 * length(graph, name))
 
 
 def _extents(graph: Graph, name: str) -> Iterator[tuple[Any, Any, Any]]:

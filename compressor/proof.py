@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .edges import beyond, possible, resized
+from .edges import beyond, length, longest, possible, resized
 from .errors import UnsupportedError
 from .ir import Graph, batch_axis, terms
 from .names import operator_name, site
@@ -96,12 +96,8 @@ def _tried(graph: Graph, name: str, batch: bool) -> Iterator[tuple[int, bool]]:
     A size that the model computes in floats (`int(0.6 * n)`) is a number of the example in the graph, and may agree
     with its neighbour. With True: for models that took none of the others but 1, which may want even sizes.
     """
-    have: int = next(
-        tensor.shape[spec.shape.index(name)]
-        for tensor, spec in zip(graph.example, graph.inputs, strict=True)
-        if name in spec.shape
-    )
-    outside = beyond(graph, name) if have else []
+    have = length(graph, name)
+    outside = [size for size in beyond(graph, name) if size <= longest(graph, name)] if have else []
     often = [1, have + 1] if batch else [1, have - 1, 2 * have + 1]
     inside = [(size, False) for size in often] + [(size, True) for size in (have // 2, 2 * have)]
     yield from ((size, last) for size, last in inside if 0 < size != have and possible(graph, name, size))

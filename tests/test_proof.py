@@ -132,6 +132,18 @@ def test_where_other_lengths_are_another_model_the_length_is_fixed(body, size):
     assert any(words in notice for notice in graph.notices)
 
 
+def test_sizes_in_the_millions_are_not_tried_but_told(monkeypatch):
+    def middle(m: Model, y: Tensor) -> Tensor:
+        return y.quantile(0.5, 1)
+
+    seen: list[int] = []
+    model = Model(middle).eval()
+    model.linear.register_forward_hook(lambda m, args, y: seen.append(args[0].shape[1]))
+    graph = capture(model, (torch.randn(2, 12, 8),), inputs=[parse_input("x:f32[?,T,8]")])
+    assert graph.inputs[0].shape == ("batch", "T", 8) and max(map(int, seen)) < 100
+    assert any("the T axis was not exported for 16777217 and beyond" in notice for notice in graph.notices)
+
+
 def test_a_program_says_for_which_sizes_it_was_exported():
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("T", min=4, max=64)},)
     program = torch.export.export(Model(a_plain).eval(), (torch.randn(2, 12, 8),), dynamic_shapes=sizes)
