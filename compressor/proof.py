@@ -19,7 +19,7 @@ from .edges import beyond, length, longest, possible, resized
 from .errors import UnsupportedError
 from .ir import Graph, batch_axis, terms
 from .names import operator_name, site
-from .ops import arguments
+from .ops import arguments, kind
 
 
 def prove(graph: Graph, expected: Sequence[Tensor]) -> None:
@@ -77,16 +77,14 @@ def not_dynamic(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -
 
 
 def _held_as_number(graph: Graph) -> tuple[str, str] | None:
-    """A dynamic axis that decides what a file holds as a number: as many groups as samples, a roll by half a side."""
+    """A dynamic axis that decides what a file holds as a number: a convolution of as many groups as samples."""
     labels = graph.axis_names()
     for node in graph.nodes:
-        bound = arguments(node) if node.op == "call_function" else {}
-        for argument in ("groups", "shifts"):
-            for value in pytree.tree_leaves(bound.get(argument)):
-                if isinstance(value, Node):
-                    symbols = map(str, value.meta["val"].node.expr.free_symbols)
-                    if known := sorted(labels[symbol] for symbol in symbols if symbol in labels):
-                        return known[0], f"{argument} of {operator_name(node)} at {site(node)} follow from it"
+        groups = arguments(node)["groups"] if kind(node) in ("conv", "conv_transpose") else 1
+        if isinstance(groups, Node):
+            symbols = map(str, groups.meta["val"].node.expr.free_symbols)
+            if known := sorted(labels[symbol] for symbol in symbols if symbol in labels):
+                return known[0], f"groups of {operator_name(node)} at {site(node)} follow from it"
     return None
 
 
