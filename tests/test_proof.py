@@ -121,7 +121,7 @@ def test_where_other_lengths_are_another_model_the_length_is_fixed(body, size):
     assert any(words in notice for notice in graph.notices)
 
 
-def test_sizes_in_the_millions_are_not_tried_but_told(monkeypatch):
+def test_sizes_in_the_millions_are_not_tried_but_told():
     def middle(m: Model, y: Tensor) -> Tensor:
         return y.quantile(0.5, 1)
 

@@ -73,6 +73,12 @@ def test_products_run_along_an_axis(dtype, options, axis, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_single_number_is_its_own_product(tmp_path):
+    x = torch.randn(3, 4)
+    found = emitted(lambda x: x + x.sum().cumprod(0), x, tmp_path)
+    np.testing.assert_allclose(found, (x + x.sum()).numpy(), rtol=1e-5, atol=1e-6)
+
+
 NUMBERS = [-1e4, -88.8, -3.5, -0.7, -1e-8, -0.0, 0.0, 1e-8, 0.7, 3.5, 88.8, 1e4, torch.inf, -torch.inf]
 DIVISIONS: dict[str, Any] = {
     "remainder": lambda a, b: a % b,
