@@ -21,11 +21,12 @@ import jinja2
 import numpy as np
 import onnx.numpy_helper
 import torch
+from torch.fx import Node
 
 from .camera import Camera
 from .emit import Emitted
 from .errors import UnsupportedError, printable
-from .ir import Graph, Input, terms
+from .ir import Graph, terms
 from .names import DTYPE_NAMES, size_of
 
 SIGNATURE, USAGE, LABELS, SAMPLE = "signature.json", "usage.md", "labels.txt", "test_data_set_0"
@@ -96,8 +97,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype))
 
 
-def shape_of(spec: Input) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": list(spec.shape)}
+def ends(graph: Graph, fixed: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Inputs and outputs as who calls the model sees them. fixed: sizes of dynamic axes by name ({"batch": 1})."""
+    axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
+
+    def described(name: str, node: Node) -> dict[str, Any]:
+        value = node.meta["val"]
+        return {
+            "name": name,
+            "dtype": dtype_name(value.dtype),
+            "shape": [size_of(s, axes) for s in value.shape],
+        }
+
+    inputs = zip((spec.name for spec in graph.inputs), graph.placeholders, strict=True)
+    outputs = zip(graph.outputs, graph.results, strict=True)
+    return {"inputs": [described(*one) for one in inputs], "outputs": [described(*one) for one in outputs]}
 
 
 def signature(
@@ -116,23 +130,18 @@ def signature(
     }
     if camera is not None:
         images[camera.name] = camera.signature()
-    fixed = {
-        size: spec.shape[a]
+    sizes = [
+        (name, size)
         for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
-        for a, size in enumerate(old.shape)
-    }
-    axes = {symbol: fixed.get(name, name) for symbol, name in graph.axis_names().items()}
+        for size, name in zip(spec.shape, old.shape, strict=True)
+    ]
+    fixed = {name: size for name, size in sizes if isinstance(name, str) and isinstance(size, int)}
+    described = ends(graph, fixed)
+    for one in described["inputs"]:
+        one |= images.get(one["name"], {})
     return {
         "model": emitted.path.name,
-        "inputs": [shape_of(spec) | images.get(spec.name, {}) for spec in emitted.inputs],
-        "outputs": [
-            {
-                "name": name,
-                "dtype": dtype_name(node.meta["val"].dtype),
-                "shape": [size_of(s, axes) for s in node.meta["val"].shape],
-            }
-            for name, node in zip(graph.outputs, graph.results, strict=True)
-        ],
+        **described,
         "preprocess": preprocess if camera is None else camera.facts(),
         "labels": list(labels),
     }

@@ -97,7 +97,7 @@ def _inspect_model(path: Path, groups: bool, layers: bool, opt: Options) -> dict
         earlier = {"continued_from": loaded.continued.facts(), "passes": _passes_so_far(loaded.continued)}
     return facts | {
         "adapters": facts["adapters"] or found_in(graph.tensors),
-        "inputs": [handover.shape_of(spec) for spec in graph.inputs],
+        "inputs": handover.ends(graph, {})["inputs"],
         "outputs": list(graph.outputs),
         "params": measure.parameters(graph),
         "macs": macs(graph),

@@ -39,7 +39,6 @@ from .ir import Graph
 from .layers import SAMPLES
 from .layers import layers as layers_of
 from .load import Loaded
-from .names import size_of
 from .opening import Options, Streams, capture_model, require_finite, streams, take_pixels
 from .pipeline import Context, Memory, Pipeline, Row, parse
 from .progress import Watch
@@ -170,7 +169,7 @@ class Run:
             rows, layers = self.passed(graph, ctx)
             self.notices += notices.of_passes(rows)
             shipped = self.shipped(graph)
-            made = self.describe(loaded, shipped, rows, given)
+            made = self.describe(loaded, shipped, rows, given, stage is not None)
             made["model"] |= came
             made["layers"] = layers
             if loaded.continued is not None:
@@ -344,8 +343,9 @@ class Run:
         (stage / handover.USAGE).write_text(text, encoding="utf-8")
         handover.write_sample(stage, *delivery.sample(graph, emitted, batches))
 
-    def describe(self, loaded: Loaded, graph: Graph, rows: list[Row], given: Streams) -> dict[str, Any]:
-        axes = graph.axis_names()
+    def describe(
+        self, loaded: Loaded, graph: Graph, rows: list[Row], given: Streams, written: bool
+    ) -> dict[str, Any]:
         return {
             "schema": report.SCHEMA,
             "compressor": __version__,
@@ -364,15 +364,7 @@ class Run:
             },
             "spec": ",".join(map(str, self.pipeline.passes)),
             "inserted": self.pipeline.inserted,
-            "inputs": [handover.shape_of(spec) for spec in graph.inputs],
-            "outputs": [
-                {
-                    "name": name,
-                    "dtype": handover.dtype_name(node.meta["val"].dtype),
-                    "shape": [size_of(s, axes) for s in node.meta["val"].shape],
-                }
-                for name, node in zip(graph.outputs, graph.results, strict=True)
-            ],
+            **handover.ends(graph, self.fixed(graph) if written else {}),
             "data": {
                 "calibration": _stream(given.statistics),
                 "held_out": {**(_stream(given.held_out) or {}), "sha256": given.held_out.digest()},

@@ -2,7 +2,8 @@
 
 torch.onnx says log(sigmoid(x)), which is -inf at x = -20 where the answer is -20; x - y floor(x / y), which has lost
 the digits of a remainder where x / y has many; the quotient of integers in float32; and atan2 that is -pi at (0, -1).
-Source: W. Kahan's log1p, identities of tanh and softplus, and C's fmod and atan2.
+It has no words for others: the hypotenuse, whose squares may be no numbers where it is one; the sign of a zero.
+Source: W. Kahan's log1p, identities of tanh and softplus, and C's fmod, atan2, hypot, copysign, fmax and fmin.
 """
 
 from __future__ import annotations
@@ -111,11 +112,27 @@ def translations() -> dict[Any, Callable[..., Any]]:
         zero = like(0, y)
         angle = op.Where(op.Equal(y, zero), zero, op.Atan(op.Div(op.Abs(y), op.Abs(x))))
         angle = op.Where(negative(x), op.Sub(like(math.pi, y), angle), angle)
-        return op.Where(negative(y), op.Neg(angle), angle)
+        return copysign(angle, y)
 
     def negative(x: Any) -> Any:
         zero = like(0, x)
         return op.Or(op.Less(x, zero), op.Less(op.Reciprocal(x), zero))  # -0 is, too
+
+    def copysign(size: Any, sign: Any) -> Any:
+        """By a product: Where takes a zero for nothing, and has lost its sign (ONNX Runtime 1.31)."""
+        return op.Mul(op.Abs(size), op.Where(negative(sign), like(-1, size), like(1, size)))
+
+    def hypot(a: Any, b: Any) -> Any:
+        a, b = op.Abs(a), op.Abs(b)
+        longer, shorter = op.Max(a, b), op.Min(a, b)
+        ratio = op.Where(op.Equal(longer, like(0, longer)), longer, op.Div(shorter, longer))
+        length = op.Mul(longer, op.Sqrt(op.Add(op.Mul(ratio, ratio), like(1, ratio))))
+        endless = like(math.inf, length)
+        return op.Where(op.Or(op.Equal(a, endless), op.Equal(b, endless)), endless, length)
+
+    def numbers(chosen: Any) -> Callable[[Any, Any], Any]:
+        """One that a number wins over none."""
+        return lambda a, b: op.Where(op.IsNaN(a), b, op.Where(op.IsNaN(b), a, chosen(a, b)))
 
     aten = torch.ops.aten
     return {
@@ -134,4 +151,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         aten.log1p.default: log1p,
         aten.logcumsumexp.default: logcumsumexp,
         aten.cumprod.default: cumprod,
+        aten.copysign.Tensor: copysign,
+        aten.hypot.default: hypot,
+        aten.fmax.default: numbers(op.Max),
+        aten.fmin.default: numbers(op.Min),
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +23,12 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from . import nms, stable
+from . import contrib, nms, stable, words
 from .assembly import assembled
-from .contrib import translations
 from .errors import CompressorError, UnsupportedError
 from .export import quiet, reexport
 from .ir import Graph
 from .names import unsupported
-from .ops import kind
 
 _ONE_AT_A_TIME = threading.RLock()  # what is replaced in torch.onnx is so for all threads
 
@@ -48,57 +46,45 @@ def translate(graph: Graph, opset: int, optimize: bool) -> onnx_ir.Model:
                 raise
             except Exception as error:
                 failed = error
-    raise _explain(graph, failed) from failed
+    raise _explain(graph, failed, opset) from failed
 
 
 def _exported(graph: Graph, opset: int, how: Callable[..., Any], optimize: bool) -> onnx_ir.Model:
-    module = graph.module
-    words = {**translations(), **nms.translations(), **stable.translations(), **_words()}
+    module, own = graph.module, _own_words()
     exact = _exact() if optimize else nullcontext()
-    with quiet(), torch.no_grad(), how(module, words, opset) as program_of, exact:
+    with quiet(), torch.no_grad(), how(module, own, opset) as program_of, exact:
         program = torch.onnx.export(
             program_of(graph, module),
             dynamo=True,
             opset_version=opset,
             optimize=optimize,
             verbose=False,
-            custom_translation_table=words,
+            custom_translation_table=own,
         )
     if program is None:
         raise UnsupportedError("the ONNX exporter returned nothing")
     return program.model
 
 
-def _words() -> dict[Any, Callable[..., Any]]:
-    """A reshape needs no strides, as a view does, which are others in every trace; and sizes of 0 are sizes.
-
-    A slope that training draws is the middle of its range. What stretches a picture stretches a line: torch spells the
-    latter out, with an index that is none where a line has one point.
-    """
-    from onnxscript import opset18
-    from onnxscript.function_libs.torch_lib.ops.core import aten_view
-    from onnxscript.function_libs.torch_lib.ops.nn import aten_upsample_bilinear2d_vec
-
-    def rrelu(x: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Any:
-        return opset18.LeakyRelu(x, alpha=(lower + upper) / 2)  # type: ignore[no-untyped-call]
-
-    aten = torch.ops.aten
-    return {
-        aten.reshape.default: aten_view,
-        aten.rrelu.default: rrelu,
-        aten.upsample_linear1d.vec: aten_upsample_bilinear2d_vec,
-    }
+def _own_words() -> dict[Any, Callable[..., Any]]:
+    """The operators with translations of our own."""
+    tables = contrib, nms, stable, words
+    return {operator: word for table in tables for operator, word in table.translations().items()}
 
 
-def _explain(graph: Graph, error: Exception) -> UnsupportedError:
+def _explain(graph: Graph, error: Exception, opset: int) -> UnsupportedError:
     """Which operator has no translation, and where it stands; the exporter's own first line where that is not it."""
     failing = _failing_node(error)
     if failing is None:
         return UnsupportedError(f"the model does not translate to ONNX: {_first_line(error)}")
     trace = failing.meta.get("stack_trace")
-    own = [n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace]
-    own.sort(key=lambda n: (n.target is not failing.target, kind(n) != "opaque"))  # a line may have several
-    culprit = own[0] if own else failing
+    line = [
+        n for n in graph.nodes if n.op == "call_function" and trace and n.meta.get("stack_trace") == trace
+    ]
+    with suppress(ImportError, AttributeError):
+        known = _Words(opset, _own_words()).of
+        line.sort(key=lambda n: (n.target is not failing.target, known(n.target)))  # it may have several
+    culprit = line[0] if line else failing
     return unsupported(
         culprit, "no translation to ONNX; replace it in the model, or register one with onnxscript"
     )
@@ -159,48 +145,63 @@ def _quick(module: fx.GraphModule, own: Collection[Any], opset: int) -> Iterator
     own: operators with translations of their own.
     """
     try:
-        import onnxscript.function_libs.torch_lib.ops  # noqa: F401  registers what is counted below
-        from onnxscript.function_libs.torch_lib.registration import default_registry as known
-        from torch.onnx._internal.exporter import _constants
         from torch.onnx._internal.exporter import _fx_passes as rewrites
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        opset = max(opset, _constants.TORCHLIB_OPSET)  # an older one is made of that
         decompose = rewrites.decompose_with_registry
-        # users register more translations, libraries more operators: a word for one that is not there is left out
-        count = sum(len(one.overloads) + len(one.complex) for one in known.values())
-        state = count, len(torch._C._dispatch_get_all_op_names())
-        words, parts = _vocabulary(opset, state)
+        speech = _Words(opset, own)
     except (ImportError, AttributeError):
         yield reexport
         return
 
-    def has_word(operator: Any) -> bool:
-        if not isinstance(operator, OpOverload):
-            return inspect.isbuiltin(operator)
-        return (operator in words or operator in own) and not operator._schema.is_mutable
-
     def decomposed(program: ExportedProgram, registry: Any) -> ExportedProgram:
         graphs = [part.graph for part in program.graph_module.modules()]
         called = {node.target for one in graphs for node in one.nodes if node.op == "call_function"}
-        return program if all(map(has_word, called)) else decompose(program, registry)
+        return program if all(map(speech.of, called)) else decompose(program, registry)
 
     def registry(opset_version: int) -> ONNXRegistry:
         """One to add to."""
         fresh = ONNXRegistry()
         fresh._opset_version = opset_version
-        fresh.functions = {name: list(found) for name, found in _library(opset, state).functions.items()}
+        fresh.functions = {
+            name: list(found) for name, found in _library(speech.opset, speech.state).functions.items()
+        }
         return fresh
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(ONNXRegistry, "from_torchlib", staticmethod(registry)))
         stack.enter_context(_replaced(rewrites, "decompose_with_registry", decomposed))
         for node in module.graph.nodes:
-            if node.op == "call_function" and not has_word(node.target):
-                stack.enter_context(_replaced(node, "target", _written_out(node.target, parts)))
+            if node.op == "call_function" and not speech.of(node.target):
+                written_out = _written_out(node.target, speech.parts)
+                stack.enter_context(_replaced(node, "target", written_out))
         module.recompile()
         yield assembled
     module.recompile()
+
+
+class _Words:
+    """Which operators are translated as they are, and what becomes of others (`parts`).
+
+    own: operators with translations of their own. ImportError, AttributeError where this torch is another inside.
+    """
+
+    def __init__(self, opset: int, own: Collection[Any]) -> None:
+        import onnxscript.function_libs.torch_lib.ops  # noqa: F401  registers what is counted below
+        from onnxscript.function_libs.torch_lib.registration import default_registry as known
+        from torch.onnx._internal.exporter import _constants
+
+        self.opset = max(opset, _constants.TORCHLIB_OPSET)  # an older one is made of that
+        # users register more translations, libraries more operators: a word for one that is not there is left out
+        count = sum(len(one.overloads) + len(one.complex) for one in known.values())
+        self.state: State = count, len(torch._C._dispatch_get_all_op_names())
+        library, self.parts = _vocabulary(self.opset, self.state)
+        self.known = {*library, *own}
+
+    def of(self, operator: Any) -> bool:
+        if not isinstance(operator, OpOverload):
+            return inspect.isbuiltin(operator)
+        return operator in self.known and not operator._schema.is_mutable
 
 
 @cache

@@ -178,6 +178,8 @@ def test_mobile_fixes_the_batch_and_writes_ort(model, tmp_path):
         16,
         16,
     ]
+    assert [one["shape"] for one in result.report["inputs"]] == [[1, 3, 16, 16]]
+    assert [one["shape"][0] for one in result.report["outputs"]] == [1]
     free = api.compress(
         model,
         (images[:2],),
@@ -188,6 +190,7 @@ def test_mobile_fixes_the_batch_and_writes_ort(model, tmp_path):
         dynamic=True,
     )
     assert onnx.load(free.onnx).graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [one["shape"] for one in free.report["inputs"]] == [["batch", 3, 16, 16]]
 
 
 def test_gpu_says_where_it_was_verified(model, tmp_path):

@@ -134,6 +134,18 @@ def test_an_operator_without_a_word_in_onnx_is_named(tmp_path):
         emit(graph, tmp_path / "m.onnx")
 
 
+def test_it_is_not_its_neighbour_that_is_named(tmp_path):
+    """torch makes other operators of it, under names of their own."""
+
+    class Special(nn.Module):
+        def forward(self, x):
+            return torch.nextafter(torch.relu(x) * 2 + 1, torch.digamma(x.relu())) + 1
+
+    graph = capture(Special(), (torch.randn(2, 4),))
+    with pytest.raises(UnsupportedError, match=r"digamma.*test_emit.py:\d+.*no translation"):
+        emit(graph, tmp_path / "m.onnx")
+
+
 def test_a_model_too_large_for_one_file_has_its_data_beside_it(graph, tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.emit.EXTERNAL_DATA_BYTES", 100)
     emitted = delivery.deliver(graph, TARGET, tmp_path, {}, {})

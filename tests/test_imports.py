@@ -35,6 +35,7 @@ TIERS = [
         "standins",
         "contrib",
         "nms",
+        "words",
         "stable",
         "external",
         "conditions",

@@ -80,6 +80,27 @@ def test_a_single_number_is_its_own_product(tmp_path):
 
 
 NUMBERS = [-1e4, -88.8, -3.5, -0.7, -1e-8, -0.0, 0.0, 1e-8, 0.7, 3.5, 88.8, 1e4, torch.inf, -torch.inf]
+EXTREMES = [*NUMBERS, torch.nan, 1e38, -1e-38, 3e-30]
+
+
+@pytest.mark.parametrize("name", ["copysign", "hypot", "fmax", "fmin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_c_says_of_two_numbers(name, dtype, tmp_path):
+    """Squares that are out of range, zeros with a sign, numbers beside none."""
+    numbers = torch.tensor(EXTREMES, dtype=dtype)
+    a, b = torch.meshgrid(numbers, numbers, indexing="ij")
+    function = getattr(torch, name)
+    expected, found = (
+        function(a, b).numpy(),
+        emitted(lambda x: function(x[0], x[1]), torch.stack([a, b]), tmp_path),
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if name == "copysign":  # what is no number has no sign
+        np.testing.assert_array_equal(
+            np.signbit(found) & (found == found), np.signbit(expected) & (found == found)
+        )
+
+
 DIVISIONS: dict[str, Any] = {
     "remainder": lambda a, b: a % b,
     "remainder of a number": lambda a, b: 3.5 % b,
@@ -127,7 +148,9 @@ def test_angles_in_all_quadrants_and_between(tmp_path):
     y, x = (part.reshape(2, -1) for part in torch.cartesian_prod(ends, ends[:-1]).T)
     file = emit(capture(Two(torch.atan2), (y, x)), tmp_path / "model.onnx").path
     found = runtime.run(runtime.session(file, threads=1), [y.numpy(), x.numpy()])[0]
-    np.testing.assert_allclose(found, torch.atan2(y, x).numpy(), rtol=1e-6)
+    expected = torch.atan2(y, x).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(expected))
 
 
 PROJECTED = nn.LSTM(3, 4, proj_size=2)
