@@ -336,6 +336,23 @@ def compare(
     return comparison.checks(tolerance)
 
 
+def compare_each(
+    graph: Graph, others: Mapping[str, Graph], batches: Iterable[Batch]
+) -> dict[str, list[Check]]:
+    """Checks of several graphs against one, by name; no outputs are kept."""
+    observer = Observer(graph)
+    observers = {name: Observer(other) for name, other in others.items()}
+    width = min(len(one.names) for one in (observer, *observers.values()))
+    comparisons = {
+        name: Comparison(observer.names[:width], observer.regions[:width], observer.flips) for name in others
+    }
+    for batch in batches:
+        reference = observer.run(batch.inputs)[:width]
+        for name, other in observers.items():
+            comparisons[name].update(reference, other.run(batch.inputs)[:width])
+    return {name: comparison.checks() for name, comparison in comparisons.items()}
+
+
 def judge(contract: Contract, checks: Sequence[Check], where: str, floor: float = FAIL_DB) -> str:
     """`proved`, `not proved` or `warned`; ContractError where the promise is broken.
 

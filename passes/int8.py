@@ -50,15 +50,14 @@ from compressor.quantize import (
 from compressor.rounding import round_weights
 from compressor.tables import has_tables, store_tables
 from compressor.target import QuantSpec
-from compressor.verify import compare, observe
+from compressor.verify import compare_each
 from compressor.weight_only import store_weights
 
 SLOWER = 1.05  # rewrites in doubt go when the model is so many times slower with them: less is noise
 FASTER = 1.03  # integers stay when the model is so many times faster with them: less is noise, and they cost accuracy
 NO_DATA = "int8 needs sample inputs to find ranges with: pass some with --calib (200 to 500 are plenty)"
-FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need
+FEW = 128  # fewer samples do not know the tails that percentiles and scaled channels need, nor what cutting them costs
 SKETCHED = 4  # samples whose ranges do for a stopwatch
-HEARD = 32  # samples on which `auto` listens for the noise of ranges
 FEW_TEXTS = 8  # transformers have their outliers in the same channels everywhere, so that few texts know them
 BLOCK = 32  # columns that share a scale where weights alone are integers
 FREE = 0.01  # share of the model's multiply-accumulates that a rewrite may add without being timed
@@ -251,13 +250,11 @@ class Int8(Pass):
         left: int | None,
     ) -> str:
         """The ranges that leave the outputs the least noise: trained networks want outliers cut, others may not."""
-        heard = list(data.limited(HEARD))
-        reference = observe(graph, heard)
-        levels = {}
-        for name, ranges in choices.items():
-            copy = self._trial(graph, spec, ranges, given, left)
-            checks = compare(graph, reference, observe(copy, heard))
-            levels[name] = min((c.sqnr_db for c in checks if not c.discrete), default=0.0)
+        copies = {name: self._trial(graph, spec, ranges, given, left) for name, ranges in choices.items()}
+        levels = {
+            name: min((c.sqnr_db for c in checks if not c.discrete), default=0.0)
+            for name, checks in compare_each(graph, copies, data.limited(FEW)).items()
+        }
         return max(levels, key=lambda name: levels[name])
 
     def _trial(
