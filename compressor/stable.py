@@ -131,8 +131,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return op.Where(op.Or(op.Equal(a, endless), op.Equal(b, endless)), endless, length)
 
     def numbers(chosen: Any) -> Callable[[Any, Any], Any]:
-        """One that a number wins over none."""
-        return lambda a, b: op.Where(op.IsNaN(a), b, op.Where(op.IsNaN(b), a, chosen(a, b)))
+        """The one that a number wins over none."""
+
+        def made(a: Any, b: Any) -> Any:
+            if exact(a, b):
+                return chosen(a, b)
+            return op.Where(op.IsNaN(a), b, op.Where(op.IsNaN(b), a, chosen(a, b)))
+
+        return made
 
     aten = torch.ops.aten
     return {

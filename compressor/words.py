@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from onnx_ir import DataType
 
-FEW = 25  # points, up to which torch subtracts them all from each other; more are multiplied (ATen, Distance.cpp)
+FEW = 25  # points on one side, up to which differences are taken; torch multiplies more (ATen, Distance.cpp)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -31,16 +31,17 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def cdist(a: Any, b: Any, p: float = 2.0, compute_mode: int | None = None) -> Any:
         """Distances [..., P, R] between points [..., P, M] and [..., R, M].
 
-        By a product where torch takes one, since all differences need M times the room.
+        By a product where there are many on both sides: all differences need M times the room.
         """
-        few = all(isinstance(t.shape[-2], int) and t.shape[-2] <= FEW for t in (a, b))
+        few = any(isinstance(t.shape[-2], int) and t.shape[-2] <= FEW for t in (a, b))
         if p == 2 and compute_mode != 2 and (compute_mode == 1 or not few):
             axes = list(range(len(b.shape)))
             turned = op.Transpose(b, perm=[*axes[:-2], axes[-1], axes[-2]])
             squares = op.Add(
                 op.ReduceSumSquare(a, [-1], keepdims=1), op.ReduceSumSquare(turned, [-2], keepdims=1)
             )
-            return op.Sqrt(op.Relu(op.Sub(squares, op.Mul(op.MatMul(a, turned), 2.0))))
+            product = op.MatMul(a, turned)
+            return op.Sqrt(op.Relu(op.Sub(squares, op.Add(product, product))))
         differences = op.Sub(op.Unsqueeze(a, [-2]), op.Unsqueeze(b, [-3]))
         if p == math.inf:
             return op.ReduceMax(op.Abs(differences), [-1], keepdims=0)

@@ -101,6 +101,15 @@ def test_what_c_says_of_two_numbers(name, dtype, tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["copysign", "fmax", "fmin"])
+def test_what_c_says_of_whole_numbers(name, tmp_path):
+    x, function = torch.tensor([[-3, -3, 0, 5], [2, -7, -1, 5]]), getattr(torch, name)
+    found = emitted(lambda x: function(x[0], x[1]), x, tmp_path)
+    expected = function(x[0], x[1]).numpy()
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
 DIVISIONS: dict[str, Any] = {
     "remainder": lambda a, b: a % b,
     "remainder of a number": lambda a, b: 3.5 % b,

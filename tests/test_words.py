@@ -33,16 +33,18 @@ def emitted(function: Any, inputs: tuple[Tensor, ...], path: Path, specs: Any = 
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, torch.inf])
-def test_distances(p, tmp_path):
-    a, b = torch.randn(2, 5, 7), torch.randn(2, 3, 7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances(p, dtype, tmp_path):
+    a, b = torch.randn(2, 5, 7, dtype=dtype), torch.randn(2, 3, 7, dtype=dtype)
     expected = torch.cdist(a, b, p).numpy()
     np.testing.assert_allclose(
         emitted(lambda a, b: torch.cdist(a, b, p), (a, b), tmp_path), expected, rtol=1e-6
     )
 
 
-def test_distances_of_many_points_are_as_exact_as_a_product(tmp_path):
-    a, b = torch.randn(40, 64), torch.randn(50, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_of_many_points_are_as_exact_as_a_product(dtype, tmp_path):
+    a, b = torch.randn(40, 64, dtype=dtype), torch.randn(50, 64, dtype=dtype)
     b[0] = a[0]
     expected = (a.double()[:, None] - b.double()).norm(dim=2).numpy()
     found = emitted(torch.cdist, (a, b), tmp_path)
