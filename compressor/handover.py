@@ -130,12 +130,12 @@ def signature(
     }
     if camera is not None:
         images[camera.name] = camera.signature()
-    sizes = [
-        (name, size)
+    fixed = {
+        name: size
         for spec, old in zip(emitted.inputs, graph.inputs, strict=True)
-        for size, name in zip(spec.shape, old.shape, strict=True)
-    ]
-    fixed = {name: size for name, size in sizes if isinstance(name, str) and isinstance(size, int)}
+        for name, size in zip(old.shape, spec.shape, strict=True)
+        if isinstance(name, str) and isinstance(size, int)
+    }
     described = ends(graph, fixed)
     for one in described["inputs"]:
         one |= images.get(one["name"], {})
