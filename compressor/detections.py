@@ -50,7 +50,7 @@ def compare(
     before = _without(graph, suppression)
     observer = Observer(before)
     width = len(before.outputs)
-    comparison = Comparison(observer.names[:width], observer.regions[:width], observer.flips)
+    comparison = observer.comparison(width)
     same, agreed = Matches(SAME), Matches()
     with _exposed(path, before.outputs[2:], graph.outputs, provider) as session:
         for whole in samples:

@@ -96,7 +96,7 @@ def compare(
     observer = Observer(graph)
     count = len(graph.outputs)
     names = outputs_of(session, graph)
-    comparison = Comparison(observer.names[:count], observer.regions[:count], observer.flips)
+    comparison = observer.comparison(count)
     compared = False
     for i, whole in enumerate(samples):
         for part in pieces(graph.inputs, inputs, whole):

@@ -240,6 +240,10 @@ class Observer:
         found = {node: value for node, value in self.graph.values(*inputs) if node in wanted}
         return tuple(found[n] for n in self.nodes)
 
+    def comparison(self, width: int) -> Comparison:
+        """Of the first `width` of what it sees."""
+        return Comparison(self.names[:width], self.regions[:width], self.flips)
+
 
 def _is_coarse(node: Node) -> bool:
     value = node.meta.get("val")
@@ -330,7 +334,7 @@ def compare(
     """Checks of outputs that `observe` kept; names and slices come from `graph`."""
     observer = Observer(graph)
     width = min(len(observer.names), *(len(r) for r in (*reference, *seen)))
-    comparison = Comparison(observer.names[:width], observer.regions[:width], observer.flips)
+    comparison = observer.comparison(width)
     for i, (ref, got) in enumerate(zip(reference, seen, strict=True)):
         comparison.update(ref[:width], got[:width], wrong[i][:width] if wrong is not None else None)
     return comparison.checks(tolerance)
@@ -343,9 +347,7 @@ def compare_each(
     observer = Observer(graph)
     observers = {name: Observer(other) for name, other in others.items()}
     width = min(len(one.names) for one in (observer, *observers.values()))
-    comparisons = {
-        name: Comparison(observer.names[:width], observer.regions[:width], observer.flips) for name in others
-    }
+    comparisons = {name: observer.comparison(width) for name in others}
     for batch in batches:
         reference = observer.run(batch.inputs)[:width]
         for name, other in observers.items():

@@ -25,6 +25,17 @@ class Net(nn.Module):
         return self.function(self, x) if mask is None else self.function(self, x, mask)
 
 
+class Applied(nn.Module):
+    """A function of its inputs, and nothing else."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x: Tensor):
+        return self.function(*x)
+
+
 def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
     """A convolution that keeps the size of its input."""
     return nn.Conv2d(inputs, outputs, size, padding=size // 2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Applied
 from torch import Tensor, nn
 
 from compressor import runtime
@@ -26,15 +27,6 @@ FUNCTIONS: dict[str, Any] = {
     "logcumsumexp": lambda x: torch.logcumsumexp(x, 1),
     "logcumsumexp from the right": lambda x: torch.logcumsumexp(x.flip(1), -1),
 }
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def emitted(function: Any, x: Tensor, path: Path) -> np.ndarray:
@@ -130,7 +122,7 @@ def test_quotients_and_remainders_are_exact(name, dtype, tmp_path):
     numbers = torch.tensor(NUMBERS, dtype=dtype)
     a, b = (part.reshape(2, -1) for part in torch.cartesian_prod(numbers, numbers).T)
     expected = DIVISIONS[name](a, b).numpy()
-    graph = capture(Two(DIVISIONS[name]), (a, b))
+    graph = capture(Applied(DIVISIONS[name]), (a, b))
     file = emit(graph, tmp_path / "model.onnx").path
     np.testing.assert_array_equal(
         runtime.run(runtime.session(file, threads=1), [a.numpy(), b.numpy()])[0], expected
@@ -143,11 +135,13 @@ def test_integers_are_divided_as_integers(mode, dtype, tmp_path):
     large = 2**53 + 1 if dtype is torch.int64 else 2**30 + 1  # no float32 holds it
     a = torch.tensor([[large, -large, 7, -7, 6, -6, 0]], dtype=dtype).repeat(2, 1)
     b = torch.tensor([[3, 3, 2, 2, -3, -3, 5]], dtype=dtype).repeat(2, 1)
-    graph = capture(Two(lambda a, b: torch.div(a, b, rounding_mode=mode)), (a, b))
+    graph = capture(Applied(lambda a, b: torch.div(a, b, rounding_mode=mode)), (a, b))
     file = emit(graph, tmp_path / "model.onnx").path
     found = runtime.run(runtime.session(file, threads=1), [a.numpy(), b.numpy()])[0]
     np.testing.assert_array_equal(found, torch.div(a, b, rounding_mode=mode).numpy())
-    mixed = emit(capture(Two(lambda a, b: a // 2.5 + a % 2.5), (a % 100, b)), tmp_path / "mixed.onnx").path
+    mixed = emit(
+        capture(Applied(lambda a, b: a // 2.5 + a % 2.5), (a % 100, b)), tmp_path / "mixed.onnx"
+    ).path
     found = runtime.run(runtime.session(mixed, threads=1), [(a % 100).numpy(), b.numpy()])[0]
     np.testing.assert_allclose(found, ((a % 100) // 2.5 + (a % 100) % 2.5).numpy())
 
@@ -155,7 +149,7 @@ def test_integers_are_divided_as_integers(mode, dtype, tmp_path):
 def test_angles_in_all_quadrants_and_between(tmp_path):
     ends = torch.tensor([-2.0, -0.0, 0.0, 1e-8, 3.0, torch.inf])
     y, x = (part.reshape(2, -1) for part in torch.cartesian_prod(ends, ends[:-1]).T)
-    file = emit(capture(Two(torch.atan2), (y, x)), tmp_path / "model.onnx").path
+    file = emit(capture(Applied(torch.atan2), (y, x)), tmp_path / "model.onnx").path
     found = runtime.run(runtime.session(file, threads=1), [y.numpy(), x.numpy()])[0]
     expected = torch.atan2(y, x).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -163,15 +157,6 @@ def test_angles_in_all_quadrants_and_between(tmp_path):
 
 
 PROJECTED = nn.LSTM(3, 4, proj_size=2)
-
-
-class Two(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.function(a, b)
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from nets import Applied
+from torch import Tensor
 
 from compressor import runtime
 from compressor.capture import capture
 from compressor.emit import emit
 from compressor.errors import UnsupportedError
 from compressor.ir import Input
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.function(*x)
 
 
 def emitted(function: Any, inputs: tuple[Tensor, ...], path: Path, specs: Any = None) -> np.ndarray:
